@@ -1,0 +1,150 @@
+"""What follows from a config without building a model: batches, ranks, steps, and what of it will not apply."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from slope_dist.config.schema import Config, LossScaleConfig, ParallelConfig
+from slope_dist.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derived:
+    """Values derived from a config and a number of ranks; see the functions of this module."""
+
+    world_size: int
+    data_ranks: int
+    accumulation_steps: int
+    tokens_per_step: int
+    adapter_rank: int
+    adapter_steps: int
+    first_adapter_step: int
+    backward_weight: Literal["derived", "resident"]
+
+
+def derive(config: Config, ranks: int | None = None) -> Derived:
+    """Return all derived values for `ranks` processes; None takes the ranks the config asks for.
+
+    Raises `UserError` where the ranks do not fit the layout or the batch.
+    """
+    ranks = world_size(config) if ranks is None else ranks
+    return Derived(
+        world_size=ranks,
+        data_ranks=data_ranks(config, ranks),
+        accumulation_steps=accumulation_steps(config, data_ranks(config, ranks)),
+        tokens_per_step=tokens_per_step(config),
+        adapter_rank=config.adapter_rank,
+        adapter_steps=config.adapter_steps,
+        first_adapter_step=first_adapter_step(config),
+        backward_weight=backward_weight(config),
+    )
+
+
+def run_folder(config: Config) -> str:
+    """Return `run.folder`, which `load_config` has filled in."""
+    assert config.run.folder is not None, "the config did not come from load_config"
+    return config.run.folder
+
+
+def world_size(config: Config) -> int:
+    """Return the ranks the config asks for; one data rank where `parallel.data` leaves it to the launcher."""
+    return config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
+
+
+def data_ranks(config: Config, ranks: int) -> int:
+    """Return the data-parallel ranks among `ranks` processes.
+
+    Raises `UserError` where tensor x pipeline does not divide the processes, or `parallel.data` asks for others.
+    """
+    parallel = config.parallel
+    model_ranks = parallel.tensor * parallel.pipeline
+    product = f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}"
+    if parallel.data is not None and model_ranks * parallel.data != ranks:
+        wanted = model_ranks * parallel.data
+        raise UserError(
+            f"{product} x parallel.data {parallel.data} = {wanted} ranks, but {ranks} "
+            f"{'was' if ranks == 1 else 'were'} launched; launch {wanted}, or set parallel.data null"
+        )
+    if ranks % model_ranks:
+        raise UserError(f"{product} = {model_ranks} does not divide the {ranks} ranks launched")
+    return ranks // model_ranks
+
+
+def accumulation_steps(config: Config, data_ranks: int) -> int:
+    """Return the micro-batches each of `data_ranks` ranks accumulates in a step.
+
+    Raises `UserError`, with the arithmetic, where the global batch does not come out even.
+    """
+    training = config.training
+    together = training.micro_batch_size * data_ranks
+    if training.global_batch_size % together:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} is not a multiple of training.micro_batch_size "
+            f"{training.micro_batch_size} x {data_ranks} data ranks = {together}; "
+            f"{_micro_batch_that_fits(training.global_batch_size, data_ranks, training.micro_batch_size)}"
+        )
+    return training.global_batch_size // together
+
+
+def _micro_batch_that_fits(global_batch: int, data_ranks: int, micro_batch: int) -> str:
+    if global_batch % data_ranks:
+        return f"set training.global_batch_size to a multiple of {data_ranks}"
+    share = global_batch // data_ranks
+    fitting = next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0)
+    return f"training.micro_batch_size {fitting} would fit"
+
+
+def tokens_per_step(config: Config) -> int:
+    """Return the tokens of one optimizer step over all ranks."""
+    return config.training.global_batch_size * config.model.sequence_length
+
+
+def first_adapter_step(config: Config) -> int:
+    """Return the first step, counted from 1, that trains with adapters; `training.steps` + 1 where none does."""
+    return config.training.steps - config.adapter_steps + 1
+
+
+def backward_weight(config: Config) -> Literal["derived", "resident"]:
+    """Return where the doubly pruned transpose lives, with "auto" decided.
+
+    Only at ZeRO 0 does a rank hold the whole optimizer state, 48 bits an element beside which the 9 of a kept
+    transpose are small; where that state is split over ranks, the transpose would dominate, and is made in backward.
+    A pattern other than 2:4 has no compressed transpose to keep.
+    """
+    if config.sparsity.backward_weight != "auto":
+        return config.sparsity.backward_weight
+    keeps = config.parallel.zero_stage == 0 and config.sparsity.pattern == "2:4"
+    return "resident" if keeps else "derived"
+
+
+def threads_per_process(config: Config, local_ranks: int) -> int:
+    """Return `run.threads`, or where it is null the share of one of `local_ranks` processes in this machine's cores."""
+    # Not every system can say which of its cores this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return config.run.threads or max(1, cores // local_ranks)
+
+
+def without_effect(config: Config) -> list[str]:
+    """Return one line for each setting that changes nothing in this run, with the reason."""
+    lines = []
+    if config.precision != "fp16" and config.loss_scale != LossScaleConfig():
+        lines.append(f'loss_scale is used with precision "fp16" only; precision is "{config.precision}"')
+    threshold = config.parallel.zero3_persistence_threshold
+    if config.parallel.zero_stage != 3 and threshold != ParallelConfig().zero3_persistence_threshold:
+        lines.append(
+            f"parallel.zero3_persistence_threshold {threshold} is used at ZeRO 3 only; parallel.zero_stage is "
+            f"{config.parallel.zero_stage}"
+        )
+    if config.sparsity.group is None:
+        if config.adapters.rank:
+            lines.append('no adapters are added: sparsity.pattern is "dense", and adapters stand beside sparse layers')
+        if config.sparsity.dense_layers:
+            lines.append('sparsity.dense_layers changes nothing: sparsity.pattern is "dense"')
+    if config.training.schedule == "constant" and config.training.min_learning_rate:
+        lines.append(
+            f"training.min_learning_rate {config.training.min_learning_rate} is not reached: training.schedule is "
+            '"constant"'
+        )
+    return lines

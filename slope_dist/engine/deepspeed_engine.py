@@ -1,0 +1,208 @@
+"""The engine on DeepSpeed, ZeRO stages 0 to 3."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from slope_dist.engine.interface import MicroBatch, Skip, StepResult
+from slope_dist.engine.optimizer import AdamW, GuardedAdamW, mean_over_ranks, parameter_groups
+from slope_dist.engine.zero_state import ZeroState, zero_state
+from slope_dist.errors import UserError
+from slope_dist.layers import logical_tensors
+from slope_dist.parallel.fragments import Fragment, StateSource
+from slope_dist.sparse import SparseWeight, codec
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and told not to compile its shared-memory collectives (45 s at first use; gloo is enough)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """See `Engine`. The default process group must exist.
+
+    Args:
+        model: called with (tokens, labels), returns the mean loss.
+        settings: DeepSpeed's dictionary, derived from the config.
+        column_mask_interval: steps between refreshes of held column masks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: dict[str, Any],
+        *,
+        betas: tuple[float, float],
+        epsilon: float,
+        weight_decay: float,
+        adapter_weight_decay: float,
+        column_mask_interval: int,
+    ) -> None:
+        deepspeed = import_deepspeed()
+        self._deepspeed = deepspeed
+        self._interval = column_mask_interval
+        self.stage: int = settings["zero_optimization"]["stage"]
+        clipping: float = settings["gradient_clipping"]
+        groups = parameter_groups(
+            list(logical_tensors(model)), weight_decay=weight_decay, adapter_weight_decay=adapter_weight_decay
+        )
+        self._adam: AdamW
+        if self.stage == 0:
+            # DeepSpeed clips fp32 gradients at stage 0 without asking whether they are finite; ours asks.
+            self._adam = GuardedAdamW(groups, betas=betas, eps=epsilon, max_norm=clipping)
+            settings = settings | {"gradient_clipping": 0.0}
+        else:
+            self._adam = AdamW(groups, betas=betas, eps=epsilon)
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_init_required=False)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=settings)
+        self.module: nn.Module = self._engine.module
+        self._sparse = [module for module in self.module.modules() if isinstance(module, SparseWeight)]
+        self.data_rank = dist.get_rank()
+        self.data_ranks = dist.get_world_size()
+        self._state: ZeroState = zero_state(
+            self.stage, self._engine, self._adam, list(logical_tensors(model)), self.data_rank, self.data_ranks
+        )
+        self._adam.reset_state(self._state.flat_parameters())
+        scaler = self._scaler()
+        if scaler is not None:
+            # At its minimum the scaler would raise; ours to count and to stop, like any other non-finite step.
+            scaler.raise_error_at_min_scale = False
+            self._minimum_scale = float(scaler.min_scale)
+        self._values_changed()
+
+    def begin_step(self, step: int) -> None:
+        """Refresh held column masks where (step - 1) is a multiple of the interval (rule R2)."""
+        if self._interval == 1 or (step - 1) % self._interval:
+            return
+        for weight in self._sparse:
+            with self._gathered([weight.values, weight.indices, weight.column_mask], modified=True):
+                weight.refresh_column_mask()
+
+    def set_learning_rates(self, rates: Mapping[str, float]) -> None:
+        """Set the rate of each group for the next step."""
+        for group in self._adam.param_groups:
+            group["lr"] = rates["adapters" if group["name"] == "adapters" else "base"]
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
+        """Forward, backward and one guarded update."""
+        self._engine.train()
+        total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
+        scale_before = self._loss_scale()
+        for tokens, labels in micro_batches:
+            loss = self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
+            total += loss.detach()
+            # A loss that is not finite must not pass with gradients that are: the factor, which needs no host
+            # sync, makes them agree, and the global norm carries it to every rank.
+            factor = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+            self._engine.backward(loss * factor.to(loss.dtype))
+            self._engine.step()
+        self._values_changed()
+        skipped: Skip | None = None
+        if self._engine.optimizer.overflow:
+            skipped = "loss scale" if scale_before is not None and scale_before > self._minimum_scale else "non-finite"
+        return StepResult(
+            mean_over_ranks(total / len(micro_batches)), float(self._engine.get_global_grad_norm()), skipped
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """Mean loss of this rank's batch. Collective at ZeRO 3: every rank calls it equally often."""
+        self._engine.eval()
+        tokens, labels = batch
+        return self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
+
+    def export_state(self) -> tuple[Iterable[Fragment], dict[str, Any]]:
+        """Live fragments of this rank, step counters by parameter group, and fp16's loss scale."""
+        steps = {
+            name: int(self._adam.state[members[0]]["step"]) for name, members in self._state.flat_parameters().items()
+        }
+        scalars: dict[str, Any] = {"optimizer_steps": steps}
+        scaler = self._scaler()
+        if scaler is not None:
+            scalars["loss_scale"] = {name: getattr(scaler, name) for name in _SCALER_STATE}
+        return self._state.fragments(), scalars
+
+    @torch.no_grad()
+    def load_state(self, source: StateSource, *, new_adapters: bool = False) -> None:
+        """Take over a state. Collective."""
+        adapters = {tensor.name for tensor in self._state.tensors if tensor.adapter}
+        patterns = {id(weight.indices): weight.pattern for weight in self._sparse}
+        checked = {
+            tensor.name: patterns[id(tensor.tensor)] for tensor in self._state.tensors if id(tensor.tensor) in patterns
+        }
+        for fragment in self._state.fragments():
+            if new_adapters and fragment.name in adapters:
+                continue
+            kind = fragment.kind
+            if kind == "weight" and fragment.tensor.dtype != torch.float32:
+                continue  # `sync` makes it from the master.
+            if kind == "master" and not source.has(fragment.name, kind):
+                kind = "weight"  # A checkpoint of an fp32 run: its weights are its masters.
+            try:
+                stored = source.read(fragment.name, kind, fragment.rectangle, fragment.start, fragment.stop)
+            except KeyError as error:
+                raise UserError(f"the state to resume from lacks {kind} {fragment.name}: {error}") from error
+            if fragment.name in checked:
+                try:
+                    codec.check(stored.view(1, -1), checked[fragment.name])
+                except ValueError as error:
+                    raise UserError(f"the state to resume from holds bad metadata for {fragment.name}") from error
+            fragment.tensor.copy_(stored)
+        self._state.sync()
+        self._values_changed()
+        for name, members in self._state.flat_parameters().items():
+            steps = source.scalars["optimizer_steps"].get(name, 0)
+            for member in members:
+                self._adam.state[member]["step"].fill_(steps)
+        scaler = self._scaler()
+        if scaler is not None and "loss_scale" in source.scalars:
+            for name, value in source.scalars["loss_scale"].items():
+                setattr(scaler, name, value)
+
+    def close(self) -> None:
+        """Release parameters, optimizer and hooks."""
+        engine = self._engine
+        engine.destroy()
+        # Registered on global tables by DeepSpeed; left in place they keep every engine alive.
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        del self._engine, self._state, self._adam, self._sparse, self.module
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _values_changed(self) -> None:
+        for weight in self._sparse:
+            weight.values_changed()
+
+    def _gathered(self, parameters: list[Tensor | None], *, modified: bool) -> Any:
+        if self.stage < 3:
+            return nullcontext()
+        return self._deepspeed.zero.GatheredParameters(
+            [p for p in parameters if p is not None], modifier_rank=0 if modified else None
+        )
+
+    def _scaler(self) -> Any | None:
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    def _loss_scale(self) -> float | None:
+        scaler = self._scaler()
+        return None if scaler is None else float(scaler.cur_scale)

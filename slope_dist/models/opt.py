@@ -1,0 +1,136 @@
+"""OPT (arXiv 2205.01068): learned positions with an offset of two, ReLU, biases everywhere, a tied head.
+
+Pre-norm, but for the 350M model, whose norms follow the residual sum and whose embeddings are narrower than its blocks.
+
+Shape letters: B batch, S sequence, H hidden, E embedding (= H but for 350M), D head size, N heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slope_dist.layers import LayerFactory, TiedHead
+from slope_dist.models.shape import ModelShape
+
+POSITION_OFFSET = 2
+"""The first two rows of the position table are never read: the published weights begin at row 2."""
+
+FIRST_LINEARS = (
+    "decoder.project_in",
+    "decoder.layers.0.self_attn.q_proj",
+    "decoder.layers.0.self_attn.k_proj",
+    "decoder.layers.0.self_attn.v_proj",
+)
+"""The first linears after the input."""
+
+OUTSIDE_BLOCKS = ("decoder.project_out",)
+"""Linears that belong to the head."""
+
+
+class OPTEmbedding(nn.Module):
+    """Token plus position embedding: int64 [B, S] -> [B, S, H]."""
+
+    def __init__(self, make: LayerFactory, shape: ModelShape) -> None:
+        super().__init__()
+        rows = shape.sequence_length + POSITION_OFFSET
+        self.tokens = make.embedding("decoder.embed_tokens", shape.vocab_size, shape.embedding_size, std=shape.init_std)
+        self.positions = make.embedding("decoder.embed_positions", rows, shape.hidden_size, std=shape.init_std)
+        self.project = None
+        if shape.embedding_size != shape.hidden_size:
+            self.project = make.linear(
+                "decoder.project_in",
+                shape.embedding_size,
+                shape.hidden_size,
+                split="column",
+                std=shape.init_std,
+                bias=False,
+            )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, H]."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device) + POSITION_OFFSET
+        embedded = self.tokens(tokens)
+        if self.project is not None:
+            embedded = self.project(embedded)
+        return embedded + self.positions(positions)
+
+
+class OPTBlock(nn.Module):
+    """Causal self-attention and a ReLU feed-forward, each with a residual: [B, S, H] -> [B, S, H]."""
+
+    def __init__(self, make: LayerFactory, shape: ModelShape, index: int) -> None:
+        super().__init__()
+        name = f"decoder.layers.{index}"
+        hidden, ffn = shape.hidden_size, shape.ffn_size
+        std, out_std = shape.init_std, shape.residual_std
+        self.head_size = hidden // shape.num_heads
+        self.norm_first = shape.norm_position == "pre"
+        self.attention_norm = make.layer_norm(f"{name}.self_attn_layer_norm", hidden)
+        self.q = make.linear(f"{name}.self_attn.q_proj", hidden, hidden, split="column", std=std)
+        self.k = make.linear(f"{name}.self_attn.k_proj", hidden, hidden, split="column", std=std)
+        self.v = make.linear(f"{name}.self_attn.v_proj", hidden, hidden, split="column", std=std)
+        self.out = make.linear(f"{name}.self_attn.out_proj", hidden, hidden, split="row", std=out_std)
+        self.ffn_norm = make.layer_norm(f"{name}.final_layer_norm", hidden)
+        self.up = make.linear(f"{name}.fc1", hidden, ffn, split="column", std=std)
+        self.down = make.linear(f"{name}.fc2", ffn, hidden, split="row", std=out_std)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        if self.norm_first:
+            hidden = hidden + self.attention(self.attention_norm(hidden))
+            return hidden + self.feed_forward(self.ffn_norm(hidden))
+        hidden = self.attention_norm(hidden + self.attention(hidden))
+        return self.ffn_norm(hidden + self.feed_forward(hidden))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Causal attention over the heads of this shard: [B, S, H] -> [B, S, H]."""
+        q, k, v = (self.heads(projection(x)) for projection in (self.q, self.k, self.v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, H]."""
+        return self.down(functional.relu(self.up(x)))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, S, N * D] -> [B, N, S, D]."""
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+
+class OPTHead(nn.Module):
+    """Final norm and tied logits: [B, S, H] -> [B, S, V]."""
+
+    def __init__(self, make: LayerFactory, shape: ModelShape, embedding: OPTEmbedding) -> None:
+        super().__init__()
+        # The 350M model, alone, has no norm here: its blocks already end in one.
+        self.norm = (
+            make.layer_norm("decoder.final_layer_norm", shape.hidden_size) if shape.norm_position == "pre" else None
+        )
+        self.project = None
+        if shape.embedding_size != shape.hidden_size:
+            self.project = make.linear(
+                "decoder.project_out",
+                shape.hidden_size,
+                shape.embedding_size,
+                split="row",
+                std=shape.init_std,
+                bias=False,
+            )
+        self.logits = TiedHead(embedding.tokens)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, V]."""
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.project is not None:
+            hidden = self.project(hidden)
+        return self.logits(hidden)
+
+
+def layers(make: LayerFactory, shape: ModelShape) -> list[nn.Module]:
+    """Embedding, blocks, head: each takes the output of the one before."""
+    embedding = OPTEmbedding(make, shape)
+    blocks = [OPTBlock(make, shape, index) for index in range(shape.num_layers)]
+    return [embedding, *blocks, OPTHead(make, shape, embedding)]

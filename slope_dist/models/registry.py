@@ -1,0 +1,77 @@
+"""The families by name, and the one way from a family to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from slope_dist.errors import UserError
+from slope_dist.layers import LayerFactory
+from slope_dist.models import opt
+from slope_dist.models.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the rest of the system needs to know of a model family.
+
+    Attributes:
+        layers: makes the list of layers, embedding first, head last.
+        dense_layers: global names of the linears SLoPe leaves dense, with the reason.
+    """
+
+    layers: Callable[[LayerFactory, ModelShape], list[nn.Module]]
+    dense_layers: dict[str, str]
+
+
+_FAMILIES = {
+    "opt": Family(
+        opt.layers,
+        {name: "first after the input" for name in opt.FIRST_LINEARS}
+        | {name: "part of the head" for name in opt.OUTSIDE_BLOCKS},
+    )
+}
+
+
+def family(name: str) -> Family:
+    """The family called `name`; `UserError` if there is none."""
+    if name not in _FAMILIES:
+        raise UserError(f'model.family "{name}" is not there yet; there is {", ".join(_FAMILIES)}')
+    return _FAMILIES[name]
+
+
+class LanguageModel(nn.Module):
+    """The layers one after another, and the mean next-token loss.
+
+    `recompute` runs each block again in backward instead of keeping its activations.
+    """
+
+    def __init__(self, layers: list[nn.Module], *, recompute: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.recompute = recompute
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """int64 [B, S] -> [B, S, V]."""
+        first, *blocks, last = self.layers
+        hidden = first(tokens)
+        for block in blocks:
+            if self.recompute and self.training:
+                hidden = checkpoint(block, hidden, use_reentrant=False)
+            else:
+                hidden = block(hidden)
+        return last(hidden)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over all B * S labels, computed in fp32: int64 [B, S] twice -> scalar."""
+        logits = self.logits(tokens)
+        return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+
+
+def build_model(name: str, shape: ModelShape, make: LayerFactory, *, recompute: bool = False) -> LanguageModel:
+    """A model of the family `name`, its layers made by `make`."""
+    return LanguageModel(family(name).layers(make, shape), recompute=recompute)

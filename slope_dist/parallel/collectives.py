@@ -1,0 +1,84 @@
+"""Small collectives on plain data, as JSON bytes in tensors: torch's object collectives would pickle (rule R7)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slope_dist.errors import UserError
+
+
+def rank() -> int:
+    """Global rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Where tensors of the default group's collectives live."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather_json(value: Any) -> list[Any]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()], device=device()))
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device())
+    padded[: data.numel()] = data
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(gathered, padded)
+    return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in zip(gathered, sizes, strict=True)]
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if world_size() == 1:
+        return value
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
+    size = torch.tensor([data.numel()], device=device())
+    dist.broadcast(size, 0)
+    if rank() != 0:
+        data = torch.empty(int(size), dtype=torch.uint8, device=device())
+    dist.broadcast(data, 0)
+    return json.loads(bytes(data.cpu().numpy()))
+
+
+def agree(error: str | None) -> None:
+    """Let all ranks fail together: the first rank's error is raised on every rank, none goes on alone.
+
+    Raises:
+        UserError: if any rank passed an error.
+    """
+    errors = [(index, text) for index, text in enumerate(all_gather_json(error)) if text is not None]
+    if errors:
+        index, text = errors[0]
+        raise UserError(text if index == 0 else f"rank {index}: {text}")
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise sum over all ranks, in fp64."""
+    if world_size() == 1:
+        return values
+    total: Tensor = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,129 @@
+"""Weights as modules: how a matrix is stored, which products it takes part in.
+
+Placement, bias and adapter are the layer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slope_dist.sparse import codec, pruning
+from slope_dist.sparse.compressed import CompressedMatrix
+from slope_dist.sparse.function import sparse_product
+from slope_dist.sparse.pattern import Pattern
+
+
+class Weight(nn.Module):
+    """A matrix [O, I] with `forward(x) = x W^T`. `values` is its one trained parameter, whatever the storage."""
+
+    values: nn.Parameter
+    shape: tuple[int, int]
+
+    def extra_repr(self) -> str:
+        """Shape for `print(model)`."""
+        return f"out={self.shape[0]}, in={self.shape[1]}"
+
+
+class DenseWeight(Weight):
+    """Stored whole: `values` [O, I]."""
+
+    def __init__(self, dense: Tensor) -> None:
+        super().__init__()
+        self.shape = (dense.shape[0], dense.shape[1])
+        self.values = nn.Parameter(dense)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return functional.linear(x, self.values)
+
+
+class SparseWeight(Weight):
+    """Stored as N:M values plus packed metadata; the pair is the only truth (rules R1, R2).
+
+    State: `values` [O, K], an ordinary parameter; `indices` uint8 [O, I / 8]; with `hold_column_mask`, `column_mask`
+    uint8
+    [O, I / 8], one bit an element. Metadata is a buffer where the weight is whole on its data rank, and a frozen
+    parameter with `metadata_as_parameter`, for engines that shard parameters over data ranks.
+
+    A resident (W^{R,C})^T is a cache: no buffer, no parameter, rebuilt at first use after `values_changed()`.
+    """
+
+    indices: Tensor
+    column_mask: Tensor | None
+
+    def __init__(
+        self,
+        matrix: CompressedMatrix,
+        *,
+        hold_column_mask: bool = False,
+        resident_transpose: bool = False,
+        metadata_as_parameter: bool = False,
+    ) -> None:
+        super().__init__()
+        if resident_transpose and metadata_as_parameter:
+            raise ValueError("a resident transpose would be a full replica of a weight that is sharded over data ranks")
+        self.pattern: Pattern = matrix.pattern
+        self.shape = matrix.shape
+        self.resident_transpose = resident_transpose
+        self._transpose: tuple[Tensor, Tensor] | None = None
+        self.values = nn.Parameter(matrix.values)
+        held = None
+        if hold_column_mask:
+            held = matrix.column_mask if matrix.column_mask is not None else torch.zeros_like(matrix.indices)
+        for name, tensor in (("indices", matrix.indices), ("column_mask", held)):
+            if tensor is not None and metadata_as_parameter:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor)
+        if hold_column_mask and matrix.column_mask is None:
+            self.refresh_column_mask()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O] over W^R; backward over W^{R,C}."""
+        transpose = self.transpose() if self.resident_transpose and torch.is_grad_enabled() else None
+        return sparse_product(
+            x, self.values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
+        )
+
+    def matrix(self) -> CompressedMatrix:
+        """The weight as plain data, sharing memory: for cutting, joining, expanding."""
+        return CompressedMatrix(self.values.detach(), self.indices, self.pattern, self.column_mask)
+
+    @torch.no_grad()
+    def refresh_column_mask(self) -> None:
+        """Set the held column mask to the magnitudes of now.
+
+        Called on the schedule of `column_mask_interval`, never by a save.
+        """
+        assert self.column_mask is not None
+        kept = pruning.column_mask(self.values, self.indices, self.pattern)
+        self.column_mask.copy_(codec.pack_bits(kept))
+        self._transpose = None
+
+    def values_changed(self) -> None:
+        """Drop what was derived from the values; called after every optimizer step and every load."""
+        self._transpose = None
+
+    @torch.no_grad()
+    def transpose(self) -> tuple[Tensor, Tensor]:
+        """The resident (W^{R,C})^T.
+
+        Values [I, O n / m], indices uint8 [I, O / 8]; rebuilt if the values have changed.
+        """
+        if self._transpose is None:
+            kept = None if self.column_mask is None else codec.unpack_bits(self.column_mask)
+            self._transpose = pruning.doubly_pruned_transpose(self.values, self.indices, self.pattern, kept)
+        return self._transpose
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> SparseWeight:
+        # A move or cast of the module makes the cache the wrong device or dtype.
+        self._transpose = None
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        """Shape and pattern for `print(model)`."""
+        return f"{super().extra_repr()}, pattern={self.pattern}"

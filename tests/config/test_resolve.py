@@ -1,0 +1,92 @@
+"""Ranks, accumulation, tokens, adapter steps and the backward weight follow from the config by plain arithmetic.
+
+Run alone: pytest tests/config/test_resolve.py
+"""
+
+import pytest
+
+from slope_dist.config import derive, run_folder
+from slope_dist.config.resolve import threads_per_process, without_effect, world_size
+from slope_dist.errors import UserError
+
+
+def test_derived_values(minimal, load):
+    minimal["adapters"] = {"fraction": 0.1, "rank": 16}
+    derived = derive(load(minimal), ranks=2)
+    assert (derived.world_size, derived.data_ranks, derived.accumulation_steps) == (2, 2, 1)
+    assert derived.tokens_per_step == 8 * 32
+    assert (derived.adapter_rank, derived.adapter_steps, derived.first_adapter_step) == (16, 10, 91)
+
+
+def test_without_adapters_the_first_adapter_step_lies_behind_the_run(minimal, load):
+    assert derive(load(minimal, ["adapters.rank=0"])).first_adapter_step == 101
+
+
+@pytest.mark.parametrize(("data", "ranks"), [("null", 1), ("2", 2)])
+def test_ranks_of_a_dry_run_come_from_the_config(minimal, load, data, ranks):
+    config = load(minimal, [f"parallel.data={data}"])
+    assert world_size(config) == ranks
+    assert derive(config).accumulation_steps == 2 // ranks
+
+
+def test_launched_ranks_must_be_those_of_the_config(minimal, load):
+    config = load(minimal, ["parallel.data=2"])
+    with pytest.raises(UserError, match=r"parallel\.data 2 = 2 ranks, but 1 was launched; launch 2, or set parallel"):
+        derive(config, ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        (4, r"micro_batch_size 4 x 4 data ranks = 16; training\.micro_batch_size 2 would fit"),
+        (3, r"micro_batch_size 4 x 3 data ranks = 12; set training\.global_batch_size to a multiple of 3"),
+        (16, r"micro_batch_size 4 x 16 data ranks = 64; set training\.global_batch_size to a multiple of 16"),
+    ],
+)
+def test_a_batch_that_does_not_come_out_even(minimal, load, ranks, expected):
+    with pytest.raises(UserError, match=r"training\.global_batch_size 8 is not a multiple of .*" + expected):
+        derive(load(minimal), ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("stage", "pattern", "asked", "expected"),
+    [
+        (0, "2:4", "auto", "resident"),
+        (1, "2:4", "auto", "derived"),
+        (3, "2:4", "auto", "derived"),
+        (0, "2:8", "auto", "derived"),
+        (0, "dense", "auto", "derived"),
+        (0, "2:4", "derived", "derived"),
+        (2, "2:4", "resident", "resident"),
+    ],
+)
+def test_backward_weight(minimal, load, stage, pattern, asked, expected):
+    minimal["sparsity"] = {"pattern": pattern, "backward_weight": asked}
+    minimal["parallel"] = {"zero_stage": stage}
+    assert derive(load(minimal)).backward_weight == expected
+
+
+def test_threads(minimal, load):
+    assert threads_per_process(load(minimal, ["run.threads=3"]), 2) == 3
+    assert threads_per_process(load(minimal), 10**6) == 1
+    assert threads_per_process(load(minimal), 1) >= threads_per_process(load(minimal), 2) >= 1
+
+
+def test_run_folder_is_filled_in(minimal, load):
+    assert run_folder(load(minimal)) == "runs/run"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("loss_scale.window=5", "loss_scale is used with"),
+        ("parallel.zero3_persistence_threshold=0", "parallel.zero3_persistence_threshold 0"),
+        ("sparsity.pattern=dense", "no adapters are added"),
+        ("training.min_learning_rate=1e-4", "training.min_learning_rate 0.0001 is not reached"),
+    ],
+)
+def test_settings_that_change_nothing_are_named(minimal, load, override, expected):
+    quiet = load(minimal, ["training.schedule=constant"])
+    assert without_effect(quiet) == []
+    (line,) = without_effect(load(minimal, ["training.schedule=constant", override]))
+    assert line.startswith(expected)

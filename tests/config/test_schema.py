@@ -1,0 +1,161 @@
+"""The schema's defaults, ranges and cross-checks: what is impossible is refused with the numbers and the fix.
+
+Run alone: pytest tests/config/test_schema.py
+"""
+
+import pytest
+from pydantic import ValidationError
+
+from slope_dist.config.messages import field_at, field_paths
+from slope_dist.config.schema import AdaptersConfig, Config
+
+
+def put(tree, path, value):
+    section, _, key = path.rpartition(".")
+    (tree.setdefault(section, {}) if section else tree)[key] = value
+    return tree
+
+
+def test_every_field_is_described():
+    for path in field_paths():
+        assert len(field_at(path.split(".")).description) > 10, path
+
+
+def test_documented_defaults(minimal):
+    config = Config.model_validate(minimal)
+    assert (config.sparsity.pattern, config.sparsity.column_mask_interval) == ("2:4", 1)
+    assert (config.adapters.fraction, config.adapters.rank) == (0.01, 0.0156)
+    assert config.adapters.learning_rate_policy == "follow"
+    assert config.parallel.gradient_dtype == "fp32"
+    assert (config.training.gradient_clipping, config.training.max_skipped_steps) == (1.0, 3)
+    assert config.checkpoint.keep == 2
+
+
+def test_a_loaded_config_does_not_change(minimal):
+    config = Config.model_validate(minimal)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.steps = 5
+
+
+@pytest.mark.parametrize(
+    ("rank", "hidden_size", "expected"),
+    [
+        (0, 768, 0),
+        (5, 768, 5),
+        (0.0156, 256, 16),
+        (0.0156, 768, 16),
+        (0.0156, 2048, 32),
+        (0.0156, 9216, 144),
+        (0.0625, 768, 48),
+        (0.03, 800, 32),
+        (0.99, 64, 64),
+    ],
+)
+def test_adapter_rank(rank, hidden_size, expected):
+    assert AdaptersConfig(rank=rank).adapter_rank(hidden_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "fraction", "steps", "expected"),
+    [(16, 0.01, 1000, 10), (16, 0.01, 10, 1), (16, 0.1, 25, 3), (16, 1.0, 7, 7), (0, 0.5, 100, 0)],
+)
+def test_adapter_steps(minimal, rank, fraction, steps, expected):
+    minimal["adapters"] = {"rank": rank, "fraction": fraction}
+    minimal["training"]["steps"] = steps
+    assert Config.model_validate(minimal).adapter_steps == expected
+
+
+def test_a_dense_model_has_no_adapters(minimal):
+    minimal["sparsity"] = {"pattern": "dense"}
+    config = Config.model_validate(minimal)
+    assert (config.adapter_rank, config.adapter_steps) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model.hidden_size": 66}, "model.hidden_size 66 is not a multiple of 8; nearest: 64 or 72"),
+        ({"model.ffn_size": 4}, "model.ffn_size 4 is not a multiple of 8; nearest: 8 or 8"),
+        ({"model.embedding_size": 30}, "model.embedding_size 30 is not a multiple of 8; nearest: 24 or 32"),
+        (
+            {"model.num_heads": 6},
+            "model.hidden_size 64 is not a multiple of model.num_heads 6 (remainder 4); 4 heads would fit",
+        ),
+        (
+            {"training.micro_batch_size": 3},
+            "training.global_batch_size 8 is not a multiple of training.micro_batch_size 3 (remainder 2)",
+        ),
+        (
+            {"parallel.data": 4},
+            "training.global_batch_size 8 is not a multiple of training.micro_batch_size 4 x parallel.data 4 = 16",
+        ),
+        ({"training.warmup_steps": 100}, "training.warmup_steps 100 must be below training.steps 100"),
+        ({"training.min_learning_rate": 1.0}, "training.min_learning_rate 1.0 is above training.learning_rate 0.001"),
+        ({"adapters.rank": 65}, "adapters.rank 65 gives rank 65, above model.hidden_size 64"),
+        ({"model.hidden_size": 8, "adapters.rank": 0.5}, "adapters.rank 0.5 gives rank 16, above model.hidden_size 8"),
+        ({"adapters.rank": 1.5}, "adapters.rank 1.5 is not a fraction between 0 and 1"),
+        ({"adapters.rank": 0.0}, "adapters.rank 0.0 is not a fraction between 0 and 1"),
+        ({"adapters.rank": -1}, "adapters.rank -1 is negative; use 0 for no adapters"),
+        ({"adapters.peak_learning_rate": 1e-4}, 'has no use with adapters.learning_rate_policy "follow"'),
+        ({"adapters.warmup_steps": 3}, 'has no use with adapters.learning_rate_policy "follow"'),
+        ({"adapters.learning_rate_policy": "rewarm_all"}, "adapters.peak_learning_rate is required by"),
+        (
+            {
+                "adapters.learning_rate_policy": "rewarm_adapters",
+                "adapters.peak_learning_rate": 1e-3,
+                "adapters.warmup_steps": 10,
+                "adapters.fraction": 0.1,
+            },
+            "adapters.warmup_steps 10 must be below the 10 steps",
+        ),
+        (
+            {"sparsity.pattern": "dense", "sparsity.column_mask_interval": 5},
+            'sparsity.column_mask_interval 5 needs a sparse pattern, but sparsity.pattern is "dense"',
+        ),
+        (
+            {"sparsity.pattern": "2:8", "sparsity.backward_weight": "resident"},
+            'sparsity.backward_weight "resident" needs sparsity.pattern "2:4", not "2:8"',
+        ),
+        (
+            {"sparsity.backward_weight": "resident", "parallel.zero_stage": 3},
+            'sparsity.backward_weight "resident" would keep a full replica on every rank',
+        ),
+        ({"sparsity.dense_layers": ["a", " "]}, "sparsity.dense_layers holds an empty pattern"),
+        ({"loss_scale.minimum": 1.5}, "loss_scale.minimum 1.5 must be a whole number"),
+        ({"loss_scale.initial_power": 2, "loss_scale.minimum": 8.0}, "is above the first scale 2^2 = 4"),
+        ({"parallel.engine": "fsdp"}, 'parallel.engine "fsdp" is not there yet; use "deepspeed"'),
+        ({"parallel.tensor": 2}, "parallel.tensor 2 is not there yet; use 1"),
+        ({"parallel.pipeline": 4}, "parallel.pipeline 4 is not there yet; use 1"),
+        ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel true is not there yet; use false"),
+        ({"model.family": "gpt2"}, 'model.family "gpt2" is not there yet; use "opt"'),
+        ({"model.family": "llama"}, 'model.family "llama" is not there yet; use "opt"'),
+        ({"model.family": "mistral"}, 'model.family "mistral" is not there yet; use "opt"'),
+    ],
+)
+def test_impossible_settings_are_refused_with_numbers(minimal, refusal, changes, expected):
+    for path, value in changes.items():
+        put(minimal, path, value)
+    message = refusal(minimal)
+    assert expected in message
+    assert message.split()[0] in field_paths()
+
+
+@pytest.mark.parametrize("pattern", ["dense", "1:2", "2:4", "2:8", "4:8"])
+def test_patterns_that_work(minimal, load, pattern):
+    minimal["sparsity"] = {"pattern": pattern}
+    group = load(minimal).sparsity.group
+    assert group == (None if pattern == "dense" else tuple(int(part) for part in pattern.split(":")))
+
+
+def test_other_patterns_are_refused_naming_those_that_work(minimal, refusal):
+    minimal["sparsity"] = {"pattern": "1:4"}
+    message = refusal(minimal)
+    assert message.startswith("sparsity.pattern: must be one of ")
+    assert all(f'"{pattern}"' in message for pattern in ("dense", "1:2", "2:4", "2:8", "4:8"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_precision_and_stage_is_allowed(minimal, load, precision, stage):
+    minimal |= {"precision": precision, "parallel": {"zero_stage": stage}}
+    assert load(minimal).parallel.zero_stage == stage
