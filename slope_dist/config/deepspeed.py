@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from slope_dist.config.resolve import zero_stage
 from slope_dist.config.schema import Config
 
 # Buffers beyond this many elements gain no bandwidth and cost memory on every rank.
@@ -30,8 +31,7 @@ def deepspeed_dict(
     `overlap_communication` lets gradients travel during backward: for GPUs, where it has streams to overlap on.
     The optimizer is not in it: the engine builds its own and hands it over.
 
-    ZeRO 0 with bf16 or fp16 and `parallel.gradient_dtype` "fp32" is a mix that DeepSpeed refuses with
-    NotImplementedError; the dictionary says what the config says, and the engine decides.
+    ZeRO 0 in bf16 or fp16 is written as stage 1: see `resolve.zero_stage`.
     """
     gradient_dtype = "fp32" if config.parallel.gradient_dtype == "fp32" else config.precision
     return {
@@ -75,7 +75,7 @@ def _zero(config: Config, overlap_communication: bool) -> dict[str, Any]:
         block //= 2
     bucket = min(max(block, model.vocab_size * model.token_embedding_size), _LARGEST_BUCKET)
     return {
-        "stage": config.parallel.zero_stage,
+        "stage": zero_stage(config),
         "overlap_comm": overlap_communication,
         "contiguous_gradients": True,
         "reduce_scatter": True,

@@ -115,8 +115,18 @@ def backward_weight(config: Config) -> Literal["derived", "resident"]:
     """
     if config.sparsity.backward_weight != "auto":
         return config.sparsity.backward_weight
-    keeps = config.parallel.zero_stage == 0 and config.sparsity.pattern == "2:4"
+    keeps = zero_stage(config) == 0 and config.sparsity.pattern == "2:4"
     return "resident" if keeps else "derived"
+
+
+def zero_stage(config: Config) -> int:
+    """Return the ZeRO stage that is run: that of the config, but 1 for stage 0 in bf16 or fp16.
+
+    DeepSpeed 0.19 has no stage 0 that accumulates fp32 gradients beside narrower parameters, and its stage 0 for bf16
+    takes an optimizer step of its own while it is built. Stage 1 gives the numbers stage 0 should.
+    """
+    stage = config.parallel.zero_stage
+    return 1 if stage == 0 and config.precision != "fp32" else stage
 
 
 def threads_per_process(config: Config, local_ranks: int) -> int:
@@ -131,6 +141,11 @@ def without_effect(config: Config) -> list[str]:
     lines = []
     if config.precision != "fp16" and config.loss_scale != LossScaleConfig():
         lines.append(f'loss_scale is used with precision "fp16" only; precision is "{config.precision}"')
+    if zero_stage(config) != config.parallel.zero_stage:
+        lines.append(
+            f"parallel.zero_stage {config.parallel.zero_stage} in {config.precision} is run as {zero_stage(config)}, "
+            "with the same result: DeepSpeed cannot accumulate fp32 gradients at stage 0"
+        )
     threshold = config.parallel.zero3_persistence_threshold
     if config.parallel.zero_stage != 3 and threshold != ParallelConfig().zero3_persistence_threshold:
         lines.append(

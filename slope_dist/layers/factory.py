@@ -30,6 +30,7 @@ class LayerFactory:
         shard_metadata: metadata as a frozen parameter, for engines that shard parameters over data ranks.
         adapter_rank: rank of the adapters of the sparse linears; 0 means none in this phase.
         draw: False leaves initial values zero, for a model whose state is about to be loaded.
+        device: where tensors are made; "meta" makes shapes only, for counting.
     """
 
     seed: int
@@ -40,6 +41,7 @@ class LayerFactory:
     shard_metadata: bool = False
     adapter_rank: int = 0
     draw: bool = True
+    device: str = "cpu"
     sparse: list[str] = field(default_factory=list, init=False)
     dense: dict[str, str] = field(default_factory=dict, init=False)
 
@@ -55,8 +57,11 @@ class LayerFactory:
             weight: Weight = DenseWeight(self._normal(f"{name}.weight", shape, std))
         else:
             self.sparse.append(name)
-            # The mask comes from the fp32 draw, so it does not depend on the precision of the run.
-            matrix = CompressedMatrix.prune(self._normal(f"{name}.weight", shape, std), self.pattern)
+            if self._draws:
+                # The mask comes from the fp32 draw, so it does not depend on the precision of the run.
+                matrix = CompressedMatrix.prune(self._normal(f"{name}.weight", shape, std), self.pattern)
+            else:
+                matrix = CompressedMatrix.blank(shape, self.pattern, self.device)
             weight = SparseWeight(
                 matrix,
                 hold_column_mask=self.hold_column_mask,
@@ -65,8 +70,10 @@ class LayerFactory:
             )
             if self.adapter_rank:
                 down = self._normal(f"{name}.adapter.down", (self.adapter_rank, in_features), 1.0, always=True)
-                adapter = LowRankAdapter(down, out_features)
-        return Linear(name, weight, bias=bias, split=split, adapter=adapter)
+                with torch.device(self.device):
+                    adapter = LowRankAdapter(down, out_features)
+        with torch.device(self.device):
+            return Linear(name, weight, bias=bias, split=split, adapter=adapter)
 
     def embedding(self, name: str, rows: int, size: int, *, std: float) -> Embedding:
         """A table of `rows` vectors of `size`."""
@@ -74,7 +81,8 @@ class LayerFactory:
 
     def layer_norm(self, name: str, size: int) -> LayerNorm:
         """A layer norm over `size` features."""
-        return LayerNorm(name, size)
+        with torch.device(self.device):
+            return LayerNorm(name, size)
 
     def summary(self) -> str:
         """Which linears are sparse, which are not and why: "sparse 45/48 linears; dense: ..."."""
@@ -97,9 +105,13 @@ class LayerFactory:
                 return reason
         return None
 
+    @property
+    def _draws(self) -> bool:
+        return self.draw and self.device != "meta"
+
     def _normal(self, name: str, shape: tuple[int, int], std: float, always: bool = False) -> Tensor:
-        if not (self.draw or always):
-            return torch.zeros(shape)
+        if not (self._draws or (always and self.device != "meta")):
+            return torch.zeros(shape, device=self.device)
         return initialization.normal(self.seed, name, shape, std)
 
 

@@ -44,6 +44,15 @@ class CompressedMatrix:
         indices = codec.pack(pruning.row_mask(dense, pattern), pattern)
         return cls(codec.gather(dense, indices, pattern), indices, pattern)
 
+    @classmethod
+    def blank(cls, shape: tuple[int, int], pattern: Pattern, device: torch.device | str = "cpu") -> CompressedMatrix:
+        """Zeros under the pattern that keeps each group's first n entries: a place to load a matrix [O, I] into."""
+        rows, columns = shape
+        group = torch.arange(columns) % pattern.m < pattern.n
+        row = codec.pack(group.view(1, columns), pattern)
+        values = torch.zeros(rows, pattern.kept(columns), device=device)
+        return cls(values, row.to(device).repeat(rows, 1), pattern)
+
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I) of the matrix it stands for."""

@@ -79,7 +79,7 @@ class SparseWeight(Weight):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:
                 self.register_buffer(name, tensor)
-        if hold_column_mask and matrix.column_mask is None:
+        if hold_column_mask and matrix.column_mask is None and not matrix.values.is_meta:
             self.refresh_column_mask()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal shape, dtype and bytes: tells 0 from -0.0 and takes NaN as equal to itself."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return left.contiguous().view(torch.uint8).equal(right.contiguous().view(torch.uint8))
+    return left.reshape(-1).contiguous().view(torch.uint8).equal(right.reshape(-1).contiguous().view(torch.uint8))
 
 
 def difficult_matrix(kind: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,34 @@
+"""Installation: `pip install -c constraints.txt -e .` for users, `-e ".[test]"` for those who run the tests."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'__version__ = "(.*)"', Path("slope_dist/__init__.py").read_text()).group(1)
+
+setup(
+    name="slope_dist",
+    version=VERSION,
+    description="Sparse pretraining of large language models with SLoPe on DeepSpeed",
+    long_description=Path("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["slope_dist", "slope_dist.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",
+        "matplotlib>=3.9",
+        "megatron-core>=0.16.1,<0.17",
+        "numpy>=2.0",
+        "psutil>=6",
+        "pydantic>=2.14",
+        "rich>=15",
+        "safetensors>=0.8",
+        "sentencepiece>=0.2.1",
+        "tensorboard>=2.21",
+        "torch>=2.11",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.170", "mypy>=2.4", "pytest>=9.2", "ruff>=0.17", "transformers>=5.23"],
+    },
+)

@@ -1,0 +1,182 @@
+"""What lies on disk: names, and the manifest with its checks. docs/checkpoint-format.md says it for strangers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+
+from slope_dist.checkpoint.regions import check_tiling
+from slope_dist.errors import UserError
+from slope_dist.parallel.fragments import Kind
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+LATEST = "latest"
+
+FILE_NAME = re.compile(r"rank-[0-9]{5,}\.(weights|optimizer)\.safetensors")
+LEFTOVER_NAME = re.compile(r"step-[0-9]{8,}\.tmp-[0-9a-f]{32}|\.trash-step-[0-9]{8,}-[0-9a-f]{32}")
+"""What an interrupted save or removal leaves behind."""
+_STEP_NAME = re.compile(r"step-([0-9]{8,})")
+_TENSOR_KEY = rf"^({'|'.join(get_args(Kind))})/[A-Za-z0-9._-]+$"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+}
+"""safetensors' names of the dtypes a checkpoint may hold."""
+
+_SHA256 = re.compile(rb',"sha256":"([0-9a-f]{64})"\}\n')
+_SHA256_SIZE = len(',"sha256":""}\n') + 64
+_MAX_TEXT = 1000
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be trusted or could not be written: folder, file, what was expected and what found."""
+
+    def __init__(self, text: str) -> None:
+        # The text may quote names out of a hostile file; whatever they hold, it stays one line of moderate length.
+        super().__init__("".join(c if c.isprintable() else " " for c in text)[:_MAX_TEXT])
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Count = Annotated[StrictInt, Field(ge=0)]
+
+
+class StoredFragment(_Strict):
+    """Where one piece of a logical tensor lies: elements [start, stop) of `rectangle`, 1-D under `key` in `file`."""
+
+    file: str
+    key: str
+    rectangle: tuple[tuple[Count, Count], ...]
+    start: Count
+    stop: Count
+
+
+class StoredTensor(_Strict):
+    """One state of one logical tensor: its global shape, its dtype and its pieces, which tile it."""
+
+    shape: tuple[Count, ...]
+    dtype: Literal["F64", "F32", "F16", "BF16", "U8"]
+    fragments: tuple[StoredFragment, ...]
+
+
+class StoredFile(_Strict):
+    """Size and hash of one file."""
+
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Manifest(_Strict):
+    """Everything that is not the tensors' own bytes. Tensors are under "<kind>/<global name>"."""
+
+    format: StrictInt
+    step: Count
+    scalars: dict[str, Any]
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[Annotated[str, Field(pattern=f"^{FILE_NAME.pattern}$")], StoredFile]
+    tensors: Annotated[dict[Annotated[str, Field(pattern=_TENSOR_KEY)], StoredTensor], Field(min_length=1)]
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder that holds the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint a folder of this name holds, None for every other name."""
+    match = _STEP_NAME.fullmatch(name)
+    step = int(match[1]) if match and len(match[1]) < 20 else None
+    return step if step is not None and folder_name(step) == name else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype.
+
+    Raises:
+        ValueError: if checkpoints do not hold such tensors.
+    """
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise ValueError(f"tensors of {dtype} are not saved; {', '.join(DTYPES)} are")
+
+
+def encode(content: dict[str, Any]) -> bytes:
+    """The manifest file of `content` (the fields of `Manifest`): JSON whose last member is the SHA-256 of all bytes
+    before it.
+
+    Raises:
+        TypeError, ValueError: if something in it is not JSON.
+    """
+    body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    return body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def decode(data: bytes) -> Manifest:
+    """Undo `encode`, believing nothing.
+
+    Raises:
+        ValueError: what was expected and what found, in one line.
+    """
+    body, ending = data[:-_SHA256_SIZE], _SHA256.fullmatch(data[-_SHA256_SIZE:])
+    if ending is None:
+        raise ValueError(f"expected its own sha256 at its end, found {data[-_SHA256_SIZE:]!r}")
+    stored, found = ending[1].decode(), hashlib.sha256(body).hexdigest()
+    if stored != found:
+        raise ValueError(f"expected sha256 {stored}, found {found}")
+    try:
+        content = json.loads(body + b"}", object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("expected JSON of moderate depth, found deeper nesting") from None
+    except ValueError as error:
+        raise ValueError(f"expected JSON: {error}") from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"expected format {FORMAT_VERSION}, found {version!r:.80}")
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    _check(manifest)
+    return manifest
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return content
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse fragments that name no listed file, share a place, or do not tile their tensor; and unused files."""
+    places = set()
+    for name, tensor in manifest.tensors.items():
+        try:
+            check_tiling(tensor.shape, ((part.rectangle, part.start, part.stop) for part in tensor.fragments))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        for part in tensor.fragments:
+            if part.file not in manifest.files:
+                raise ValueError(f"{name}: a fragment lies in {part.file!r}, which is not among the files")
+            if (part.file, part.key) in places:
+                raise ValueError(f"{name}: {part.key!r} of {part.file} is used twice")
+            places.add((part.file, part.key))
+    unused = sorted(manifest.files.keys() - {file for file, _ in places})
+    if unused:
+        raise ValueError(f"no tensor has a fragment in {unused[0]}")

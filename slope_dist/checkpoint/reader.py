@@ -1,0 +1,284 @@
+"""Reading checkpoints: nothing unchecked is loaded, and whatever layout wrote, any layout reads.
+
+Whether the bytes of 2:4 metadata name two ascending positions in every group is not the format's business: it knows
+tensors, not patterns. Who loads metadata into a sparse weight checks it with `slope_dist.sparse.codec.check`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slope_dist.checkpoint.format import (
+    DTYPES,
+    LEFTOVER_NAME,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    StoredFragment,
+    decode,
+    step_of,
+)
+from slope_dist.checkpoint.regions import boxes, describe, flat_bounds, intersect, view_of_box
+from slope_dist.parallel.collectives import all_gather_json, broadcast_json, rank, world_size
+from slope_dist.parallel.fragments import Kind, Rectangle, rectangle_size
+
+
+class Checkpoint:
+    """A checkpoint on disk, as a `StateSource`.
+
+    Attributes:
+        path: its folder.
+        manifest: everything it says of itself.
+        step: optimizer steps taken before it was saved.
+        scalars: what the run said of its state beside the tensors.
+        identity: what must be the same in a run that resumes it.
+        config: the resolved config of the run that wrote it.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.step = manifest.step
+        self.scalars: Mapping[str, Any] = manifest.scalars
+        self.identity: Mapping[str, Any] = manifest.identity
+        self.config: Mapping[str, Any] = manifest.config
+        self._handles: dict[str, safe_open] = {}
+        self._headers: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in manifest.files}
+        for tensor in manifest.tensors.values():
+            for part in tensor.fragments:
+                self._headers[part.file][part.key] = (tensor.dtype, [part.stop - part.start])
+
+    @classmethod
+    def open(cls, path: Path, verify: bool = True) -> Checkpoint:
+        """Check a checkpoint and open it.
+
+        Args:
+            path: its folder.
+            verify: also hash every file and compare every file's header. Without, the manifest is checked in full,
+                the files by name, type and size, and a header when the first range of its file is read.
+
+        Raises:
+            CheckpointError: at the first thing that is not as the manifest says.
+        """
+        try:
+            checkpoint = cls(path, _read_manifest(path))
+            checkpoint._check_listing()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        if verify:
+            checkpoint.verify(checkpoint.manifest.files)
+        return checkpoint
+
+    def verify(self, files: Iterable[str]) -> None:
+        """Hash these of the manifest's files, each once, and compare their headers with the manifest.
+
+        Raises:
+            CheckpointError: naming the file, what was expected and what was found.
+        """
+        for name in files:
+            expected = self.manifest.files[name].sha256
+            try:
+                with open(self.path / name, "rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}") from error
+            if found != expected:
+                raise CheckpointError(f"{self.path}: {name}: expected sha256 {expected}, found {found}")
+            self._open_file(name)
+
+    def has(self, name: str, kind: Kind) -> bool:
+        """Whether this state is there; if so, all of it is."""
+        return f"{kind}/{name}" in self.manifest.tensors
+
+    def read(self, name: str, kind: Kind, rectangle: Rectangle, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of `rectangle` in row-major order, on the CPU, 1-D, in the dtype they were stored in.
+
+        Files are mapped into memory and only the pages that hold the wanted elements are read; the extra memory is
+        the returned tensor. The result owns its memory.
+
+        Raises:
+            KeyError: if this state is not there, or the range does not lie inside it.
+            CheckpointError: if the file does not hold what the manifest says.
+        """
+        tensor = self.manifest.tensors.get(f"{kind}/{name}")
+        if tensor is None:
+            raise KeyError(f"{self.path} holds no {kind} of {name}")
+        inside = len(rectangle) == len(tensor.shape) and all(
+            0 <= low <= high <= size for (low, high), size in zip(rectangle, tensor.shape, strict=True)
+        )
+        if not inside or not 0 <= start <= stop <= rectangle_size(rectangle):
+            raise KeyError(
+                f"elements [{start}, {stop}) of {describe(rectangle)} do not lie inside {kind} {name}, "
+                f"whose shape in {self.path} is {list(tensor.shape)}"
+            )
+        result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
+        wanted = list(boxes(rectangle, start, stop))
+        filled = 0
+        for part in tensor.fragments:
+            if part.rectangle == rectangle:
+                # The writer's own layout: a run of elements, and no need to look at the many other pieces closely.
+                low, high = max(start, part.start), min(stop, part.stop)
+                if low < high:
+                    result[low - start : high - start] = self._slice(part, low, high)
+                    filled += high - low
+                continue
+            if intersect(part.rectangle, rectangle) is None:
+                continue
+            for stored_box in boxes(part.rectangle, part.start, part.stop):
+                for wanted_box in wanted:
+                    box = intersect(stored_box, wanted_box)
+                    if box is not None:
+                        first, last = flat_bounds(part.rectangle, box)
+                        source = view_of_box(self._slice(part, first, last), first, part.rectangle, box)
+                        view_of_box(result, start, rectangle, box).copy_(source)
+                        filled += rectangle_size(box)
+        assert filled == stop - start, "the fragments tile the tensor: checked when the checkpoint was opened"
+        return result
+
+    def _slice(self, part: StoredFragment, first: int, last: int) -> Tensor:
+        """Elements [first, last) of the fragment's rectangle, all of them its own: a 1-D view of the mapped file."""
+        view: Tensor = self._open_file(part.file).get_slice(part.key)[first - part.start : last - part.start]
+        return view
+
+    def _open_file(self, name: str) -> safe_open:
+        """The file, mapped into memory; its header is compared with the manifest when it is first asked for."""
+        if name not in self._handles:
+            expected = self._headers[name]
+            try:
+                handle = safe_open(self.path / name, framework="pt")
+                slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  (not a mapping)
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{self.path}: {name}: expected safetensors, found: {error}") from error
+            for key in sorted(expected.keys() | slices.keys()):
+                found = (slices[key].get_dtype(), slices[key].get_shape()) if key in slices else None
+                if found != expected.get(key):
+                    raise CheckpointError(
+                        f"{self.path}: {name}: {key!r}: expected {_header_entry(expected.get(key))}, "
+                        f"found {_header_entry(found)}"
+                    )
+            self._handles[name] = handle
+        return self._handles[name]
+
+    def _check_listing(self) -> None:
+        """Refuse other files than the manifest's, links, and other sizes than its."""
+        expected, found = self.manifest.files, set(os.listdir(self.path)) - {MANIFEST}
+        for name in sorted(expected.keys() - found):
+            raise CheckpointError(f"{self.path}: {name}: expected a file, found none")
+        for name in sorted(found - expected.keys()):
+            raise CheckpointError(f"{self.path}: {name!r}: expected only the manifest's files, found this one too")
+        for name, entry in expected.items():
+            size = _size_of_regular_file(self.path, name)
+            if size != entry.bytes:
+                raise CheckpointError(f"{self.path}: {name}: expected {entry.bytes} bytes, found {size}")
+
+
+def find_newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, looked for by this process alone.
+
+    Args:
+        checkpoints: the folder of all checkpoints of a run; it need not exist.
+
+    Returns:
+        The checkpoint, None where none verifies; and one line for each newer one, saying why it was skipped, and for
+        each leftover of an interrupted save or removal.
+
+    Raises:
+        CheckpointError: if the folder cannot be read.
+    """
+    names, skipped = _listing(checkpoints)
+    return _search(checkpoints, names, skipped, slice(None), lambda problem: [problem])
+
+
+def find_newest_on_all_ranks(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+    """As `find_newest`, with the same answer on every rank: a collective in which all share the hashing.
+
+    Raises:
+        CheckpointError: on every rank, if rank 0 cannot read the folder.
+    """
+    names: list[str] = []
+    skipped: list[str] = []
+    error = None
+    if rank() == 0:
+        try:
+            names, skipped = _listing(checkpoints)
+        except CheckpointError as caught:
+            error = str(caught)
+    names, skipped, error = broadcast_json([names, skipped, error])
+    if error is not None:
+        raise CheckpointError(error)
+    return _search(checkpoints, names, skipped, slice(rank(), None, world_size()), all_gather_json)
+
+
+def _listing(checkpoints: Path) -> tuple[list[str], list[str]]:
+    """Names of the checkpoints' folders, the newest first, and one line for each leftover."""
+    try:
+        names = os.listdir(checkpoints)
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise CheckpointError(f"{checkpoints}: cannot be read: {error}") from error
+    steps = {name: step for name in names if (step := step_of(name)) is not None}
+    leftovers = sorted(name for name in names if LEFTOVER_NAME.fullmatch(name))
+    return sorted(steps, key=lambda name: -steps[name]), [
+        f"{checkpoints / name}: left by an interrupted save or removal, ignored" for name in leftovers
+    ]
+
+
+def _search(
+    checkpoints: Path,
+    names: list[str],
+    skipped: list[str],
+    share: slice,
+    gather: Callable[[str | None], list[str | None]],
+) -> tuple[Checkpoint | None, list[str]]:
+    """Verify one folder after the other, `share` of each one's files here, until `gather` returns no problem."""
+    skipped = list(skipped)
+    for name in names:
+        checkpoint, problem = None, None
+        try:
+            checkpoint = Checkpoint.open(checkpoints / name, verify=False)
+            checkpoint.verify(sorted(checkpoint.manifest.files)[share])
+        except CheckpointError as error:
+            problem = str(error)
+        first = next((found for found in gather(problem) if found is not None), None)
+        if first is None:
+            return checkpoint, skipped
+        skipped.append(first)
+    return None, skipped
+
+
+def _read_manifest(path: Path) -> Manifest:
+    """The folder's manifest, checked by itself and against the folder's name."""
+    if not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise CheckpointError(f"{path}: expected a folder, found a file or a link")
+    if not os.path.lexists(path / MANIFEST):
+        raise CheckpointError(f"{path}: {MANIFEST}: expected a file, found none")
+    _size_of_regular_file(path, MANIFEST)
+    try:
+        manifest = decode((path / MANIFEST).read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {MANIFEST}: {error}") from error
+    step = step_of(path.name)
+    if step is not None and manifest.step != step:
+        raise CheckpointError(f"{path}: {MANIFEST}: expected step {step}, found step {manifest.step}")
+    return manifest
+
+
+def _size_of_regular_file(folder: Path, name: str) -> int:
+    found = os.lstat(folder / name)
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{folder}: {name}: expected a plain file, found a link or something else")
+    return found.st_size
+
+
+def _header_entry(entry: tuple[str, list[int]] | None) -> str:
+    return f"{entry[0]} {entry[1]}" if entry is not None else "nothing"

@@ -1,0 +1,266 @@
+"""Writing checkpoints: every rank its own files at once, and one rename that makes them a checkpoint.
+
+Until that rename no reader sees anything of a save but a temporary folder it ignores; a save that fails or is killed at
+any point leaves every earlier checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+import slope_dist
+from slope_dist.checkpoint.format import (
+    FORMAT_VERSION,
+    LATEST,
+    MANIFEST,
+    CheckpointError,
+    decode,
+    dtype_name,
+    encode,
+    folder_name,
+)
+from slope_dist.checkpoint.retention import discard, set_aside, sync_folder
+from slope_dist.parallel.collectives import all_gather_json, broadcast_json, rank
+from slope_dist.parallel.fragments import Fragment
+
+Progress = Callable[[str], None]
+
+CHUNK_BYTES = 16 * 2**20
+"""Host memory a save needs beside the state itself: tensors of an accelerator pass through it piece by piece."""
+
+_WEIGHT_KINDS = ("weight", "metadata")
+
+
+def save(
+    checkpoints: Path,
+    step: int,
+    fragments: Iterable[Fragment],
+    scalars: dict[str, Any],
+    identity: dict[str, Any],
+    config: dict[str, Any],
+    *,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint of a step: a collective over all ranks.
+
+    State is read while it is written, so it must not change before the return. Extra host memory is `CHUNK_BYTES` a
+    rank (none where the state is on the CPU), but for fragments that are not contiguous: the largest of them is copied
+    on its device.
+
+    Args:
+        checkpoints: the folder of all checkpoints of the run, on a file system that all ranks share; made if missing.
+        step: optimizer steps taken.
+        fragments: the state this rank holds; those with write=False and empty ones are passed over. Those of all
+            ranks together must hold every element of each of their logical tensors exactly once.
+        scalars: JSON; what is not a tensor (rank 0's is taken; so with `identity` and `config`).
+        identity: JSON; what a run that resumes must have in common with this one.
+        config: JSON; the resolved config.
+        progress: called at named points, in this order: "weights", "optimizer" (this rank's files of that sort are
+            written), "voted" (all ranks have written), and on rank 0 "manifest", "folder" (both written and synced),
+            "replaced" (only where a folder of this step stood in the way), "renamed", "latest".
+
+    Returns:
+        The folder of the new checkpoint, `step-00000123`. A folder of that name which was there is moved aside, and
+        removed with the next `prune`.
+
+    Raises:
+        CheckpointError: on all ranks, if any could not do its part. Earlier checkpoints are untouched, and the new one
+            is not there (or, if only the last sync of the folder's name failed, whole but perhaps not durable).
+    """
+    notify = progress or (lambda _: None)
+    temporary = checkpoints / broadcast_json(f"{folder_name(step)}.tmp-{uuid4().hex}")
+    part: dict[str, Any] = {}
+    error, cause = None, None
+    # Whatever goes wrong on one rank, the others wait for its vote.
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        part = _write_rank(temporary, fragments, notify)
+    except Exception as caught:
+        error, cause = _in_words(caught), caught
+    votes = all_gather_json([error, part])
+    notify("voted")
+    verdict = None
+    if rank() == 0:
+        verdict = next((f"rank {index}: {said}" for index, (said, _) in enumerate(votes) if said is not None), None)
+        if verdict is None:
+            content = {"step": step, "scalars": scalars, "identity": identity, "config": config}
+            try:
+                _commit(temporary, checkpoints / folder_name(step), content, [written for _, written in votes], notify)
+            except Exception as caught:
+                verdict, cause = _in_words(caught), caught
+        if verdict is not None:
+            discard(temporary)
+    verdict = broadcast_json(verdict)
+    if verdict is not None:
+        raise CheckpointError(f"{checkpoints}: step {step} was not saved: {verdict}") from cause
+    return checkpoints / folder_name(step)
+
+
+def _write_rank(folder: Path, fragments: Iterable[Fragment], notify: Progress) -> dict[str, Any]:
+    """Write this rank's files.
+
+    Returns:
+        Its part of the manifest: {"files": ..., "tensors": ...}.
+    """
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    pieces: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}}
+    for fragment in fragments:
+        if not fragment.write or fragment.start == fragment.stop:
+            continue
+        if fragment.tensor.numel() != fragment.stop - fragment.start:
+            raise ValueError(
+                f"{fragment.kind} {fragment.name}: elements [{fragment.start}, {fragment.stop}) were announced, "
+                f"{fragment.tensor.numel()} given"
+            )
+        sort = "weights" if fragment.kind in _WEIGHT_KINDS else "optimizer"
+        name = f"{fragment.kind}/{fragment.name}"
+        entry = {"shape": list(fragment.shape), "dtype": dtype_name(fragment.tensor.dtype), "fragments": []}
+        stored = tensors.setdefault(name, entry)
+        _check_same(name, stored, entry)
+        key = f"{name}/{len(stored['fragments'])}"
+        stored["fragments"].append(
+            {
+                "file": _file_name(sort),
+                "key": key,
+                "rectangle": [list(side) for side in fragment.rectangle],
+                "start": fragment.start,
+                "stop": fragment.stop,
+            }
+        )
+        pieces[sort][key] = fragment.tensor
+    for sort, keyed in pieces.items():
+        if keyed:
+            files[_file_name(sort)] = _write_safetensors(folder / _file_name(sort), keyed)
+        notify(sort)
+    return {"files": files, "tensors": tensors}
+
+
+def _file_name(sort: str) -> str:
+    return f"rank-{rank():05d}.{sort}.safetensors"
+
+
+def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write 1-D tensors as a safetensors file, hashed on the way, and sync it.
+
+    safetensors' own writer would need all of them on the host at once and a second reading for the hash.
+
+    Returns:
+        {"bytes": its size, "sha256": its hash}.
+    """
+    # The widest elements first keep each tensor aligned to its element size, which memory-mapping readers need.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {}
+    end = 0
+    for key, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": dtype_name(tensor.dtype), "shape": [tensor.numel()], "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    size = 0
+    with _durable_file(path) as file:
+        for data in _all_bytes(text, (tensor for _, tensor in ordered)):
+            digest.update(data)
+            file.write(data)
+            size += data.nbytes
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _all_bytes(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        for chunk in flat.split(CHUNK_BYTES // flat.element_size()):
+            yield memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy())
+
+
+def _commit(
+    temporary: Path, final: Path, content: dict[str, Any], parts: list[dict[str, Any]], notify: Progress
+) -> None:
+    """Write the manifest of all ranks' files and give the folder its name."""
+    files: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
+    for part in parts:
+        files.update(part["files"])
+        for name, entry in part["tensors"].items():
+            stored = tensors.setdefault(name, {**entry, "fragments": []})
+            _check_same(name, stored, entry)
+            stored["fragments"] += entry["fragments"]
+    versions = {
+        "slope_dist": slope_dist.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+    data = encode({"format": FORMAT_VERSION, **content, "versions": versions, "files": files, "tensors": tensors})
+    # The reader's own checks: a defect that leaves a hole in a tensor must not become a checkpoint.
+    decode(data)
+    for name, entry in files.items():
+        path = temporary / name
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise OSError(f"{path} is not what its rank wrote: is the folder on a file system that all ranks share?")
+    with _durable_file(temporary / MANIFEST) as file:
+        file.write(data)
+    notify("manifest")
+    sync_folder(temporary)
+    notify("folder")
+    in_the_way = set_aside(final) if os.path.lexists(final) else None
+    if in_the_way is not None:
+        notify("replaced")
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if in_the_way is not None:
+            os.rename(in_the_way, final)
+        raise
+    notify("renamed")
+    sync_folder(final.parent)
+    sync_folder(final.parent.parent)
+    _point_latest(final)
+    notify("latest")
+
+
+def _point_latest(final: Path) -> None:
+    # A hint for people and tools, which no resume relies on: not worth failing a save that is already complete.
+    with contextlib.suppress(OSError):
+        temporary = final.with_name(f"{LATEST}.tmp")
+        temporary.unlink(missing_ok=True)
+        with _durable_file(temporary) as file:
+            file.write(f"{final.name}\n".encode())
+        os.rename(temporary, final.with_name(LATEST))
+
+
+@contextlib.contextmanager
+def _durable_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, on disk when the block ends. An error says which file it was, which the system's does not."""
+    try:
+        with open(path, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _check_same(name: str, first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Refuse fragments that do not agree on the tensor they are pieces of."""
+    for what in ("shape", "dtype"):
+        if first[what] != second[what]:
+            raise ValueError(f"{name}: one fragment says {what} {first[what]}, another {second[what]}")
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,52 @@
+"""Loss, perplexity and bits per byte of the validation split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import exp, log
+
+from slope_dist.config import Config
+from slope_dist.data.corpus import Corpus
+from slope_dist.data.sampling import IGNORED_LABEL, evaluation_batches
+from slope_dist.engine import Engine
+from slope_dist.parallel import collectives
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over the validation split.
+
+    Attributes:
+        loss: nats per token.
+        perplexity: exp(loss), per token.
+        bits_per_byte: bits per UTF-8 byte of text, comparable between tokenizers; None where the corpus does not say
+            how many bytes it stands for.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+
+
+def evaluate(engine: Engine, corpus: Corpus, config: Config, data_ranks: int, data_rank: int) -> Evaluation:
+    """Evaluate on `evaluation.samples` windows, or all of them. Collective; every rank gets the same result."""
+    nats = 0.0
+    tokens = 0
+    for inputs, labels in evaluation_batches(
+        corpus,
+        sequence_length=config.model.sequence_length,
+        micro_batch_size=config.training.micro_batch_size,
+        data_ranks=data_ranks,
+        data_rank=data_rank,
+        samples=config.evaluation.samples,
+    ):
+        loss = engine.evaluate((inputs, labels))
+        counted = int((labels != IGNORED_LABEL).sum())
+        if counted:
+            nats += float(loss) * counted
+            tokens += counted
+    nats, tokens_everywhere = collectives.sum_over_ranks([nats, float(tokens)])
+    mean = nats / tokens_everywhere
+    per_token = corpus.bytes_per_token
+    # exp overflows above 709; a loss that large is no perplexity any more.
+    return Evaluation(mean, exp(min(mean, 700.0)), None if per_token is None else mean / log(2) / per_token)

@@ -1,0 +1,121 @@
+"""The run folder: whose it is, and which checkpoint a run in it goes on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slope_dist.checkpoint import Checkpoint, find_newest_on_all_ranks
+from slope_dist.config import Config, dump_config, run_folder
+from slope_dist.data.corpus import Corpus
+from slope_dist.errors import UserError
+from slope_dist.parallel import collectives
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+PICTURE = "loss.png"
+CHECKPOINTS = "checkpoints"
+
+
+def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What two runs must share for one to go on from the other: model, masks, data and their order."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "sparsity": {
+            "pattern": config.sparsity.pattern,
+            "column_mask_interval": config.sparsity.column_mask_interval,
+            "dense_layers": list(config.sparsity.dense_layers),
+        },
+        "global_batch_size": config.training.global_batch_size,
+        "data": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer_sha256,
+    }
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where two identities differ: "model.hidden_size 256 there, 512 here"."""
+    lines = []
+    for key in sorted({*there, *here}):
+        name = f"{path}{key}"
+        first, second = there.get(key), here.get(key)
+        if isinstance(first, Mapping) and isinstance(second, Mapping):
+            lines += differences(first, second, f"{name}.")
+        elif first != second:
+            lines.append(f"{name} {_short(first)} there, {_short(second)} here")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+class RunFolder:
+    """Paths of one run, opened and checked on all ranks together."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(run_folder(config))
+        self.checkpoints = self.path / CHECKPOINTS
+        self.metrics = self.path / METRICS
+        self.picture = self.path / PICTURE
+
+    def open(self, config: Config) -> None:
+        """Make the folder and write the resolved config into it, on rank 0.
+
+        Raises:
+            UserError: on every rank, if the folder cannot be made, read or written.
+        """
+        error = None
+        if collectives.rank() == 0:
+            try:
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                os.listdir(self.checkpoints)
+                partial = self.path / f".{CONFIG}.partial"
+                partial.write_text(dump_config(config))
+                os.replace(partial, self.path / CONFIG)
+            except OSError as failure:
+                error = f"run.folder {self.path} cannot be used: {failure.strerror or failure} ({failure.filename})"
+        collectives.agree(error)
+
+    def resume_point(
+        self, own: Mapping[str, Any], adapter_rank: int, resume: str
+    ) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that verifies, if it is of this run, and why newer ones were passed over.
+
+        Args:
+            own: the identity of the run at hand.
+            adapter_rank: rank of its adapters; free to change until they are on.
+            resume: "auto" goes on from what is there; "never" refuses a folder that holds checkpoints.
+
+        Raises:
+            UserError: if the folder holds another run's checkpoints, or only damaged ones: starting over would lose
+                what they hold.
+        """
+        newest, skipped = find_newest_on_all_ranks(self.checkpoints)
+        damaged = [line for line in skipped if "left by an interrupted" not in line]
+        if resume == "never" and (newest is not None or damaged):
+            raise UserError(
+                f"{self.checkpoints} already holds checkpoints; choose another run.folder, or resume them with "
+                "--resume auto"
+            )
+        if newest is None and damaged:
+            raise UserError(
+                f"no checkpoint in {self.checkpoints} can be loaded, and starting over would hide that: "
+                f"{damaged[0]}; restore one, or choose another run.folder"
+            )
+        if newest is not None:
+            differing = differences(newest.identity, own)
+            if differing:
+                raise UserError(
+                    f"{newest.path} is of another run: {'; '.join(differing[:4])}; choose another run.folder"
+                )
+            there = newest.scalars["adapter_rank"]
+            if newest.scalars["adapters"] and there != adapter_rank:
+                raise UserError(
+                    f"{newest.path} already has adapters of rank {there}, and adapters.rank asks for {adapter_rank}: "
+                    "once on they stay as they are; restore adapters.rank, or choose another run.folder"
+                )
+        return newest, skipped

@@ -1,0 +1,90 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events and the picture of the loss. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from slope_dist.training.evaluation import Evaluation
+from slope_dist.training.folder import RunFolder
+from slope_dist.training.plot import plot_losses
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file. A last line that a kill cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+class Journal:
+    """Writes each row at once, so that a kill loses none that was reported."""
+
+    def __init__(self, folder: RunFolder, resumed_step: int) -> None:
+        """Open the journal of a run that goes on after `resumed_step` (0: from the start); later rows are cut off."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.rows = [row for row in read_rows(folder.metrics) if row["step"] <= resumed_step]
+        partial = folder.metrics.with_name(f".{folder.metrics.name}.partial")
+        with partial.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in self.rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, folder.metrics)
+        self._file = folder.metrics.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder.path), purge_step=resumed_step + 1)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A training step."""
+        self._write(row)
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
+            if row[name] is not None:
+                self._board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """An evaluation after `step`."""
+        row = {
+            "step": step,
+            "eval_loss": finite(result.loss),
+            "perplexity": finite(result.perplexity),
+            "bits_per_byte": None if result.bits_per_byte is None else finite(result.bits_per_byte),
+        }
+        self._write(row)
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(f"valid/{name}", value, step)
+
+    def event(self, step: int, name: str, **values: Any) -> None:
+        """Something that happened before `step`, such as the adapter switch."""
+        self._write({"step": step, "event": name, **values})
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation after `step` is already written."""
+        return any(row["step"] == step and "eval_loss" in row for row in self.rows)
+
+    def draw(self, title: str) -> None:
+        """Write loss.png."""
+        plot_losses(self.rows, self.folder.picture, title)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        self._board.close()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """The value, or None (JSON has no NaN)."""
+    return value if isfinite(value) else None

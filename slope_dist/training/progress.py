@@ -1,0 +1,173 @@
+"""The progress line: rewritten in place on a terminal, plain lines elsewhere. Rank 0 only."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+# Dense bf16 peak of a card in FLOP/s, by a part of its name, from the vendors' datasheets: the basis of
+# `mfu_bf16_dense`.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process: device memory where there is a GPU, resident memory otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class PeakMemory:
+    """Peak of the bytes used inside a `with` block, above those used at its start."""
+
+    bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        else:
+            try:
+                # Linux: writing 5 sets the high-water mark of resident memory back to what is used now.
+                Path("/proc/self/clear_refs").write_text("5")
+                self._start = self._high_water_mark()
+            except OSError:
+                self._start = -1
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if torch.cuda.is_available():
+            self.bytes = torch.cuda.max_memory_allocated() - self._start
+        elif self._start >= 0:
+            # Memory that was free inside the process at the start counts as used, so a small block may stay below it.
+            self.bytes = max(0, self._high_water_mark() - self._start)
+
+    @staticmethod
+    def _high_water_mark() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def size_text(size: float) -> str:
+    """Bytes for people: "1.2 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds for people: "3m12s"."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class ProgressLine:
+    """step/total, %, loss, tokens/s, TFLOP/s on GPU, peak memory, phase, time left.
+
+    Args:
+        first_step: the first step of this process.
+        steps: the run's last step.
+        tokens_per_step: over all ranks.
+        flops_per_token: of forward and backward of the dense-equivalent model, for TFLOP/s and MFU.
+        ranks: over which these spread.
+        log_interval: steps between plain lines.
+        show: False on ranks that keep quiet.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_step: int,
+        steps: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        ranks: int,
+        log_interval: int,
+        show: bool,
+    ) -> None:
+        self.steps = steps
+        self.first_step = first_step
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.ranks = ranks
+        self.log_interval = log_interval
+        self.show = show
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._live: Live | None = None
+        if show and self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._start = time.perf_counter()
+        self._last = self._start
+        self._after_first = self._start
+
+    def step(self, step: int, loss: float, phase: str, skipped: str | None) -> float:
+        """Show a step that has just ended; returns tokens per second since the one before."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        rate = self.tokens_per_step / seconds
+        if self.show:
+            # The first step carries one-time costs; leave it out of the estimate once there is another.
+            done = step - self.first_step
+            per_step = (now - self._after_first) / done if done else seconds
+            text = self._text(step, loss, rate, phase, skipped, per_step * (self.steps - step))
+            if self._live is not None:
+                self._live.update(Text(text), refresh=True)
+            elif step % self.log_interval == 0 or step == self.steps or skipped:
+                print(text, flush=True)
+            if not done:
+                self._after_first = now
+        return rate
+
+    def say(self, text: str) -> None:
+        """Print a line of its own, above the progress line."""
+        if self.show and self._live is not None:
+            self._console.print(Text(text))
+        elif self.show:
+            print(text, flush=True)
+
+    def pause(self) -> None:
+        """Leave out of the next step's time what came since the last one: evaluation, saving, the switch."""
+        self._last = time.perf_counter()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _text(self, step: int, loss: float, rate: float, phase: str, skipped: str | None, left: float) -> str:
+        parts = [
+            f"step {step}/{self.steps}",
+            f"{100 * step / self.steps:.1f} %",
+            f"loss {loss:.4f}",
+            f"{rate:,.0f} tokens/s",
+        ]
+        if torch.cuda.is_available():
+            flops = rate * self.flops_per_token / self.ranks
+            name = torch.cuda.get_device_name()
+            peak = next((peak for card, peak in _PEAK_FLOPS.items() if card in name), None)
+            mfu = "" if peak is None else f", mfu_bf16_dense {100 * flops / peak:.1f} %"
+            parts.append(f"{flops / 1e12:.1f} dense-equivalent TFLOP/s a GPU{mfu}")
+        parts += [f"peak memory {size_text(peak_memory())}", phase]
+        if skipped:
+            parts.append(f"SKIPPED ({skipped})")
+        parts.append(f"{duration_text(left)} left")
+        return " | ".join(parts)
+
+
+def stderr(text: str) -> None:
+    """Print one line to standard error."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,173 @@
+"""Claim: after any sequence of saves, kills, damage and clean-ups the newest k complete checkpoints are there, the rest
+of the writer's folders are gone, and nothing else was touched. The model is a dictionary of what must be on disk.
+
+Run alone: python -m pytest tests/checkpoint/test_retention.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from slope_dist.checkpoint import find_newest, prune
+from slope_dist.checkpoint.format import folder_name
+
+from .states import in_children, kill_at, save_state
+
+FOREIGN = ["notes.txt", "step-1", "step-00000001-bak", "old-step-00000002", ".trash-mine", "step-00000003.tmp-mine"]
+
+
+class Killed(BaseException):
+    """Ends a save where kill -9 would: no handler of the writer sees it, nothing is cleaned up."""
+
+
+def stop_at(point: str):
+    def progress(reached: str) -> None:
+        if reached == point:
+            raise Killed
+
+    return progress
+
+
+class Retention(RuleBasedStateMachine):
+    """Model: `whole` are the steps that verify, `damaged` those that do not, `leftovers` whether a kill left some."""
+
+    @initialize(keep=st.integers(2, 4))
+    def start(self, keep: int) -> None:
+        self.keep = keep
+        self.folder = Path(tempfile.mkdtemp())
+        self.whole: set[int] = set()
+        self.damaged: set[int] = set()
+        self.next_step = 1
+        self.pruned = True
+        for name in FOREIGN:
+            (self.folder / name).mkdir()
+            (self.folder / name / "manifest.json").write_text("mine")
+
+    @rule(stride=st.integers(1, 3))
+    def save_and_prune(self, stride: int) -> None:
+        step = self.next_step
+        save_state(self.folder, step)
+        self.next_step += stride
+        self.whole = set(sorted({*self.whole, step})[-self.keep :])
+        assert prune(self.folder, self.keep) == []
+        self.pruned = True
+
+    @rule(point=st.sampled_from(["weights", "optimizer", "voted", "manifest", "folder", "renamed"]))
+    def save_killed(self, point: str) -> None:
+        step = self.next_step
+        with pytest.raises(Killed):
+            save_state(self.folder, step, stop_at(point))
+        if point == "renamed":
+            self.whole.add(step)
+            self.next_step += 1
+        self.pruned = False
+
+    @precondition(lambda self: len(self.whole) > self.keep)
+    @rule(point=st.sampled_from(["trashed", "removed"]))
+    def prune_killed(self, point: str) -> None:
+        with pytest.raises(Killed):
+            prune(self.folder, self.keep, progress=stop_at(point))
+        self.whole.remove(sorted(self.whole)[-self.keep - 1])
+        self.pruned = False
+
+    @precondition(lambda self: len(self.whole) > 1)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        step = data.draw(st.sampled_from(sorted(self.whole)))
+        folder = self.folder / folder_name(step)
+        victim = data.draw(st.sampled_from(sorted(os.listdir(folder))))
+        os.truncate(folder / victim, (folder / victim).stat().st_size - 1)
+        self.whole.remove(step)
+        self.damaged.add(step)
+
+    @invariant()
+    def the_newest_whole_one_is_found(self) -> None:
+        if not hasattr(self, "folder"):
+            return
+        checkpoint, skipped = find_newest(self.folder)
+        assert (checkpoint.step if checkpoint else None) == max(self.whole, default=None)
+        newer = [step for step in self.damaged if step > max(self.whole, default=0)]
+        for step in newer:
+            assert any(folder_name(step) in line for line in skipped)
+
+    @invariant()
+    def the_folder_holds_what_it_should(self) -> None:
+        if not hasattr(self, "folder"):
+            return
+        names = set(os.listdir(self.folder)) - {"latest"}
+        for name in FOREIGN:
+            assert (self.folder / name / "manifest.json").read_text() == "mine"
+        expected = {folder_name(step) for step in self.whole | self.damaged} | set(FOREIGN)
+        assert names >= expected
+        if self.pruned:
+            assert names == expected
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            shutil.rmtree(self.folder)
+
+
+def test_retention_follows_the_model() -> None:
+    run_state_machine_as_test(
+        Retention,
+        settings=settings(
+            max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_at_least_two_stay(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        prune(tmp_path, 1)
+
+
+def test_a_checkpoint_with_a_foreign_file_is_neither_counted_nor_touched(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_state(tmp_path, step)
+    (tmp_path / folder_name(1) / "notes.txt").write_text("mine")
+    (tmp_path / folder_name(4) / "notes.txt").write_text("mine")
+    before = sorted(os.listdir(tmp_path / folder_name(1)))
+    assert prune(tmp_path, 2) == []
+    assert sorted(os.listdir(tmp_path)) == ["latest", *(folder_name(step) for step in (1, 2, 3, 4))]
+    assert sorted(os.listdir(tmp_path / folder_name(1))) == before
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    precious = save_state(elsewhere, 1)
+    checkpoints = tmp_path / "checkpoints"
+    for step in (2, 3):
+        save_state(checkpoints, step)
+    (checkpoints / folder_name(1)).symlink_to(precious)
+    (checkpoints / f".trash-{folder_name(1)}-{'0' * 32}").symlink_to(precious)
+    (checkpoints / f"{folder_name(1)}.tmp-{'0' * 32}").symlink_to(precious)
+    assert len(prune(checkpoints, 2)) == 2, "the links with a leftover's name are told"
+    checkpoint, _ = find_newest(elsewhere)
+    assert checkpoint is not None and checkpoint.step == 1
+    assert (checkpoints / folder_name(1)).is_symlink()
+
+
+@pytest.mark.parametrize("point", ["trashed", "removed"])
+def test_killed_while_pruning(tmp_path: Path, point: str) -> None:
+    for step in (1, 2, 3, 4):
+        save_state(tmp_path, step)
+    assert in_children(lambda _: prune(tmp_path, 2, progress=kill_at(point)) and None) == [-9]
+    checkpoint, _ = find_newest(tmp_path)
+    assert checkpoint is not None and checkpoint.step == 4
+    assert prune(tmp_path, 2) == []
+    assert sorted(os.listdir(tmp_path)) == ["latest", folder_name(3), folder_name(4)]
