@@ -20,6 +20,7 @@ setup(
         "matplotlib>=3.9",
         "megatron-core>=0.16.1,<0.17",
         "numpy>=2.0",
+        "protobuf>=5",
         "psutil>=6",
         "pydantic>=2.14",
         "rich>=15",

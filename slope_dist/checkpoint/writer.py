@@ -37,7 +37,7 @@ from slope_dist.parallel.fragments import Fragment
 Progress = Callable[[str], None]
 
 CHUNK_BYTES = 16 * 2**20
-"""Host memory a save needs beside the state itself: tensors of an accelerator pass through it piece by piece."""
+"""Host memory a save needs beside the state itself, which passes through it piece by piece."""
 
 _WEIGHT_KINDS = ("weight", "metadata")
 
@@ -55,8 +55,7 @@ def save(
     """Write the checkpoint of a step: a collective over all ranks.
 
     State is read while it is written, so it must not change before the return. Extra host memory is `CHUNK_BYTES` a
-    rank (none where the state is on the CPU), but for fragments that are not contiguous: the largest of them is copied
-    on its device.
+    rank and the manifest; a fragment that has no flat view of its memory is copied on its device while it is written.
 
     Args:
         checkpoints: the folder of all checkpoints of the run, on a file system that all ranks share; made if missing.
@@ -183,7 +182,8 @@ def _all_bytes(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         for chunk in flat.split(CHUNK_BYTES // flat.element_size()):
-            yield memoryview(chunk.cpu().contiguous().view(torch.uint8).numpy())
+            # A copy even of what is on the CPU: a strided or one-element chunk cannot always be viewed as bytes.
+            yield memoryview(torch.empty(chunk.shape, dtype=chunk.dtype).copy_(chunk).view(torch.uint8).numpy())
 
 
 def _commit(

@@ -5,10 +5,13 @@ Run: pytest tests/layers/test_factory.py
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from torch import nn
 
-from slope_dist.layers import LayerFactory, Linear, initialization
+from slope_dist.layers import LayerFactory, Linear, initialization, logical_tensors
 from slope_dist.sparse import CompressedMatrix, DenseWeight, Pattern, SparseWeight
 from tests.sparse.oracle import same_bits
 
@@ -121,8 +124,34 @@ def test_without_drawing_only_adapters_have_values() -> None:
     }
 
 
+@pytest.mark.parametrize("option", ["hold_column_mask", "shard_metadata", "resident_transpose", "draw"])
+def test_on_the_meta_device_there_are_the_same_tensors_without_memory(option: str) -> None:
+    def build(device: str) -> nn.Module:
+        make = LayerFactory(
+            seed=1, pattern=TWO_FOUR, dense_layers={"dense": "listed"}, adapter_rank=16, device=device, **{option: True}
+        )
+        return nn.ModuleList(
+            [
+                linear(make),
+                linear(make, "dense"),
+                linear(make, "no bias", bias=False),
+                make.embedding("table", 30, 16, std=0.02),
+                make.layer_norm("norm", 40),
+            ]
+        )
+
+    real, meta = list(logical_tensors(build("cpu"))), list(logical_tensors(build("meta")))
+    assert {tensor.tensor.device.type for tensor in meta} == {"meta"}
+    for ours, other in zip(real, meta, strict=True):
+        assert dataclasses.replace(ours, tensor=other.tensor) == other
+        assert ours.tensor.dtype == other.tensor.dtype
+        assert ours.tensor.requires_grad == other.tensor.requires_grad
+
+
 def test_summary_counts_and_gives_reasons() -> None:
-    make = LayerFactory(seed=1, pattern=TWO_FOUR, dense_layers={"block.0.[qkv]": "first after the input", "out": "head"})
+    make = LayerFactory(
+        seed=1, pattern=TWO_FOUR, dense_layers={"block.0.[qkv]": "first after the input", "out": "head"}
+    )
     for name in ("block.0.q", "block.0.k", "block.0.v", "block.0.o", "block.1.q", "out"):
         linear(make, name)
     assert make.summary() == (

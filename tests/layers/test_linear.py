@@ -66,9 +66,7 @@ def output_and_gradients(linear: Linear, layer, x: Tensor, grad_y: Tensor) -> di
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "2:4"])
 def test_output_and_every_gradient_equal_the_written_out_formula(sparse: bool, bias: bool, adapter: bool) -> None:
-    linear = make_linear(
-        pattern=Pattern(2, 4) if sparse else None, bias=bias, adapter=adapter, dtype=torch.float64
-    )
+    linear = make_linear(pattern=Pattern(2, 4) if sparse else None, bias=bias, adapter=adapter, dtype=torch.float64)
     x, grad_y = torch.randn(7, IN, dtype=torch.float64), torch.randn(7, OUT, dtype=torch.float64)
     if isinstance(linear.weight, SparseWeight):
         dense = linear.weight.matrix().expand()
@@ -134,6 +132,4 @@ def test_one_compiled_linear_serves_several_token_counts() -> None:
     for leading in ((63,), (1,), (2, 5), (3,)):
         x, grad_y = torch.randn(*leading, IN), torch.randn(*leading, OUT)
         expected = output_and_gradients(linear, linear, x, grad_y)
-        torch.testing.assert_close(
-            output_and_gradients(linear, compiled, x, grad_y), expected, rtol=1e-6, atol=1e-6
-        )
+        torch.testing.assert_close(output_and_gradients(linear, compiled, x, grad_y), expected, rtol=1e-6, atol=1e-6)

@@ -65,7 +65,13 @@ def test_a_model_file_does_not_know_where_it_runs(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["import torch.distributed as d", "from slope_dist.sparse import Pattern", "f(rank=0)", "x.world_size", "a_rank = 1"],
+    [
+        "import torch.distributed as d",
+        "from slope_dist.sparse import Pattern",
+        "f(rank=0)",
+        "x.world_size",
+        "a_rank = 1",
+    ],
 )
 def test_the_check_sees_what_it_forbids(line: str) -> None:
     assert any(FORBIDDEN.search(name) for name in identifiers(ast.parse(line)))

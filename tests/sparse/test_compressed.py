@@ -94,6 +94,17 @@ def test_equal_shards_join_to_the_whole(dim: int, pattern: Pattern) -> None:
     assert_same_matrix(CompressedMatrix.join(parts, dim), matrix)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_blank_matrix_is_zeros_under_a_valid_pattern(pattern: Pattern) -> None:
+    blank, pruned = CompressedMatrix.blank((24, 40), pattern), CompressedMatrix.prune(torch.randn(24, 40), pattern)
+    assert blank.shape == (24, 40)
+    codec.check(blank.indices, pattern)
+    assert not blank.values.any()
+    for ours, other in ((blank.values, pruned.values), (blank.indices, pruned.indices)):
+        assert (ours.shape, ours.dtype, ours.is_contiguous()) == (other.shape, other.dtype, True)
+    assert oracle.same_bits(blank.indices, CompressedMatrix.prune(torch.zeros(24, 40), pattern).indices)
+
+
 def test_a_cut_is_a_copy() -> None:
     matrix = CompressedMatrix.prune(torch.randn(16, 16), Pattern(2, 4))
     whole = matrix.expand()

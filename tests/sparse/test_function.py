@@ -52,9 +52,7 @@ class Case:
         if resident:
             kept = None if self.held is None else codec.unpack_bits(self.held)
             transpose = pruning.doubly_pruned_transpose(values.detach(), self.matrix.indices, self.pattern, kept)
-        return sparse_product(
-            x, values, self.matrix.indices, self.pattern, column_mask=self.held, transpose=transpose
-        )
+        return sparse_product(x, values, self.matrix.indices, self.pattern, column_mask=self.held, transpose=transpose)
 
     def expected(self, x: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         flat_x, flat_grad = x.detach().double().reshape(-1, IN), grad_y.double().reshape(-1, OUT)

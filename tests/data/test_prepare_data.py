@@ -1,0 +1,89 @@
+"""Claim: tools/prepare_data.py makes a corpus, and answers bad input by one line and exit code 2.
+
+python -m pytest tests/data/test_prepare_data.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slope_dist.data.corpus import Corpus
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "prepare_data.py"
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(TOOL), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_the_command_makes_a_corpus(tmp_path, make_texts):
+    for number, text in enumerate(make_texts(20)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    result = run(tmp_path, "--output", tmp_path / "corpus", "--vocab-size", 300, "--valid-fraction", 0.3)
+    assert result.returncode == 0, result.stderr
+    assert "Warning" not in result.stderr
+    assert "MB/s" in result.stderr
+    assert "corpus of 300 ids" in result.stdout
+    documents = sum(Corpus.open(tmp_path / "corpus", s, 300).num_documents for s in ("train", "valid"))
+    assert documents == 20
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n{"text": 1}\n')
+    result = run(tmp_path / "rows.jsonl", "--output", tmp_path / "corpus")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith(f"error: {tmp_path}/rows.jsonl:2: ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "corpus").exists()
+
+
+BAD_ARGUMENTS = {
+    "no output": (["a.txt"], "--output"),
+    "no input": (["--output", "corpus"], "give INPUT or --source"),
+    "both": (["a.txt", "--source", "python-stdlib", "--output", "corpus"], "give INPUT or --source"),
+    "unknown source": (["--source", "wikipedia", "--output", "corpus"], "wikipedia"),
+    "unknown option": (["a.txt", "--output", "corpus", "--out"], "--out"),
+    "not a number": (["a.txt", "--output", "corpus", "--vocab-size", "many"], "many"),
+    "two tokenizers": (
+        ["a.txt", "--output", "corpus", "--vocab-size", "300", "--tokenizer", "t.model"],
+        "not allowed with",
+    ),
+    "absent input": (["b.txt", "--output", "corpus"], "b.txt does not exist"),
+    "absent tokenizer": (["a.txt", "--output", "corpus", "--tokenizer", "t.model"], "t.model"),
+    "small vocabulary": (["a.txt", "--output", "corpus", "--vocab-size", "-5"], "out of range"),
+    "large vocabulary": (["a.txt", "--output", "corpus", "--vocab-size", "9999"], "too large"),
+    "fraction": (["a.txt", "--output", "corpus", "--valid-fraction", "1"], "validation fraction 1.0"),
+    "existing output": (["a.txt", "--output", "."], "never overwritten"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(main, tmp_path, monkeypatch, capsys, case):
+    arguments, message = BAD_ARGUMENTS[case]
+    (tmp_path / "a.txt").write_text("some text\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert sorted(os.listdir(tmp_path)) == ["a.txt"]
