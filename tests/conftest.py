@@ -1,4 +1,4 @@
-"""Fixtures of every test: a fixed random stream, one thread, and scratch memory full of NaN where a test asks for it."""
+"""Fixtures of every test: a fixed random stream, one thread, and, where asked for, scratch memory full of NaN."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def fixed_randomness() -> Iterator[None]:
-    """Each test starts from the same torch stream and one thread, whatever ran before it, and keeps the default dtype."""
+    """Each test starts from the same torch stream and one thread, and leaves threads and default dtype alone."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(20240525)
     torch.set_num_threads(1)

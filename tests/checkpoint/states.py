@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -88,12 +87,8 @@ def kill_at(point: str, victim: int = 0) -> Progress:
     return progress
 
 
-def in_children(function: Callable[[int], None], num_children: int = 1) -> list[int]:
-    """Run `function(index)` in forked processes.
-
-    Returns:
-        The exit status of each: 0, 1 after an exception (printed), -9 when killed.
-    """
+def start(function: Callable[[int], object], num_children: int = 1) -> list[int]:
+    """Run `function(index)` in forked processes; returns their ids."""
     pids = []
     for index in range(num_children):
         pid = os.fork()
@@ -107,11 +102,21 @@ def in_children(function: Callable[[int], None], num_children: int = 1) -> list[
             finally:
                 os._exit(status)
         pids.append(pid)
+    return pids
+
+
+def wait(pids: list[int]) -> list[int]:
+    """The exit status of each process: 0, 1 after an exception (which it printed), -9 when killed."""
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def in_ranks(function: Callable[[], None], num_ranks: int, scratch: Path) -> list[int]:
-    """Run `function` as the ranks of a gloo group, in forked processes; returns their exit statuses."""
+def in_child(function: Callable[[], object]) -> int:
+    """Run `function` in a forked process and wait for it; returns its exit status."""
+    return wait(start(lambda _: function()))[0]
+
+
+def start_ranks(function: Callable[[], object], num_ranks: int, scratch: Path) -> list[int]:
+    """Run `function` as the ranks of a gloo group, in forked processes; returns their ids."""
     store = scratch / "store"
     with suppress(FileNotFoundError):
         store.unlink()
@@ -126,12 +131,9 @@ def in_ranks(function: Callable[[], None], num_ranks: int, scratch: Path) -> lis
         )
         function()
 
-    return in_children(body, num_ranks)
+    return start(body, num_ranks)
 
 
-def rewrite(folder: Path, copy: Path) -> Path:
-    """A fresh copy of a checkpoint's folder, to be spoilt."""
-    if copy.exists():
-        shutil.rmtree(copy)
-    shutil.copytree(folder, copy)
-    return copy
+def in_ranks(function: Callable[[], object], num_ranks: int, scratch: Path) -> list[int]:
+    """Run `function` as the ranks of a gloo group and wait for them; returns their exit statuses."""
+    return wait(start_ranks(function, num_ranks, scratch))

@@ -28,7 +28,7 @@ from slope_dist.checkpoint import Checkpoint, CheckpointError, find_newest, find
 from slope_dist.checkpoint.format import DTYPES, encode
 from slope_dist.parallel.fragments import Fragment, MemorySource, StateSource, whole
 
-from .states import assert_holds, fragments_of, in_children, in_ranks, make_state, part_of, save_state
+from .states import assert_holds, fragments_of, in_child, in_ranks, make_state, part_of, save_state
 from .test_regions import flat_ranges, layouts, rectangles
 
 WEIGHTS, OPTIMIZER = "rank-00000.weights.safetensors", "rank-00000.optimizer.safetensors"
@@ -317,15 +317,15 @@ def test_a_small_range_does_not_read_the_file(tmp_path: Path) -> None:
     )
     del tensor
 
-    def body(_: int) -> None:
+    def body() -> None:
         checkpoint = Checkpoint.open(folder, verify=False)
-        before = _mapped_bytes_touched()
+        before = _resident_bytes()
         found = checkpoint.read("a", "weight", ((4000, 4096), (8, 16)), 0, 96 * 8)
         assert not found.any()
-        assert _mapped_bytes_touched() - before < 16 * 2**20
+        assert _resident_bytes() - before < 16 * 2**20
 
-    assert in_children(body) == [0]
+    assert in_child(body) == 0
 
 
-def _mapped_bytes_touched() -> int:
+def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from slope_dist.checkpoint import CheckpointError, find_newest, prune, save
 from slope_dist.parallel.collectives import rank
 from slope_dist.parallel.fragments import Fragment, whole
 
-from .states import assert_holds, fragments_of, in_children, in_ranks, kill_at, make_state, save_state
+from .states import assert_holds, fragments_of, in_child, in_ranks, kill_at, make_state, save_state, start_ranks, wait
 
 POINTS = ["weights", "optimizer", "voted", "manifest", "folder", "renamed", "latest"]
 
@@ -156,14 +159,14 @@ def test_a_file_that_cannot_grow_fails_the_save_alone(tmp_path: Path, limit: int
     save_state(tmp_path, 1)
     assert max(path.stat().st_size for path in (tmp_path / "step-00000001").glob("rank*")) < 3000
 
-    def body(_: int) -> None:
+    def body() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         file = "manifest.json" if limit == 3000 else "rank-00000.weights.safetensors"
         with pytest.raises(CheckpointError, match=rf"step 2 was not saved: .*{file}: File too large$") as caught:
             save(tmp_path, 2, fragments_of(make_state(2)), {"padding": "x" * 3000}, {}, {})
         assert str(caught.value).isprintable()
 
-    assert in_children(body) == [0]
+    assert in_child(body) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     checkpoint, skipped = find_newest(tmp_path)
     assert checkpoint is not None and skipped == []
@@ -193,7 +196,7 @@ def expect_after_kill(checkpoints: Path, point: str) -> None:
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_every_point(tmp_path: Path, point: str) -> None:
     save_state(tmp_path, 1)
-    assert in_children(lambda _: save_state(tmp_path, 2, kill_at(point))) == [-9]
+    assert in_child(lambda: save_state(tmp_path, 2, kill_at(point))) == -9
     expect_after_kill(tmp_path, point)
 
 
@@ -209,6 +212,35 @@ def test_one_of_two_ranks_killed(tmp_path: Path, victim: int, point: str) -> Non
     assert statuses[victim] == -9
     assert statuses[1 - victim] == 1, "the survivor does not report a save that its peer did not finish"
     expect_after_kill(checkpoints, point)
+
+
+def test_a_group_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
+    """Two ranks save and prune without pause until both are killed; what was reported committed is there, or newer."""
+    draw = random.Random(3)
+    checkpoints = tmp_path / "checkpoints"
+    committed = tmp_path / "committed"
+    first_step = 1
+
+    def body() -> None:
+        for step in range(first_step, first_step + 1000):
+            save_state(checkpoints, step)
+            if rank() == 0:
+                committed.write_text(str(step))
+            prune(checkpoints, 2)
+
+    for _ in range(12):
+        committed.write_text("")
+        pids = start_ranks(body, 2, tmp_path)
+        while not committed.read_text():
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert wait(pids) == [-9, -9]
+        checkpoint, _ = find_newest(checkpoints)
+        assert checkpoint is not None and checkpoint.step >= int(committed.read_text() or first_step)
+        assert_holds(checkpoint, make_state(checkpoint.step))
+        first_step = checkpoint.step + 1
 
 
 def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
@@ -229,7 +261,7 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
 def test_killed_while_replacing_leaves_the_one_before(tmp_path: Path) -> None:
     save_state(tmp_path, 1)
     next(save_state(tmp_path, 2).glob("rank*")).write_bytes(b"")
-    assert in_children(lambda _: save_state(tmp_path, 2, kill_at("replaced"))) == [-9]
+    assert in_child(lambda: save_state(tmp_path, 2, kill_at("replaced"))) == -9
     checkpoint, _ = find_newest(tmp_path)
     assert checkpoint is not None and checkpoint.step == 1
     save_state(tmp_path, 2)
