@@ -14,6 +14,7 @@ import sys
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         place = environment.discover()
         from slope_dist.config import derive, dump_config, load_config
+        from slope_dist.config.resolve import threads_per_process
         from slope_dist.training.describe import corpus_warning, describe
 
         config = load_config(options.config, options.set)
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(line for line in lines if line))
             return 0
         derived = derive(config, place.world_size)
-        environment.start(place, config.run.threads)
+        environment.start(place, threads_per_process(config, place.local_world_size))
         if place.is_first:
             print("\n".join(describe(config, derived)), flush=True)
         from slope_dist.training.guards import RunFailedError
@@ -60,7 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
             _say_on_first(place, f"error: {error}")
             _say_how_to_resume(trainer, options, place)
             return EXIT_FAILED
-        except (UserError, KeyboardInterrupt):
+        except KeyboardInterrupt:
+            _say_how_to_resume(trainer, options, place)
+            return EXIT_INTERRUPTED
+        except UserError:
             raise
         except BaseException:
             _say_how_to_resume(trainer, options, place)

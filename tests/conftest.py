@@ -23,10 +23,8 @@ def fixed_randomness() -> Iterator[None]:
 def nan_scratch() -> Iterator[None]:
     """`torch.empty` and its kin return NaN (the largest value for integers), so reading unwritten memory shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    # With torch.utils.deterministic.fill_uninitialized_memory, on by default, this fills what it hands out.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    torch.utils.deterministic.fill_uninitialized_memory = filling

@@ -46,7 +46,9 @@ def discover(variables: Mapping[str, str] | None = None) -> Environment:
     """
     env = os.environ if variables is None else variables
     if "RANK" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
+        local_size = "LOCAL_SIZE" if "LOCAL_SIZE" in env else "LOCAL_WORLD_SIZE"
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
         launcher: Launcher = "deepspeed or torchrun"
         defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
@@ -65,18 +67,17 @@ def discover(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(rank, world_size, local_rank, local_world_size, launcher)
 
 
-def start(environment: Environment, threads: int | None) -> torch.device:
+def start(environment: Environment, threads: int) -> torch.device:
     """Make the default process group and set this process's device and CPU threads.
 
     Args:
         environment: from `discover`.
-        threads: CPU threads of this process; None means the machine's cores divided by its local ranks.
+        threads: CPU threads of this process.
 
     Returns:
         The device of this rank.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // max(1, environment.local_world_size)))
+    torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", environment.local_rank) if gpu else torch.device("cpu")
     if gpu:

@@ -1,11 +1,12 @@
 """Packed metadata: which entries of a row are kept, at one bit an element.
 
 2:4 stores, for every group of four, the two ascending 2-bit positions of its kept entries: group g lies in the low (g
-even)
-or high (g odd) half of byte g // 2, first position in the lower two bits. The other patterns store a bit mask, entry
-c in
-bit c % 8 of byte c // 8 (little-endian, as `numpy.packbits(bitorder="little")`). Both take I / 8 bytes a row, so a
-cut on a multiple of 8 columns is a cut on a whole byte.
+even) or high (g odd) half of byte g // 2, first position in the lower two bits. The other patterns store a bit mask,
+entry c in bit c % 8 of byte c // 8 (little-endian, as `numpy.packbits(bitorder="little")`). Both take I / 8 bytes a
+row, so a cut on a multiple of 8 columns is a cut on a whole byte.
+
+Every product of a step passes through here, so bytes are translated eight columns at a time by tables, and entries
+are moved as whole numbers of their width: no arithmetic touches them, and moving 16-bit floats as such is slower.
 """
 
 from __future__ import annotations
@@ -15,27 +16,39 @@ from torch import Tensor
 
 from slope_dist.sparse.pattern import Pattern
 
-_NIBBLE_BITS = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
-_BYTE_BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+_BITS_OF_BYTE = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1).bool()
+"""[256, 8]: the eight mask entries of a byte of bits."""
 
+# Multiplied by this, eight bytes of 0 or 1 read as one little-endian number leave their eight bits, in order, on top.
+_GATHER_BITS = 0x0102040810204080
 
-def _code_of_nibble() -> Tensor:
-    """Map of a 4-bit mask with two bits set to its code; other masks map to 0 and are refused before the look-up."""
-    codes = torch.zeros(16, dtype=torch.uint8)
-    for low in range(4):
-        for high in range(low + 1, 4):
-            codes[(1 << low) | (1 << high)] = low | (high << 2)
-    return codes
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _columns_of_byte() -> Tensor:
-    """Map of a byte of codes to the four columns (0..7) it keeps."""
+    """Map of a byte of 2:4 codes to the four columns (0..7) it keeps: int64 [256, 4]."""
     byte = torch.arange(256)
     return torch.stack([byte & 3, byte >> 2 & 3, (byte >> 4 & 3) + 4, (byte >> 6 & 3) + 4], dim=1)
 
 
-_CODE_OF_NIBBLE = _code_of_nibble()
+def _codes_of_bits() -> Tensor:
+    """Map of a byte of bits with two set in each half to its byte of 2:4 codes, and of every other byte to 0: [256]."""
+    codes = torch.zeros(256, dtype=torch.uint8)
+    for bits in range(256):
+        kept = [column for column in range(8) if bits >> column & 1]
+        if [column // 4 for column in kept] == [0, 0, 1, 1]:
+            codes[bits] = sum((column % 4) << 2 * slot for slot, column in enumerate(kept))
+    return codes
+
+
 _COLUMNS_OF_BYTE = _columns_of_byte()
+_CODES_OF_BITS = _codes_of_bits()
+
+
+def _translate(packed: Tensor, table: Tensor) -> Tensor:
+    """Each byte of uint8 [O, W] replaced by its row of a table [256, n]: [O, W * n]."""
+    rows = table.to(packed.device).index_select(0, packed.reshape(-1).int())
+    return rows.view(packed.shape[0], -1)
 
 
 def pack(mask: Tensor, pattern: Pattern) -> Tensor:
@@ -54,27 +67,26 @@ def pack(mask: Tensor, pattern: Pattern) -> Tensor:
     rows, columns = mask.shape
     if columns % 8:
         raise ValueError(f"{columns} columns are not a multiple of 8")
-    kept = mask.view(rows, columns // pattern.m, pattern.m).sum(dim=2)
-    if not bool((kept == pattern.n).all()):
+    packed = pack_bits(mask)
+    if pattern.is_two_four:
+        packed = _translate(packed, _CODES_OF_BITS.unsqueeze(1))
+        whole = packed != 0
+    else:
+        whole = mask.view(rows, columns // pattern.m, pattern.m).sum(dim=2) == pattern.n
+    if not bool(whole.all()):
         raise ValueError(f"a group of the mask does not keep exactly {pattern.n} of {pattern.m} entries")
-    if not pattern.is_two_four:
-        return pack_bits(mask)
-    nibbles = (mask.view(rows, columns // 4, 4) * _NIBBLE_BITS.to(mask.device)).sum(dim=2)
-    codes = _CODE_OF_NIBBLE.to(mask.device)[nibbles].view(rows, columns // 8, 2)
-    return codes[..., 0] | codes[..., 1] << 4
+    return packed
 
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack any bool mask [O, I] into uint8 [O, I / 8], entry c in bit c % 8 of byte c // 8."""
-    rows, columns = mask.shape
-    bits = mask.view(rows, columns // 8, 8) * _BYTE_BITS.to(mask.device)
-    return bits.sum(dim=2, dtype=torch.uint8)
+    eights = mask.contiguous().view(torch.int64)
+    return ((eights * _GATHER_BITS) >> 56).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor) -> Tensor:
     """Undo `pack_bits`: uint8 [O, I / 8] -> bool [O, I]."""
-    bits = packed.unsqueeze(2) & _BYTE_BITS.to(packed.device)
-    return bits.ne(0).view(packed.shape[0], packed.shape[1] * 8)
+    return _translate(packed, _BITS_OF_BYTE)
 
 
 def columns_of(indices: Tensor, pattern: Pattern) -> Tensor:
@@ -90,9 +102,8 @@ def columns_of(indices: Tensor, pattern: Pattern) -> Tensor:
     rows, width = indices.shape
     if not pattern.is_two_four:
         return unpack_bits(indices).nonzero()[:, 1].view(rows, pattern.kept(width * 8))
-    within = _COLUMNS_OF_BYTE.to(indices.device)[indices.long()]
-    first = torch.arange(0, width * 8, 8, device=indices.device).view(1, width, 1)
-    return (within + first).view(rows, width * 4)
+    first = torch.arange(0, width * 8, 8, device=indices.device).repeat_interleave(4)
+    return _translate(indices, _COLUMNS_OF_BYTE).add_(first)
 
 
 def mask_of(indices: Tensor, pattern: Pattern) -> Tensor:
@@ -121,12 +132,21 @@ def check(indices: Tensor, pattern: Pattern) -> None:
         raise ValueError(f"row {int(bad_rows[0])} of the metadata is not a valid {pattern} pattern")
 
 
+def as_integers(tensor: Tensor) -> Tensor:
+    """The same memory as signed integers of the same width."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
 def expand(values: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
-    """Dense matrix with zeros where nothing is kept: values [O, K], indices uint8 [O, I / 8] -> [O, I]."""
-    dense = values.new_zeros(indices.shape[0], indices.shape[1] * 8)
-    return dense.scatter_(1, columns_of(indices, pattern), values)
+    """Dense matrix with zeros where nothing is kept: values [O, K], indices uint8 [O, I / 8] -> [O, I].
+
+    Not differentiable; the products are (slope_dist.sparse.function).
+    """
+    entries = as_integers(values)
+    dense = entries.new_zeros(indices.shape[0], indices.shape[1] * 8)
+    return dense.scatter_(1, columns_of(indices, pattern), entries).view(values.dtype)
 
 
 def gather(dense: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
-    """Kept entries of a dense matrix, row-major: dense [O, I], indices uint8 [O, I / 8] -> [O, K]."""
-    return dense.gather(1, columns_of(indices, pattern))
+    """Kept entries of a dense matrix, row-major: dense [O, I], indices uint8 [O, I / 8] -> [O, K]. Not differentiable."""
+    return as_integers(dense).gather(1, columns_of(indices, pattern)).view(dense.dtype)

@@ -6,6 +6,8 @@ entry may be 0 or -0.0, and an entry that was pruned before can not come back ho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,26 +15,54 @@ from slope_dist.sparse import codec
 from slope_dist.sparse.pattern import Pattern
 
 
-def _top(scores: list[Tensor], keep: int) -> list[Tensor]:
-    """For m competing score tensors of one shape, which are among the `keep` best at each place (ties to the first)."""
-    wins = [torch.zeros_like(scores[0], dtype=torch.uint8) for _ in scores]
-    for i in range(len(scores)):
+def _scores(entries: Tensor) -> Tensor:
+    """Integers of the width of the entries that order them by magnitude, from 1 up: 0 is left for what was pruned.
+
+    The bits of a magnitude, read as a number, order it; NaN counts as larger than infinity. The comparisons of `_best`
+    are then additions and shifts, which vectorise in every precision.
+    """
+    bits = codec.as_integers(entries.abs())
+    return bits.clamp_(max=torch.iinfo(bits.dtype).max - 1).add_(1)
+
+
+def _best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
+    """Which of m competing score tensors (integers from 0 up, of one shape) are among the n best at each place.
+
+    Returns:
+        for each, integers of its dtype with all bits set where it is (ties to the first), else 0.
+    """
+    sign = 8 * scores[0].element_size() - 1
+    # How many may still come before each; those ahead in order do, unless found smaller.
+    spare = [torch.full_like(score, n - 1 - i) for i, score in enumerate(scores)]
+    for i, first in enumerate(scores):
         for j in range(i + 1, len(scores)):
-            first_wins = scores[i] >= scores[j]
-            wins[i] += first_wins
-            wins[j] += ~first_wins
-    return [count >= len(scores) - keep for count in wins]
+            smaller = (first - scores[j]).bitwise_right_shift_(sign)
+            spare[i] += smaller
+            spare[j] -= smaller
+    return [count.bitwise_right_shift_(sign).bitwise_not_() for count in spare]
 
 
 def row_mask(dense: Tensor, pattern: Pattern) -> Tensor:
     """Keep the n largest magnitudes of every m consecutive entries of a row: [O, I] -> bool [O, I]."""
-    return _row_top(dense.abs(), pattern)
+    return _best_of_rows(_scores(dense), pattern)
 
 
-def _row_top(scores: Tensor, pattern: Pattern) -> Tensor:
+def _best_of_rows(scores: Tensor, pattern: Pattern) -> Tensor:
     rows, columns = scores.shape
     groups = scores.view(rows, columns // pattern.m, pattern.m)
-    return torch.stack(_top(list(groups.unbind(2)), pattern.n), dim=2).view(rows, columns)
+    return torch.stack(_best(groups.unbind(2), pattern.n), dim=2).view(rows, columns).bool()
+
+
+def _rows_of_tiles(matrix: Tensor, pattern: Pattern) -> tuple[Tensor, ...]:
+    """Every m-th row of [O, I], m times: the competitors of each column's groups, m views [O / m, I].
+
+    Raises:
+        ValueError: if O is no multiple of m.
+    """
+    rows, columns = matrix.shape
+    if rows % pattern.m:
+        raise ValueError(f"{rows} rows are not a whole number of groups of {pattern.m}")
+    return matrix.view(rows // pattern.m, pattern.m, columns).unbind(1)
 
 
 def column_mask(values: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
@@ -47,23 +77,25 @@ def column_mask(values: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
         bool [O, I], True where W^{R,C} keeps an entry of W^R. Groups of a column with fewer than n kept entries keep
         all they have.
     """
-    rows, columns = indices.shape[0], indices.shape[1] * 8
-    if rows % pattern.m:
-        raise ValueError(f"{rows} rows are not a whole number of groups of {pattern.m}")
-    # Pruned entries score below every magnitude, so they never displace a kept zero.
-    scores = values.new_full((rows, columns), -1.0)
-    scores.scatter_(1, codec.columns_of(indices, pattern), values.abs())
-    scores = scores.view(rows // pattern.m, pattern.m, columns)
-    best = torch.stack(_top(list(scores.unbind(1)), pattern.n), dim=1)
-    return (best & (scores >= 0)).view(rows, columns)
+    scores = codec.expand(_scores(values), indices, pattern)
+    best = _best(_rows_of_tiles(scores, pattern), pattern.n)
+    return (torch.stack(best, dim=1).view(scores.shape) & scores) != 0
 
 
 def doubly_pruned(values: Tensor, indices: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
     """W^{R,C} as a dense matrix [O, I]; `kept` (bool [O, I]) replaces the mask by magnitude where one is held fixed."""
-    mask = column_mask(values, indices, pattern) if kept is None else kept
+    best = None
+    if kept is None:
+        best = _best(_rows_of_tiles(codec.expand(_scores(values), indices, pattern), pattern), pattern.n)
     dense = codec.expand(values, indices, pattern)
-    # where, not a product: 0 * inf would be NaN.
-    return torch.where(mask, dense, dense.new_zeros(()))
+    # On the bits, not the numbers: 0 * inf would be NaN.
+    bits = codec.as_integers(dense)
+    if best is None:
+        bits *= kept
+    else:
+        for row, keep in zip(_rows_of_tiles(bits, pattern), best, strict=True):
+            row &= keep
+    return dense
 
 
 def doubly_pruned_transpose(
@@ -78,7 +110,8 @@ def doubly_pruned_transpose(
         values [I, O * n / m] and indices uint8 [I, O / 8].
     """
     mask = column_mask(values, indices, pattern) if kept is None else kept
-    transposed = doubly_pruned(values, indices, pattern, mask).t().contiguous()
-    slots = _row_top(mask.t().contiguous().to(torch.uint8), pattern)
-    packed = codec.pack(slots, pattern)
-    return codec.gather(transposed, packed, pattern), packed
+    dense = doubly_pruned(values, indices, pattern, mask)
+    # What is kept scores 1 and comes first; at most n of a group are, so they and the lowest others take its n slots.
+    slots = torch.stack(_best(_rows_of_tiles(codec.as_integers(mask), pattern), pattern.n), dim=1).view(mask.shape)
+    packed = codec.pack(slots.t() != 0, pattern)
+    return codec.gather(dense.t().contiguous(), packed, pattern), packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,18 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:12]}..."
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file. A last line that a kill cut short is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
 class RunFolder:
     """Paths of one run, opened and checked on all ranks together."""
 
@@ -79,6 +92,11 @@ class RunFolder:
             except OSError as failure:
                 error = f"run.folder {self.path} cannot be used: {failure.strerror or failure} ({failure.filename})"
         collectives.agree(error)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation after `step` is written and drawn."""
+        evaluated = any(row["step"] == step and "eval_loss" in row for row in read_rows(self.metrics))
+        return evaluated and self.picture.exists()
 
     def resume_point(
         self, own: Mapping[str, Any], adapter_rank: int, resume: str

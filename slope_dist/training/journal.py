@@ -5,24 +5,11 @@ from __future__ import annotations
 import json
 import os
 from math import isfinite
-from pathlib import Path
 from typing import Any
 
 from slope_dist.training.evaluation import Evaluation
-from slope_dist.training.folder import RunFolder
+from slope_dist.training.folder import RunFolder, read_rows
 from slope_dist.training.plot import plot_losses
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file. A last line that a kill cut short is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
 
 
 class Journal:
@@ -62,14 +49,6 @@ class Journal:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(f"valid/{name}", value, step)
-
-    def event(self, step: int, name: str, **values: Any) -> None:
-        """Something that happened before `step`, such as the adapter switch."""
-        self._write({"step": step, "event": name, **values})
-
-    def has_evaluation(self, step: int) -> bool:
-        """Whether the evaluation after `step` is already written."""
-        return any(row["step"] == step and "eval_loss" in row for row in self.rows)
 
     def draw(self, title: str) -> None:
         """Write loss.png."""

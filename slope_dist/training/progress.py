@@ -106,12 +106,14 @@ class ProgressLine:
         self.show = show
         self._console = Console(soft_wrap=True, highlight=False)
         self._live: Live | None = None
-        if show and self._console.is_terminal:
+        self._last = self._after_first = time.perf_counter()
+
+    def start(self) -> None:
+        """Take the terminal, if there is one, and start the clock."""
+        if self.show and self._console.is_terminal:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
-        self._start = time.perf_counter()
-        self._last = self._start
-        self._after_first = self._start
+        self.pause()
 
     def step(self, step: int, loss: float, phase: str, skipped: str | None) -> float:
         """Show a step that has just ended; returns tokens per second since the one before."""

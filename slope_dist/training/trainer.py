@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +49,11 @@ class Trainer:
         self.identity = identity(config, self.train_corpus)
         # Nothing is written into a folder before it is known to be this run's.
         found, self.skipped_checkpoints = self.folder.resume_point(self.identity, self.derived.adapter_rank, resume)
-        self.folder.open(config)
+        self.finished = collectives.broadcast_json(
+            found is not None and found.step >= config.training.steps and self.folder.is_evaluated(found.step)
+        )
+        if not self.finished:
+            self.folder.open(config)
         self.reader = BatchReader(
             self.train_corpus,
             sequence_length=config.model.sequence_length,
@@ -67,8 +70,18 @@ class Trainer:
             self.guard.skipped = found.scalars["skipped_steps"]
             self.guard.in_a_row = found.scalars["skipped_in_a_row"]
             self.last_checkpoint = found.path
-        self.finished = self.step >= config.training.steps
         self._engine: Engine | None = None
+        self.journal: Journal | None = None
+        self.progress = ProgressLine(
+            first_step=self.step + 1,
+            steps=config.training.steps,
+            tokens_per_step=self.derived.tokens_per_step,
+            flops_per_token=6.0 * count_state(config, self.derived, adapters=False)[0].total,
+            ranks=environment.world_size,
+            log_interval=config.run.log_interval,
+            show=environment.is_first,
+        )
+        self._switch_cost: dict[str, Any] = {}
 
     @property
     def engine(self) -> Engine:
@@ -78,8 +91,8 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step."""
-        self._start()
         try:
+            self._start()
             while self.step < self.config.training.steps:
                 step = self.step + 1
                 if step >= self.derived.first_adapter_step and not self.adapters:
@@ -102,10 +115,11 @@ class Trainer:
 
     def close(self) -> None:
         """Release the engine and the files; harmless to call again."""
+        self.progress.close()
+        if self.journal is not None:
+            self.journal.close()
+            self.journal = None
         if self._engine is not None:
-            self.progress.close()
-            if self.journal is not None:
-                self.journal.close()
             self._engine.close()
             self._engine = None
 
@@ -116,28 +130,16 @@ class Trainer:
 
     def _start(self) -> None:
         """Build the engine of the phase the run is in, and load the checkpoint it goes on from."""
-        first = self.environment.is_first
         self._engine = build_engine(self.config, self.derived, adapters=self.adapters, draw=self.resumed_from is None)
         if self.resumed_from is not None:
             self._engine.load_state(self.resumed_from)
-        self.journal = Journal(self.folder, self.step) if first else None
-        total = count_state(self.config, self.derived, adapters=False)[0].total
-        self.progress = ProgressLine(
-            first_step=self.step + 1,
-            steps=self.config.training.steps,
-            tokens_per_step=self.derived.tokens_per_step,
-            flops_per_token=6.0 * total,
-            ranks=self.environment.world_size,
-            log_interval=self.config.run.log_interval,
-            show=first,
-        )
+        self.journal = Journal(self.folder, self.step) if self.environment.is_first else None
+        self.progress.start()
         if self.resumed_from is not None:
             self.progress.say(f"resumed from {self.resumed_from.path} after step {self.step}")
-            if self._due(self.config.evaluation.interval) and self._lacks_evaluation():
+            evaluated = collectives.broadcast_json(self.folder.is_evaluated(self.step))
+            if self._due(self.config.evaluation.interval) and not evaluated:
                 self._evaluate()
-        # What building left behind would otherwise be walked through by every later collection.
-        gc.collect()
-        gc.freeze()
         self.progress.pause()
 
     def _open_corpora(self) -> tuple[Corpus, Corpus]:
@@ -180,9 +182,6 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return self.step == self.config.training.steps or (interval > 0 and self.step % interval == 0)
 
-    def _lacks_evaluation(self) -> bool:
-        return collectives.broadcast_json(self.journal is not None and not self.journal.has_evaluation(self.step))
-
     def _record(
         self, step: int, loss: float, norm: float, rates: dict[str, float], speed: float, skipped: str | None
     ) -> None:
@@ -201,7 +200,8 @@ class Trainer:
             row["lr_adapters"] = rates["adapters"]
         if skipped is not None:
             row["skipped"] = skipped
-        self.journal.step(row)
+        self.journal.step(row | self._switch_cost)
+        self._switch_cost = {}
 
     def _switch_to_adapters(self, step: int) -> None:
         """Rule R6: export the state, release the engine, build one with adapters, load. Nothing else changes."""
@@ -220,8 +220,7 @@ class Trainer:
         )
         rank = self.derived.adapter_rank
         self.progress.say(f"adapters of rank {rank} join at step {step}: switched in {duration_text(seconds)}{extra}")
-        if self.journal is not None:
-            self.journal.event(step, "adapters join", rank=rank, seconds=round(seconds, 3), extra_peak_bytes=peak.bytes)
+        self._switch_cost = {"switch_seconds": round(seconds, 3), "switch_peak_bytes": peak.bytes}
         self.progress.pause()
 
     def _save(self) -> None:

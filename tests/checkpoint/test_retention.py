@@ -126,7 +126,7 @@ def test_retention_follows_the_model() -> None:
     run_state_machine_as_test(
         Retention,
         settings=settings(
-            max_examples=30, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 

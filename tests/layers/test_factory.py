@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from slope_dist.layers import LayerFactory, Linear, initialization, logical_tensors
+from slope_dist.layers import LayerFactory, Linear, LowRankAdapter, initialization, logical_tensors
 from slope_dist.sparse import CompressedMatrix, DenseWeight, Pattern, SparseWeight
 from tests.sparse.oracle import same_bits
 
@@ -20,6 +20,16 @@ TWO_FOUR = Pattern(2, 4)
 
 def linear(make: LayerFactory, name: str = "block.fc1", *, bias: bool = True) -> Linear:
     return make.linear(name, 40, 24, split="column", std=0.02, bias=bias)
+
+
+def sparse_weight(layer: Linear) -> SparseWeight:
+    assert isinstance(layer.weight, SparseWeight)
+    return layer.weight
+
+
+def adapter_of(layer: Linear) -> LowRankAdapter:
+    assert layer.adapter is not None
+    return layer.adapter
 
 
 def test_a_linear_is_sparse_unless_listed() -> None:
@@ -46,7 +56,7 @@ def test_initial_values_are_the_named_draw_pruned() -> None:
     draw = initialization.normal(7, "block.fc1.weight", (24, 40), 0.02)
     expected = CompressedMatrix.prune(draw, TWO_FOUR)
     assert same_bits(layer.weight.values.detach(), expected.values)
-    assert same_bits(layer.weight.indices, expected.indices)
+    assert same_bits(sparse_weight(layer).indices, expected.indices)
     assert same_bits(dense.weight.values.detach(), initialization.normal(7, "dense.weight", (24, 40), 0.02))
     assert layer.bias is not None and layer.bias.shape == (24,) and not layer.bias.any()
     assert linear(make, bias=False).bias is None
@@ -61,14 +71,14 @@ def test_the_order_of_asking_changes_nothing() -> None:
     backward = {name: linear(second, name) for name in reversed(names)}
     for name in names:
         assert same_bits(forward[name].weight.values.detach(), backward[name].weight.values.detach())
-        assert same_bits(forward[name].weight.indices, backward[name].weight.indices)
+        assert same_bits(sparse_weight(forward[name]).indices, sparse_weight(backward[name]).indices)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_mask_comes_from_the_fp32_draw_whatever_the_default_dtype(dtype: torch.dtype) -> None:
-    expected = linear(LayerFactory(seed=1, pattern=TWO_FOUR)).weight.indices
+    expected = sparse_weight(linear(LayerFactory(seed=1, pattern=TWO_FOUR))).indices
     torch.set_default_dtype(dtype)
-    assert linear(LayerFactory(seed=1, pattern=TWO_FOUR)).weight.indices.equal(expected)
+    assert sparse_weight(linear(LayerFactory(seed=1, pattern=TWO_FOUR))).indices.equal(expected)
 
 
 def test_options_reach_the_weight() -> None:
@@ -84,8 +94,7 @@ def test_adapters_join_the_sparse_linears_only() -> None:
     make = LayerFactory(seed=1, pattern=TWO_FOUR, dense_layers={"dense": "listed"}, adapter_rank=16)
     sparse, dense = linear(make), linear(make, "dense")
     assert dense.adapter is None
-    adapter = sparse.adapter
-    assert adapter is not None
+    adapter = adapter_of(sparse)
     assert adapter.down.shape == (16, 40) and adapter.up.shape == (24, 16)
     assert adapter.scale == 1 / 16
     assert not adapter.up.any()
@@ -94,7 +103,7 @@ def test_adapters_join_the_sparse_linears_only() -> None:
 
 def test_the_first_factor_has_unit_standard_deviation() -> None:
     make = LayerFactory(seed=1, pattern=TWO_FOUR, adapter_rank=64)
-    down = make.linear("wide", 1024, 64, split="row", std=0.02).adapter.down
+    down = adapter_of(make.linear("wide", 1024, 64, split="row", std=0.02)).down
     assert float(down.detach().std()) == pytest.approx(1, abs=0.02)
 
 
@@ -118,7 +127,7 @@ def test_without_drawing_only_adapters_have_values() -> None:
     layer = linear(make)
     assert not layer.weight.values.any() and not linear(make, "dense").weight.values.any()
     assert not make.embedding("table", 30, 16, std=0.5).weight.any()
-    assert same_bits(layer.adapter.down.detach(), linear(drawn).adapter.down.detach())
+    assert same_bits(adapter_of(layer).down.detach(), adapter_of(linear(drawn)).down.detach())
     assert {n: t.shape for n, t in layer.state_dict().items()} == {
         n: t.shape for n, t in linear(drawn).state_dict().items()
     }
@@ -149,13 +158,11 @@ def test_on_the_meta_device_there_are_the_same_tensors_without_memory(option: st
 
 
 def test_summary_counts_and_gives_reasons() -> None:
-    make = LayerFactory(
-        seed=1, pattern=TWO_FOUR, dense_layers={"block.0.[qkv]": "first after the input", "out": "head"}
-    )
+    make = LayerFactory(seed=1, pattern=TWO_FOUR, dense_layers={"block.0.[qkv]": "after the input", "out": "head"})
     for name in ("block.0.q", "block.0.k", "block.0.v", "block.0.o", "block.1.q", "out"):
         linear(make, name)
     assert make.summary() == (
-        "sparse 2/6 linears; dense: block.0.q, block.0.k, block.0.v (first after the input), out (head)"
+        "sparse 2/6 linears; dense: block.0.q, block.0.k, block.0.v (after the input), out (head)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Initial values depend on seed, name and global coordinates alone: any part equals the slice of the whole, bit for bit.
+"""Initial values depend on seed, name and global coordinates alone: a part equals the slice of the whole to the bit.
 
 The pinned values guard every run that was ever begun: if they change, no shipped seed means what it meant.
 
@@ -33,7 +33,8 @@ def shape_and_part(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int], t
     for size in shape:
         near = [edge for edge in (0, 1, 255, 256, 257, 511, 512, 513, size) if edge <= size]
         position = st.one_of(st.sampled_from(near), st.integers(0, size))
-        ranges.append(tuple(sorted((draw(position), draw(position)))))
+        first, last = sorted((draw(position), draw(position)))
+        ranges.append((first, last))
     return shape, ranges[0], ranges[1]
 
 

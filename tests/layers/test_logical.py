@@ -5,6 +5,8 @@ Run: pytest tests/layers/test_logical.py
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from slope_dist.layers import LayerFactory, LogicalTensor, TiedHead, logical_ten
 from slope_dist.sparse import Pattern
 
 
-def model(**options) -> nn.Module:
+def model(**options: Any) -> nn.ModuleDict:
     make = LayerFactory(seed=1, pattern=Pattern(2, 4), dense_layers={"first": "listed"}, **options)
     table = make.embedding("table", 30, 32, std=0.02)
     return nn.ModuleDict(
@@ -32,7 +34,7 @@ def model(**options) -> nn.Module:
     )
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "adapters": {"adapter_rank": 16},
     "held": {"hold_column_mask": True},
@@ -94,9 +96,11 @@ def test_flags(shard_metadata: bool) -> None:
 
 def test_the_live_tensor_is_the_one_the_model_uses() -> None:
     whole = model()
+    head = whole["head_comes_early"]
+    assert isinstance(head, TiedHead)
     with torch.no_grad():
         listed(whole)["table.weight"].tensor.fill_(2.0)
-    assert whole["head_comes_early"].weight.eq(2).all()
+    assert head.weight.eq(2).all()
 
 
 def test_a_cast_changes_no_flag() -> None:
@@ -113,7 +117,7 @@ def test_a_cast_changes_no_flag() -> None:
 
 def test_a_partitioned_parameter_is_listed_with_its_global_shape() -> None:
     whole = model()
-    weight = whole["inner"][1].weight
-    weight.values.ds_shape = weight.values.shape
-    weight.values.data = torch.empty(0)
+    values = whole.get_parameter("inner.1.weight.values")
+    setattr(values, "ds_shape", values.shape)  # noqa: B010
+    values.data = torch.empty(0)
     assert listed(whole)["second.weight.values"].shape == (64, 16)

@@ -42,7 +42,7 @@ def column_mask(dense: Tensor, kept: Tensor, n: int, m: int) -> Tensor:
 
 
 def slots_of_transpose(doubly_kept: Tensor, n: int, m: int) -> Tensor:
-    """bool [O, I], mask of W^{R,C} -> bool [I, O] with exactly n in every m: free slots at the lowest free positions."""
+    """Mask of W^{R,C} [O, I] -> bool [I, O], exactly n in every m: free slots take the lowest free positions."""
     slots = doubly_kept.t().clone()
     for r in range(slots.shape[0]):
         for start in range(0, slots.shape[1], m):
@@ -55,7 +55,7 @@ def slots_of_transpose(doubly_kept: Tensor, n: int, m: int) -> Tensor:
 
 
 def pack(mask: Tensor, n: int, m: int) -> list[list[int]]:
-    """The bytes of a mask, from the format's description: 2:4 as two 2-bit positions a group, the others as a bit map."""
+    """The bytes of a mask by the format's description: 2:4 as two 2-bit positions a group, others as a bit map."""
     packed = []
     for row in mask.tolist():
         numbers = []
@@ -80,6 +80,12 @@ def products(x: Tensor, dense: Tensor, kept: Tensor, doubly_kept: Tensor, grad_y
     zero = torch.zeros((), dtype=dense.dtype)
     w_r, w_rc = torch.where(kept, dense, zero), torch.where(doubly_kept, dense, zero)
     return x @ w_r.t(), grad_y @ w_rc, kept_entries(grad_y.t() @ x, kept)
+
+
+def gradient(leaf: Tensor) -> Tensor:
+    """The gradient of a leaf that must have one."""
+    assert leaf.grad is not None
+    return leaf.grad
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A pattern is one of 1:2, 2:4, 2:8, 4:8, anything else is one clear UserError, and its share of induced zeros is exact.
+"""A pattern is 1:2, 2:4, 2:8 or 4:8, all else is one clear UserError; its share of induced zeros is exact.
 
 Run: pytest tests/sparse/test_pattern.py
 """

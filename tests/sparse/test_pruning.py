@@ -1,4 +1,4 @@
-"""Pruning keeps the same entries as a slow loop written apart, at the densities of the lemma, and masks rule, not values.
+"""Pruning keeps the entries a slow loop keeps, at the densities of the lemma; masks rule, not values.
 
 Run: pytest tests/sparse/test_pruning.py
 """
