@@ -22,7 +22,9 @@ VOCAB_SIZE = 512
 STEPS = 10
 FIRST_ADAPTER_STEP = 6
 
-# Clipping is active in every step, and a step takes two or more micro-batches on each of two ranks.
+# Clipping is active in every step, and a step takes two or more micro-batches on each of two ranks. Adam's epsilon is a
+# hundredth of a typical gradient: with one of 1e-8, elements whose gradients are rounding alone (in the adapters' second
+# factors, as in key biases) would move by the whole learning rate in a direction that is not the run's.
 SECTIONS: dict[str, Any] = {
     "run": {"threads": 1, "seed": 7},
     "model": {
@@ -43,6 +45,7 @@ SECTIONS: dict[str, Any] = {
         "min_learning_rate": 0.0005,
         "warmup_steps": 2,
         "gradient_clipping": 0.5,
+        "epsilon": 1e-5,
     },
     "evaluation": {"interval": 0, "samples": 6},
     "precision": "fp32",

@@ -45,7 +45,7 @@ def prune(checkpoints: Path, keep: int, *, progress: Callable[[str], None] | Non
         for name in filter(LEFTOVER_NAME.fullmatch, names):
             discard(checkpoints / name)
         complete = [name for name in names if step_of(name) is not None and looks_complete(checkpoints / name)]
-        for name in sorted(complete, key=lambda name: -(step_of(name) or 0))[keep:]:
+        for name in sorted(complete, key=lambda name: step_of(name) or 0)[:-keep]:
             trash = set_aside(checkpoints / name)
             notify("trashed")
             discard(trash)

@@ -178,12 +178,16 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]
 
 
 def _all_bytes(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """The file's content in order; each part is to be used before the next is asked for."""
     yield memoryview(len(header).to_bytes(8, "little") + header)
+    # One buffer for all, even for what is on the CPU: a strided or one-element chunk cannot always be viewed as bytes.
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
         for chunk in flat.split(CHUNK_BYTES // flat.element_size()):
-            # A copy even of what is on the CPU: a strided or one-element chunk cannot always be viewed as bytes.
-            yield memoryview(torch.empty(chunk.shape, dtype=chunk.dtype).copy_(chunk).view(torch.uint8).numpy())
+            data = buffer[: chunk.numel() * chunk.element_size()]
+            data.view(chunk.dtype).copy_(chunk)
+            yield data.numpy().data
 
 
 def _commit(

@@ -46,16 +46,16 @@ def normal(
     """
     first_row, end_row = rows or (0, shape[0])
     first_column, end_column = columns or (0, shape[1])
-    part = torch.empty(end_row - first_row, end_column - first_column)
+    # NumPy to the end: torch's constructors follow ambient dtypes and devices, and DeepSpeed wraps them to do so.
+    part = np.empty((end_row - first_row, end_column - first_column), dtype=np.float32)
     for block_row in range(first_row // BLOCK, -(-end_row // BLOCK)):
-        top, bottom = max(first_row, block_row * BLOCK), min(end_row, (block_row + 1) * BLOCK)
+        origin_row = block_row * BLOCK
+        top, bottom = max(first_row, origin_row), min(end_row, origin_row + BLOCK)
         for block_column in range(first_column // BLOCK, -(-end_column // BLOCK)):
-            left, right = max(first_column, block_column * BLOCK), min(end_column, (block_column + 1) * BLOCK)
-            block = _block(seed, name, block_row, block_column)
-            part[top - first_row : bottom - first_row, left - first_column : right - first_column] = torch.from_numpy(
-                block[
-                    top - block_row * BLOCK : bottom - block_row * BLOCK,
-                    left - block_column * BLOCK : right - block_column * BLOCK,
-                ]
-            )
-    return part.mul_(std)
+            origin_column = block_column * BLOCK
+            left, right = max(first_column, origin_column), min(end_column, origin_column + BLOCK)
+            part[top - first_row : bottom - first_row, left - first_column : right - first_column] = _block(
+                seed, name, block_row, block_column
+            )[top - origin_row : bottom - origin_row, left - origin_column : right - origin_column]
+    part *= np.float32(std)
+    return torch.from_numpy(part)

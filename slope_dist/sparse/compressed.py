@@ -40,7 +40,13 @@ class CompressedMatrix:
 
     @classmethod
     def prune(cls, dense: Tensor, pattern: Pattern) -> CompressedMatrix:
-        """Magnitude-prune a dense [O, I] along its rows and compress it."""
+        """Magnitude-prune a dense [O, I] along its rows and compress it.
+
+        Raises:
+            ValueError: if I is no multiple of 8, a byte of metadata.
+        """
+        if dense.shape[1] % CUT_MULTIPLE:
+            raise ValueError(f"{dense.shape[1]} columns are not a multiple of {CUT_MULTIPLE}")
         indices = codec.pack(pruning.row_mask(dense, pattern), pattern)
         return cls(codec.gather(dense, indices, pattern), indices, pattern)
 
@@ -69,6 +75,8 @@ class CompressedMatrix:
             ValueError: if a cut is off the multiples of rule R3; the message names the nearest good ones.
         """
         what = ("rows", "columns")[dim]
+        if start > stop:
+            raise ValueError(f"a cut from {start} to {stop} runs backwards")
         for position in (start, stop):
             check_cut(position, self.shape[dim], what)
         if dim == 0:

@@ -30,8 +30,8 @@ class Pattern:
     def parse(cls, text: str) -> Pattern:
         """Read "2:4"; anything else raises `UserError`."""
         n, colon, m = text.partition(":")
-        if not (colon and n.isdecimal() and m.isdecimal()):
-            raise UserError(f'sparsity pattern "{text}" is not of the form N:M, such as "2:4"')
+        if not (colon and all(part.isascii() and part.isdigit() and len(part) < 4 for part in (n, m))):
+            raise UserError(f'sparsity pattern "{text[:40]}" is not of the form N:M, such as "2:4"')
         return cls(int(n), int(m))
 
     def __str__(self) -> str:

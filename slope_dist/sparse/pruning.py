@@ -44,12 +44,8 @@ def _best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
 
 def row_mask(dense: Tensor, pattern: Pattern) -> Tensor:
     """Keep the n largest magnitudes of every m consecutive entries of a row: [O, I] -> bool [O, I]."""
-    return _best_of_rows(_scores(dense), pattern)
-
-
-def _best_of_rows(scores: Tensor, pattern: Pattern) -> Tensor:
-    rows, columns = scores.shape
-    groups = scores.view(rows, columns // pattern.m, pattern.m)
+    rows, columns = dense.shape
+    groups = _scores(dense).view(rows, columns // pattern.m, pattern.m)
     return torch.stack(_best(groups.unbind(2), pattern.n), dim=2).view(rows, columns).bool()
 
 
@@ -84,17 +80,15 @@ def column_mask(values: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
 
 def doubly_pruned(values: Tensor, indices: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
     """W^{R,C} as a dense matrix [O, I]; `kept` (bool [O, I]) replaces the mask by magnitude where one is held fixed."""
-    best = None
-    if kept is None:
-        best = _best(_rows_of_tiles(codec.expand(_scores(values), indices, pattern), pattern), pattern.n)
-    dense = codec.expand(values, indices, pattern)
     # On the bits, not the numbers: 0 * inf would be NaN.
-    bits = codec.as_integers(dense)
-    if best is None:
-        bits *= kept
+    if kept is None:
+        masks = _best(_rows_of_tiles(codec.expand(_scores(values), indices, pattern), pattern), pattern.n)
+        dense = codec.expand(values, indices, pattern)
+        for row, mask in zip(_rows_of_tiles(codec.as_integers(dense), pattern), masks, strict=True):
+            row &= mask
     else:
-        for row, keep in zip(_rows_of_tiles(bits, pattern), best, strict=True):
-            row &= keep
+        dense = codec.expand(values, indices, pattern)
+        codec.as_integers(dense).mul_(kept)
     return dense
 
 

@@ -1,5 +1,6 @@
 """Claim: a manifest comes back as it was written, no single flipped bit or cut of it passes, and a manifest with a
-right hash but hostile or inconsistent content is refused with one line, without touching any file.
+right hash but hostile or inconsistent content is refused with one line, without touching any file. The reader printed
+in docs/checkpoint-format.md reads what several ranks wrote.
 
 Run alone: python -m pytest tests/checkpoint/test_format.py
 """
@@ -9,13 +10,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from slope_dist.checkpoint.format import CheckpointError, decode, dtype_name, encode, folder_name, step_of
+
+from .states import in_ranks, make_state, save_state
 
 WEIGHTS, OPTIMIZER = "rank-00000.weights.safetensors", "rank-00000.optimizer.safetensors"
 
@@ -67,6 +72,20 @@ def test_every_flipped_bit_and_every_cut_is_found() -> None:
             decode(data[:length])
     with pytest.raises(ValueError, match="sha256"):
         decode(data + b"\n")
+
+
+def test_the_documented_reader_reads(tmp_path: Path) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "checkpoint-format.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    reader: dict[str, Any] = {}
+    exec(code, reader)
+    assert in_ranks(lambda: save_state(tmp_path / "checkpoints", 4), 3, tmp_path) == [0, 0, 0]
+    folder = tmp_path / "checkpoints" / folder_name(4)
+    manifest = reader["read_manifest"](folder)
+    assert manifest["step"] == 4
+    for (name, kind), tensor in make_state(4).items():
+        expected = bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+        assert reader["read_tensor"](folder, manifest, f"{kind}/{name}") == expected
 
 
 def _rename_file(name: str) -> Callable[[dict[str, Any]], None]:

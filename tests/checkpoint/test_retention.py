@@ -82,7 +82,7 @@ class Retention(RuleBasedStateMachine):
     def prune_killed(self, point: str) -> None:
         with pytest.raises(Killed):
             prune(self.folder, self.keep, progress=stop_at(point))
-        self.whole.remove(sorted(self.whole)[-self.keep - 1])
+        self.whole.remove(min(self.whole))
         self.pruned = False
 
     @precondition(lambda self: len(self.whole) > 1)
@@ -147,6 +147,15 @@ def test_a_checkpoint_with_a_foreign_file_is_neither_counted_nor_touched(tmp_pat
     assert sorted(os.listdir(tmp_path / folder_name(1))) == before
 
 
+def test_damaged_checkpoints_are_not_counted(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_state(tmp_path, step)
+    for step in (3, 4):
+        (tmp_path / folder_name(step) / "manifest.json").write_text("{}")
+    assert prune(tmp_path, 2) == []
+    assert sorted(os.listdir(tmp_path)) == ["latest", *(folder_name(step) for step in (1, 2, 3, 4))]
+
+
 def test_links_are_not_followed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     precious = save_state(elsewhere, 1)
@@ -167,6 +176,8 @@ def test_killed_while_pruning(tmp_path: Path, point: str) -> None:
     for step in (1, 2, 3, 4):
         save_state(tmp_path, step)
     assert in_child(lambda: prune(tmp_path, 2, progress=kill_at(point))) == -9
+    assert not (tmp_path / folder_name(1)).exists(), "the oldest went first, and by its name first"
+    assert len(list(tmp_path.glob(".trash-*/*"))) == (3 if point == "trashed" else 0)
     checkpoint, _ = find_newest(tmp_path)
     assert checkpoint is not None and checkpoint.step == 4
     assert prune(tmp_path, 2) == []

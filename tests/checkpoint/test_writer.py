@@ -64,6 +64,29 @@ def test_the_files_are_plain_safetensors(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(load_file(folder / fragment["file"])[fragment["key"]], tensor.reshape(-1))
 
 
+def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
+    """Odd sizes of narrow dtypes come first here, and would shift the wide ones where memory-mapping cannot read."""
+    dtypes = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8]
+    fragments = [whole_fragment(f"a{index}", torch.ones(3, dtype=dtype)) for index, dtype in enumerate(dtypes)]
+    data = (save(tmp_path, 1, fragments, {}, {}, {}) / "rank-00000.weights.safetensors").read_bytes()
+    header_size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_size])
+    for index, dtype in enumerate(dtypes):
+        assert (8 + header_size + header[f"weight/a{index}/0"]["data_offsets"][0]) % dtype.itemsize == 0
+
+
+def test_a_save_needs_little_host_memory(tmp_path: Path) -> None:
+    """128 MiB of state, of which a small part may be copied at a time: 16 MiB, and what the interpreter takes."""
+
+    def body() -> None:
+        fragment = whole_fragment("a", torch.ones(2**25))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        save(tmp_path, 1, [fragment], {}, {}, {})
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40 * 1024
+
+    assert in_child(body) == 0
+
+
 def test_views_and_many_fragments_of_a_tensor(tmp_path: Path) -> None:
     tensor = torch.randn(6, 8, requires_grad=True)
     fragments = [

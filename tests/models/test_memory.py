@@ -62,9 +62,11 @@ class StorageLog(TorchDispatchMode):
         self.seen: dict[int, tuple[StorageWeakRef, str]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # What shares its input's memory is in the log already, or was there before it.
+        old = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in old:
                 reference = StorageWeakRef(tensor.untyped_storage())
                 described = f"{tuple(tensor.shape)} {tensor.dtype} of {func}"
                 self.seen.setdefault(reference.cdata, (reference, described))

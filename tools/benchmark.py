@@ -1,0 +1,170 @@
+"""Speed and memory of the program's parts, each beside its dense baseline in the same run.
+
+    python tools/benchmark.py layer
+    python tools/benchmark.py layer --widths 512 1024 --dtypes bf16 --threads 1 --output layer.json
+
+layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
+wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
+it once a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from slope_dist.benchmark import layer, machine
+from slope_dist.errors import EXIT_BAD_INPUT, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+SPARSE = [rival for rival in layer.RIVALS if rival != layer.DENSE]
+EXIT_WRONG_RESULT = 1
+EXIT_INTERRUPTED = 130
+MIB = 2**20
+TABLE_WIDTH = 112
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        UserError: an option is unknown, malformed, out of range, or asks for what this machine does not have.
+    """
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    options = commands.add_parser("layer", help="one linear layer, forward and backward", allow_abbrev=False)
+    options.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], metavar="N", help="%(default)s")
+    options.add_argument(
+        "--projections",
+        type=int,
+        nargs="*",
+        default=[512, 1024],
+        metavar="N",
+        help="also from width N to 4 N and back (%(default)s)",
+    )
+    options.add_argument("--tokens", type=int, default=2048, metavar="N", help="rows of the input (%(default)s)")
+    options.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"], help="%(default)s")
+    options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="%(default)s")
+    options.add_argument("--seconds", type=float, default=3.0, metavar="S", help="timing of one row (%(default)s)")
+    options.add_argument("--output", type=Path, metavar="FILE", help="write every number as JSON")
+    chosen = parser.parse_args(arguments)
+    _check(chosen)
+    return chosen
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("widths", "projections"):
+        for width in getattr(options, name):
+            if width < 8 or width % 8:
+                raise UserError(f"--{name} {width} is not a positive multiple of 8")
+    for name in ("tokens", "threads"):
+        number = getattr(options, name)
+        if number is not None and number < 1:
+            raise UserError(f"--{name} {number} is less than 1")
+    if not 0 <= options.seconds < float("inf"):
+        raise UserError(f"--seconds {options.seconds} is not a time of 0 or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no CUDA device; leave the option out")
+    # Before the minutes of measuring, not after.
+    if options.output is not None and not options.output.parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no folder {options.output.parent}")
+
+
+def run_layer(options: argparse.Namespace) -> None:
+    """Measure every case, print the table and write the numbers."""
+    device = torch.device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    facts = machine.describe(device)
+    dtypes = [DTYPES[name] for name in options.dtypes]
+    cases = list(layer.cases(options.widths, options.projections, options.tokens, dtypes, device))
+    console = Console()
+    # A file or a pipe has no width; a table cut to 80 columns says nothing.
+    console = console if console.is_terminal else Console(width=TABLE_WIDTH)
+    rows = []
+    with Console(stderr=True).status("") as status:
+        # All of memory first: it forks, which must come before this process has used several threads.
+        peaks = []
+        for case in cases:
+            status.update(f"memory: {case}")
+            peaks.append(layer.measure_memory(case))
+        for case, peak in zip(cases, peaks, strict=True):
+            status.update(f"time: {case}")
+            rivals: dict[str, dict[str, float]] = layer.measure_time(case, options.seconds)
+            for name, most in peak.items():
+                rivals[name]["peak_bytes"] = most
+            rows.append(case.row() | {"rivals": rivals})
+    console.print(layer_table(rows, facts))
+    if options.output is not None:
+        report = {"benchmark": "layer", "machine": facts, "rows": rows}
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        console.print(f"every number is in {options.output}")
+
+
+def layer_table(rows: list[dict], facts: dict[str, object]) -> Table:
+    """The rows for a reader: medians, ratios with their quartiles, and memory."""
+    table = Table(
+        title=f"one linear layer, forward + backward, {rows[0]['tokens']} tokens, {facts['device']}, "
+        f"{facts['threads']} threads, torch {facts['torch']}",
+        caption="x: median of the ratios to torch.nn.Linear, round by round, with quartiles. MiB: weights and buffers "
+        "and the measured peak of a step above them and the input and output gradient.",
+    )
+    headings = ["in -> out", "dtype", "dense ms", *(f"{rival} x" for rival in SPARSE)]
+    for heading in headings + [f"{rival} MiB" for rival in layer.RIVALS]:
+        table.add_column(heading, justify="right")
+    for row in rows:
+        rivals = row["rivals"]
+        table.add_row(
+            f"{row['in_features']} -> {row['out_features']}",
+            NAMES[row["dtype"]],
+            f"{rivals[layer.DENSE]['seconds'] * 1e3:.1f}",
+            *(_ratio(rivals[rival]) for rival in SPARSE),
+            *(_memory(rivals[rival]) for rival in layer.RIVALS),
+        )
+    return table
+
+
+def _ratio(rival: dict[str, float]) -> str:
+    return f"{rival['ratio']:.2f} ({rival['ratio_q1']:.2f}-{rival['ratio_q3']:.2f})"
+
+
+def _memory(rival: dict[str, float]) -> str:
+    if "peak_bytes" not in rival:
+        return "not measured"
+    return f"{(rival['held_bytes'] + rival['peak_bytes']) / MIB:.0f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        options = parse(arguments)
+        {"layer": run_layer}[options.command](options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except layer.WrongResultError as error:
+        print(f"wrong result, nothing was timed: {error}", file=sys.stderr)
+        return EXIT_WRONG_RESULT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
