@@ -110,6 +110,14 @@ def train(config: str | Config, environment: Environment | None = None) -> None:
     Trainer(loaded, environment or discover()).run()
 
 
+def pretrain(*arguments: str) -> int:
+    """The entry point's exit code; for ranks forked without a process group."""
+    # Beside the package, not in it: found from the repository's root, where ranks run.
+    from launch.pretrain import main
+
+    return main(list(arguments))
+
+
 Watcher = Callable[[str, Any, Any], None]
 
 

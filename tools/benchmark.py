@@ -29,7 +29,7 @@ SPARSE = [rival for rival in layer.RIVALS if rival != layer.DENSE]
 EXIT_WRONG_RESULT = 1
 EXIT_INTERRUPTED = 130
 MIB = 2**20
-TABLE_WIDTH = 112
+TABLE_WIDTH = 120
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"], help="%(default)s")
     options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
     options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="%(default)s")
-    options.add_argument("--seconds", type=float, default=3.0, metavar="S", help="timing of one row (%(default)s)")
+    options.add_argument("--seconds", type=float, default=2.0, metavar="S", help="timing of one row (%(default)s)")
     options.add_argument("--output", type=Path, metavar="FILE", help="write every number as JSON")
     chosen = parser.parse_args(arguments)
     _check(chosen)

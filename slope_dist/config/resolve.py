@@ -157,6 +157,16 @@ def without_effect(config: Config) -> list[str]:
             lines.append('no adapters are added: sparsity.pattern is "dense", and adapters stand beside sparse layers')
         if config.sparsity.dense_layers:
             lines.append('sparsity.dense_layers changes nothing: sparsity.pattern is "dense"')
+    # A warm-up longer than the run is no error: a short trial of a long run's config has one.
+    for name, warmup, steps in (
+        ("training", config.training.warmup_steps, config.training.steps),
+        ("adapters", config.adapters.warmup_steps, config.adapter_steps),
+    ):
+        if warmup >= steps > 0:
+            lines.append(
+                f"the peak learning rate is not reached: {name}.warmup_steps {warmup}, and {steps} steps to train "
+                f"{'with adapters' if name == 'adapters' else ''}".rstrip()
+            )
     if config.training.schedule == "constant" and config.training.min_learning_rate:
         lines.append(
             f"training.min_learning_rate {config.training.min_learning_rate} is not reached: training.schedule is "

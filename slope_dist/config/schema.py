@@ -266,7 +266,7 @@ class TrainingConfig(Section):
         default=0.0, description="Learning rate at the last step of the cosine or linear schedule."
     )
     warmup_steps: CountOrZero = Field(
-        default=0, description="Steps over which the learning rate rises linearly to its peak; below `steps`."
+        default=0, description="Steps over which the learning rate rises linearly to its peak."
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         default="cosine", description="Shape of the learning rate after the warm-up."
@@ -295,8 +295,6 @@ class TrainingConfig(Section):
                 f"training.micro_batch_size {self.micro_batch_size} "
                 f"(remainder {self.global_batch_size % self.micro_batch_size})"
             )
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"training.warmup_steps {self.warmup_steps} must be below training.steps {self.steps}")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"training.min_learning_rate {self.min_learning_rate} is above "
@@ -437,12 +435,6 @@ class Config(Section):
                 f"{self.model.hidden_size}; use a smaller rank, or 0 for no adapters"
             )
         # Without adapters (a dense control run of the same file) the re-warming has no use and does no harm.
-        if self.adapters.warmup_steps >= self.adapter_steps > 0:
-            raise ValueError(
-                f"adapters.warmup_steps {self.adapters.warmup_steps} must be below the {self.adapter_steps} steps that "
-                f"train with adapters (adapters.fraction {self.adapters.fraction} x training.steps "
-                f"{self.training.steps})"
-            )
         if self.parallel.data is not None:
             together = self.training.micro_batch_size * self.parallel.data
             if self.training.global_batch_size % together:

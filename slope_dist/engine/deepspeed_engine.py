@@ -40,6 +40,25 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
+def check_precision(precision: str) -> None:
+    """Refuse a precision that DeepSpeed will not run on this machine.
+
+    Raises:
+        UserError: naming what works.
+    """
+    import_deepspeed()
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {"fp16": accelerator.is_fp16_supported(), "bf16": accelerator.is_bf16_supported(), "fp32": True}
+    if not supported[precision]:
+        works = " or ".join(f'"{name}"' for name, can in supported.items() if can)
+        raise UserError(
+            f'precision "{precision}" is not supported by DeepSpeed on this machine ({accelerator.device_name()}); '
+            f"use {works}"
+        )
+
+
 class DeepSpeedEngine:
     """See `Engine`. The default process group must exist.
 
@@ -189,6 +208,11 @@ class DeepSpeedEngine:
         # Registered on global tables by DeepSpeed; left in place they keep every engine alive.
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
+        # ZeRO 3 hangs itself on every parameter, by ways that the garbage collector cannot follow.
+        for parameter in engine.module.parameters():
+            vars(parameter).clear()
+        # While a local still names the engine, collecting would leave its state in memory.
+        del engine
         del self._engine, self._state, self._adam, self._sparse, self.module
         gc.collect()
         if torch.cuda.is_available():

@@ -36,7 +36,7 @@ def _columns_of_byte() -> Tensor:
 
 
 def _codes_of_bits() -> Tensor:
-    """Map of a byte of bits with two set in each half to its byte of 2:4 codes, and of every other byte to 0: [256]."""
+    """Map of a byte of bits with two set in each half to its byte of 2:4 codes; of no other byte: uint8 [256]."""
     codes = torch.zeros(256, dtype=torch.uint8)
     for bits in range(256):
         kept = [column for column in range(8) if bits >> column & 1]
@@ -71,15 +71,16 @@ def pack(mask: Tensor, pattern: Pattern) -> Tensor:
     rows, columns = mask.shape
     if columns % 8:
         raise ValueError(f"{columns} columns are not a multiple of 8")
-    packed = pack_bits(mask)
-    if pattern.is_two_four:
-        packed = _translate(packed, _CODES_OF_BITS.unsqueeze(1))
-        whole = packed != 0
-    else:
-        whole = mask.view(rows, columns // pattern.m, pattern.m).sum(dim=2) == pattern.n
-    if not bool(whole.all()):
+    kept = mask.view(rows, columns // pattern.m, pattern.m).sum(dim=2)
+    if not bool((kept == pattern.n).all()):
         raise ValueError(f"a group of the mask does not keep exactly {pattern.n} of {pattern.m} entries")
-    return packed
+    return encode(mask, pattern)
+
+
+def encode(mask: Tensor, pattern: Pattern) -> Tensor:
+    """`pack` for a mask that is right by construction: nothing is checked, so a compiler can take it whole."""
+    packed = pack_bits(mask)
+    return _translate(packed, _CODES_OF_BITS.unsqueeze(1)) if pattern.is_two_four else packed
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -165,5 +166,5 @@ def gather(dense: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
 
 
 def _blocks(tensor: Tensor, kept: int) -> tuple[Tensor, ...]:
-    """Blocks of rows of a tensor [O, ...], `kept` entries a row, few enough to bound the 64-bit columns made of them."""
+    """Blocks of a tensor's rows, of `kept` entries each, small enough to bound the 64-bit columns made of them."""
     return tensor.split(max(1, _BLOCK // max(1, kept)))

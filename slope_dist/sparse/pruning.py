@@ -107,5 +107,5 @@ def doubly_pruned_transpose(
     dense = doubly_pruned(values, indices, pattern, mask)
     # What is kept scores 1 and comes first; at most n of a group are, so they and the lowest others take its n slots.
     slots = torch.stack(_best(_rows_of_tiles(codec.as_integers(mask), pattern), pattern.n), dim=1).view(mask.shape)
-    packed = codec.pack(slots.t() != 0, pattern)
+    packed = codec.encode(slots.t() != 0, pattern)
     return codec.gather(dense.t().contiguous(), packed, pattern), packed

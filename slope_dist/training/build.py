@@ -57,6 +57,17 @@ def build(config: Config, factory: LayerFactory) -> LanguageModel:
     return build_model(config.model.family, model_shape(config), factory, recompute=recompute)
 
 
+def check_engine(config: Config) -> None:
+    """Refuse, before anything is written, what the engine cannot do on this machine.
+
+    Raises:
+        UserError: naming what works.
+    """
+    from slope_dist.engine.deepspeed_engine import check_precision
+
+    check_precision(config.precision)
+
+
 def build_engine(config: Config, derived: Derived, *, adapters: bool, draw: bool = True) -> Engine:
     """The engine of one phase. Collective: every rank builds its own part.
 

@@ -32,7 +32,8 @@ def describe(config: Config, derived: Derived) -> list[str]:
         after, _ = count_state(config, derived, adapters=True)
         lines.append(
             f"adapters: rank {derived.adapter_rank} in the last {derived.adapter_steps} of {config.training.steps} "
-            f"steps (from step {derived.first_adapter_step}); model state a rank then: {size_text(after.bytes)}"
+            f"steps (from step {derived.first_adapter_step}), learning rate: "
+            f"{config.adapters.learning_rate_policy}; model state a rank then: {size_text(after.bytes)}"
         )
     else:
         lines.append("adapters: none")

@@ -19,7 +19,7 @@ from slope_dist.errors import UserError
 from slope_dist.parallel import collectives
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.fragments import MemorySource
-from slope_dist.training.build import build_engine, count_state
+from slope_dist.training.build import build_engine, check_engine, count_state
 from slope_dist.training.evaluation import Evaluation, evaluate
 from slope_dist.training.folder import RunFolder, identity
 from slope_dist.training.guards import FiniteGuard
@@ -45,6 +45,7 @@ class Trainer:
         self.folder = RunFolder(config)
         self.last_checkpoint: Path | None = None
         refuse_what_will_not_fit(config, self.derived, environment)
+        check_engine(config)
         self.train_corpus, self.valid_corpus = self._open_corpora()
         self.identity = identity(config, self.train_corpus)
         # Nothing is written into a folder before it is known to be this run's.

@@ -61,7 +61,8 @@ def test_what_deepspeed_reads(minimal, load, precision, stage, gradient_dtype):
     assert scaler["delayed_shift"] == 1
 
     zero = theirs.zero_config
-    assert (zero.stage, zero.overlap_comm) == (stage, False)
+    # Stage 0 of the narrow dtypes is run as stage 1: see resolve.zero_stage.
+    assert (zero.stage, zero.overlap_comm) == (stage or int(precision != "fp32"), False)
     assert (zero.param_persistence_threshold, zero.max_reuse_distance) == (7, 0)
     assert zero.contiguous_gradients
     assert zero.offload_optimizer is None and zero.offload_param is None

@@ -6,7 +6,7 @@ Run alone: pytest tests/config/test_resolve.py
 import pytest
 
 from slope_dist.config import derive, run_folder
-from slope_dist.config.resolve import threads_per_process, without_effect, world_size
+from slope_dist.config.resolve import threads_per_process, without_effect, world_size, zero_stage
 from slope_dist.errors import UserError
 
 
@@ -63,7 +63,19 @@ def test_a_batch_that_does_not_come_out_even(minimal, load, ranks, expected):
 def test_backward_weight(minimal, load, stage, pattern, asked, expected):
     minimal["sparsity"] = {"pattern": pattern, "backward_weight": asked}
     minimal["parallel"] = {"zero_stage": stage}
+    minimal["precision"] = "fp32"
     assert derive(load(minimal)).backward_weight == expected
+
+
+@pytest.mark.parametrize(("precision", "runs_as"), [("fp32", 0), ("bf16", 1), ("fp16", 1)])
+def test_stage_0_of_narrow_dtypes_is_run_as_stage_1_and_says_so(minimal, load, precision, runs_as):
+    minimal["parallel"] = {"zero_stage": 0}
+    minimal["precision"] = precision
+    config = load(minimal)
+    assert zero_stage(config) == runs_as
+    assert any("is run as 1" in line for line in without_effect(config)) == (runs_as == 1)
+    # A transpose is kept where a rank holds all of the optimizer state, so not at stage 1.
+    assert derive(config).backward_weight == ("derived" if runs_as else "resident")
 
 
 def test_threads(minimal, load):
@@ -82,6 +94,10 @@ def test_run_folder_is_filled_in(minimal, load):
         ("loss_scale.window=5", "loss_scale is used with"),
         ("parallel.zero3_persistence_threshold=0", "parallel.zero3_persistence_threshold 0"),
         ("sparsity.pattern=dense", "no adapters are added"),
+        (
+            "training.warmup_steps=100",
+            "the peak learning rate is not reached: training.warmup_steps 100, and 100 steps",
+        ),
         ("training.min_learning_rate=1e-4", "training.min_learning_rate 0.0001 is not reached"),
     ],
 )

@@ -89,7 +89,6 @@ def test_a_dense_model_has_no_adapters(minimal):
             {"parallel.data": 4},
             "training.global_batch_size 8 is not a multiple of training.micro_batch_size 4 x parallel.data 4 = 16",
         ),
-        ({"training.warmup_steps": 100}, "training.warmup_steps 100 must be below training.steps 100"),
         ({"training.min_learning_rate": 1.0}, "training.min_learning_rate 1.0 is above training.learning_rate 0.001"),
         ({"adapters.rank": 65}, "adapters.rank 65 gives rank 65, above model.hidden_size 64"),
         ({"model.hidden_size": 8, "adapters.rank": 0.5}, "adapters.rank 0.5 gives rank 16, above model.hidden_size 8"),
@@ -99,15 +98,6 @@ def test_a_dense_model_has_no_adapters(minimal):
         ({"adapters.peak_learning_rate": 1e-4}, 'has no use with adapters.learning_rate_policy "follow"'),
         ({"adapters.warmup_steps": 3}, 'has no use with adapters.learning_rate_policy "follow"'),
         ({"adapters.learning_rate_policy": "rewarm_all"}, "adapters.peak_learning_rate is required by"),
-        (
-            {
-                "adapters.learning_rate_policy": "rewarm_adapters",
-                "adapters.peak_learning_rate": 1e-3,
-                "adapters.warmup_steps": 10,
-                "adapters.fraction": 0.1,
-            },
-            "adapters.warmup_steps 10 must be below the 10 steps",
-        ),
         (
             {"sparsity.pattern": "dense", "sparsity.column_mask_interval": 5},
             'sparsity.column_mask_interval 5 needs a sparse pattern, but sparsity.pattern is "dense"',

@@ -83,13 +83,13 @@ def test_switch_changes_nothing_else(precision: str, ranks: int, stage: int, cor
 
 
 def engines_left_after_switch(config: str) -> list[bool]:
-    """Train; whether DeepSpeed's engine of each phase, and its model, is still alive when the next phase has begun."""
+    """Train; whether DeepSpeed's engine of the first phase, its optimizer and model live when the second has begun."""
     references: list[list[weakref.ref]] = []
     alive: list[bool] = []
 
     def watch(event: str, engine: Any, detail: Any) -> None:
         if event == "built":
-            references.append([weakref.ref(engine._engine), weakref.ref(engine.module), weakref.ref(engine._adam)])
+            references.append([weakref.ref(engine._engine), weakref.ref(engine._adam), weakref.ref(engine.module)])
         if (event, detail) == ("before step", FIRST_ADAPTER_STEP):
             alive.extend(reference() is not None for reference in references[0])
 
@@ -101,7 +101,10 @@ def engines_left_after_switch(config: str) -> list[bool]:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_old_engine_is_released(stage: int, corpus: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path, corpus, parallel__zero_stage=stage)
-    assert run_ranks(engines_left_after_switch, 1, str(path)) == [[False, False, False]]
+    [[engine, adam, model]] = run_ranks(engines_left_after_switch, 1, str(path))
+    assert (engine, adam) == (False, False)
+    # At stage 3 DeepSpeed's hooks keep the modules, whose parameters are empty by then: the next test weighs them.
+    assert stage == 3 or not model
 
 
 def memory_of_rebuilds(config: str, rebuilds: int) -> list[list[int]]:

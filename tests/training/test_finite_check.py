@@ -1,0 +1,197 @@
+"""Nothing that is not finite reaches a weight, on any rank: the step is skipped, counted, and after three the run stops.
+
+The spoilt gradient or loss is always one rank's alone. Fp16 runs on the CPU under an accelerator of DeepSpeed's that says
+it can, so that DeepSpeed's own loss scaler does the work.
+
+Run: pytest tests/training/test_finite_check.py
+"""
+
+from __future__ import annotations
+
+import os
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slope_dist.engine import StepResult
+from slope_dist.training.guards import FiniteGuard, RunFailedError
+from tests.distributed import end_ranks, run_ranks
+from tests.engine.oracle import plain_run
+from tests.runs import (
+    STEPS,
+    heal,
+    newest,
+    pretrain,
+    spoil,
+    state_hash,
+    step_rows,
+    train,
+    watch_engines,
+    write_config,
+)
+
+FP16: dict[str, Any] = {"precision": "fp16", "loss_scale__initial_power": 3, "loss_scale__window": 1000}
+
+
+def spoilt_run(config: str, how: str, steps: list[int], fp16: bool = False) -> dict[str, Any]:
+    """Train, with the given steps of this process spoilt on the last rank; which steps left the state as it was."""
+    if fp16:
+        allow_fp16()
+    unchanged: list[int] = []
+    scales: list[float] = []
+    before = ""
+
+    def watch(event: str, engine: Any, step: Any) -> None:
+        nonlocal before
+        if event == "before step":
+            before = state_hash(engine)
+            if step in steps and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
+                spoil(engine, how)
+        if event == "after step":
+            heal(engine)
+            scales.append(engine.export_state()[1].get("loss_scale", {}).get("cur_scale"))
+            if state_hash(engine) == before:
+                unchanged.append(step)
+
+    watch_engines(watch)
+    train(config)
+    return {"unchanged": unchanged, "scales": scales}
+
+
+def spoilt_entry_point(config: str, how: str, steps: list[int], fp16: bool = False) -> None:
+    """As `spoilt_run`, through the entry point, whose exit code is the process's."""
+    if fp16:
+        allow_fp16()
+
+    def watch(event: str, engine: Any, step: Any) -> None:
+        if event == "before step" and step in steps:
+            spoil(engine, how)
+        if event == "after step":
+            heal(engine)
+
+    watch_engines(watch)
+    raise SystemExit(pretrain("--config", config))
+
+
+def entry_point(config: str) -> None:
+    """The entry point as it is."""
+    raise SystemExit(pretrain("--config", config))
+
+
+def allow_fp16() -> None:
+    """Give DeepSpeed a CPU that says it can do fp16; torch's can."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Willing(CPU_Accelerator):
+        def is_fp16_supported(self) -> bool:
+            return True
+
+    set_accelerator(Willing())
+
+
+@pytest.mark.parametrize("how", ["nan gradient", "inf loss"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bad_step_of_one_rank_changes_nothing_anywhere(stage: int, how: str, corpus: Path, tmp_path: Path) -> None:
+    if how == "inf loss" and stage == 2:
+        pytest.skip("the loss is looked at before the stages differ; 2 adds nothing to 1 and 3")
+    path = str(write_config(tmp_path, corpus, parallel__zero_stage=stage))
+    ranks = run_ranks(spoilt_run, 2, path, how, [4, 8])
+    assert [rank["unchanged"] for rank in ranks] == [[4, 8], [4, 8]]
+    rows = step_rows(tmp_path / "run")
+    assert {row["step"]: row["skipped"] for row in rows if "skipped" in row} == {4: "non-finite", 8: "non-finite"}
+    assert all(row["grad_norm"] is None for row in rows if "skipped" in row)
+    [plain] = run_ranks(plain_run, 1, path, [4, 8])
+    for row, loss in zip(rows, plain["losses"], strict=True):
+        bad = row["step"] in (4, 8) and how == "inf loss"
+        assert row["loss"] is None if bad else abs(row["loss"] - loss) <= 1e-5 * loss, row
+    checkpoint = newest(tmp_path / "run")
+    assert checkpoint.scalars["skipped_steps"] == 2
+    assert checkpoint.scalars["optimizer_steps"]["decay"] == STEPS - 2
+
+
+def test_bad_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path) -> None:
+    path = str(write_config(tmp_path, corpus, checkpoint__interval=2))
+    [outcome] = end_ranks(spoilt_entry_point, 1, path, "inf gradient", [2, 4, 5, 6], process_group=False)
+    assert outcome.code == 1
+    lines = outcome.errors.strip().splitlines()
+    assert len(lines) == 2, outcome.errors
+    # The guard counts in a row: step 2 was bad too, and step 3 was not.
+    assert lines[0].startswith("error: ") and "3 steps in a row" in lines[0]
+    assert "step 6" in lines[0] and "samples 40 to 47" in lines[0]
+    assert str(tmp_path / "run" / "checkpoints" / "step-00000004") in lines[1]
+    assert f"deepspeed launch/pretrain.py --config {path}" in lines[1]
+    [again] = end_ranks(entry_point, 1, path, process_group=False)
+    assert again.code == 0, again.errors
+    # The checkpoint remembers the bad steps before it: 2 and 4.
+    assert newest(tmp_path / "run").scalars["skipped_steps"] == 2
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_overflow_above_the_smallest_scale_is_the_scalers_affair(stage: int, corpus: Path, tmp_path: Path) -> None:
+    path = str(write_config(tmp_path, corpus, **FP16, parallel__zero_stage=stage))
+    # Scales 8, 4, 2 are lost to overflows in a row, more than the guard allows; it does not count them.
+    ranks = run_ranks(spoilt_run, 2, path, "inf gradient", [2, 3, 4, 7], True)
+    for rank in ranks:
+        assert rank["unchanged"] == [2, 3, 4, 7]
+        assert rank["scales"] == [8, 4, 2, 1, 1, 1, 1, 1, 1, 1]
+    skipped = {row["step"]: row["skipped"] for row in step_rows(tmp_path / "run") if "skipped" in row}
+    assert skipped == {2: "loss scale", 3: "loss scale", 4: "loss scale", 7: "non-finite"}
+    assert newest(tmp_path / "run").scalars["skipped_steps"] == 1
+
+
+def test_overflows_at_the_smallest_scale_stop_the_run(corpus: Path, tmp_path: Path) -> None:
+    path = str(write_config(tmp_path, corpus, **FP16))
+    arguments = (path, "nan gradient", list(range(1, 11)), True)
+    [outcome] = end_ranks(spoilt_entry_point, 1, *arguments, process_group=False)
+    assert outcome.code == 1
+    assert "3 steps in a row" in outcome.errors and "step 6" in outcome.errors
+    assert "Traceback" not in outcome.errors
+
+
+def test_loss_scale_is_resumed(corpus: Path, tmp_path: Path) -> None:
+    changes = FP16 | {"loss_scale__window": 3, "checkpoint__interval": 4}
+    path = str(write_config(tmp_path / "a", corpus, **changes))
+    [whole] = run_ranks(spoilt_run, 1, path, "inf gradient", [2], True)
+    assert len(set(whole["scales"])) > 2, "the scale is meant to fall and to rise"
+    cut = str(write_config(tmp_path / "b", corpus, **changes))
+    run_ranks(spoilt_run, 1, cut, "inf gradient", [2], True)
+    for step in (8, 10):
+        folder = tmp_path / f"b/run/checkpoints/step-{step:08d}"
+        if folder.exists():
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
+    assert newest(tmp_path / "b/run").step == 4
+    [rest] = run_ranks(spoilt_run, 1, cut, "inf gradient", [], True)
+    assert rest["scales"] == whole["scales"][4:]
+    losses = [row["loss"] for row in step_rows(tmp_path / "a/run")]
+    assert [row["loss"] for row in step_rows(tmp_path / "b/run")] == losses
+
+
+def test_fp16_is_refused_in_one_line_where_deepspeed_cannot(corpus: Path, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("GPUs can do fp16")
+    path = str(write_config(tmp_path, corpus, precision="fp16"))
+    [outcome] = end_ranks(entry_point, 1, path, process_group=False)
+    assert outcome.code == 2
+    assert outcome.errors.startswith('error: precision "fp16"') and '"bf16"' in outcome.errors
+    assert len(outcome.errors.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_guard_counts_only_its_own_and_only_in_a_row() -> None:
+    guard = FiniteGuard(limit=2)
+    good = StepResult(loss=1.0, grad_norm=1.0, skipped=None)
+    bad = StepResult(loss=float("nan"), grad_norm=float("nan"), skipped="non-finite")
+    scale = StepResult(loss=1.0, grad_norm=float("inf"), skipped="loss scale")
+    for step, result in enumerate([bad, good, bad, good, scale, scale, scale, bad], 1):
+        guard.check(step, result, (0, 1))
+    assert (guard.skipped, guard.in_a_row) == (3, 1)
+    with pytest.raises(RunFailedError, match=r"2 steps in a row.*step 9.*samples 64 to 71"):
+        guard.check(9, bad, (64, 71))
+    assert isnan(bad.loss)

@@ -1,0 +1,199 @@
+"""Kill a run anywhere and give the same command again: every later number is the uninterrupted run's, to the last bit.
+
+Twelve steps, the adapters before step 8, column masks refreshed before steps 1, 6 and 11, an evaluation after every
+third step, checkpoints after every second. The runs go through the entry point, in forked processes that kill
+themselves with SIGKILL.
+
+Run: pytest tests/training/test_resume.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import Outcome, end_ranks
+from tests.runs import evaluation_rows, newest, pretrain, step_rows, watch_engines, write_config
+
+STEPS = 12
+FIRST_ADAPTER_STEP = 8
+EVALUATED = [3, 6, 9, 12]
+CHANGES: dict[str, Any] = {
+    "training__steps": STEPS,
+    "adapters__fraction": 5 / 12,
+    "sparsity__column_mask_interval": 5,
+    "evaluation__interval": 3,
+    "checkpoint__interval": 2,
+}
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_run(config: str, place: str, number: int) -> None:
+    """Run the entry point; the process dies at the `number`th time that it comes to `place`."""
+    from slope_dist.training import trainer
+
+    passed = 0
+
+    def here() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == number:
+            _die()
+
+    if place in {"before step", "after step"}:
+        watch_engines(lambda event, engine, detail: here() if event == place else None)
+    elif place == "switch":
+        watch_engines(lambda event, engine, detail: here() if event == "loaded" else None)
+    elif place in {"row", "half a row"}:
+        write = trainer.Journal._write
+
+        def cut(journal: Any, row: dict[str, Any]) -> None:
+            if passed + 1 == number and place == "half a row":
+                journal._file.write('{"step": 4, "lo')
+                journal._file.flush()
+            else:
+                write(journal, row)
+            here()
+
+        trainer.Journal._write = cut  # type: ignore[method-assign]
+    else:
+        save = trainer.checkpoint.save
+
+        def watched(*arguments: Any, **keywords: Any) -> Any:
+            return save(*arguments, **keywords, progress=lambda event: here() if event == place else None)
+
+        trainer.checkpoint.save = watched
+    pretrain("--config", config)
+
+
+def whole_run(config: str) -> None:
+    """Run the entry point to its end."""
+    assert pretrain("--config", config) == 0
+
+
+def run(function: Callable, ranks: int, *arguments: Any) -> list[Outcome]:
+    return end_ranks(function, ranks, *arguments, process_group=False)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    made: dict[tuple[int, int], Path] = {}
+
+    def make(ranks: int, stage: int) -> Path:
+        if (ranks, stage) not in made:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            path = write_config(folder, corpus, **CHANGES, parallel__zero_stage=stage)
+            outcomes = run(whole_run, ranks, str(path))
+            assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].errors
+            made[ranks, stage] = folder / "run"
+        return made[ranks, stage]
+
+    return make
+
+
+def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what a clock made."""
+    timed = {"tokens_per_second", "switch_seconds", "switch_peak_bytes"}
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert [row["step"] for row in step_rows(found)] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in evaluation_rows(found)] == EVALUATED
+    assert numbers(step_rows(found)) == numbers(step_rows(expected))
+    assert numbers(evaluation_rows(found)) == numbers(evaluation_rows(expected))
+    mine, other = newest(found).manifest, newest(expected).manifest
+    assert mine.step == other.step == STEPS
+    # Same layout, so the files of the last checkpoint (weights, masters, moments, masks) are the same bytes.
+    assert {name: file.sha256 for name, file in mine.files.items()} == {
+        name: file.sha256 for name, file in other.files.items()
+    }
+    assert mine.scalars == other.scalars
+
+
+CUTS = [
+    # Before any checkpoint; between refreshes of the column masks; inside a save; in the middle of a row; at the
+    # switch, before and after it was saved; after the last save but before the last evaluation.
+    ("after step", 1),
+    ("after step", 5),
+    ("manifest", 2),
+    ("half a row", 5),
+    ("switch", 1),
+    ("before step", 8),
+    ("after step", 9),
+    ("latest", 6),
+]
+
+
+@pytest.mark.parametrize(("place", "number"), CUTS)
+def test_killed_run_goes_on_exactly(
+    place: str, number: int, uninterrupted: Callable, corpus: Path, tmp_path: Path
+) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES, parallel__zero_stage=1))
+    [killed] = run(killed_run, 1, config, place, number)
+    assert killed.code == -signal.SIGKILL, killed.errors
+    [resumed] = run(whole_run, 1, config)
+    assert resumed.code == 0, resumed.errors
+    assert ("resumed from" in resumed.output) == ((place, number) != ("after step", 1))
+    assert_same_run(tmp_path / "run", uninterrupted(1, 1))
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_run_killed_again_and_again_goes_on_exactly(
+    stage: int, uninterrupted: Callable, corpus: Path, tmp_path: Path
+) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES, parallel__zero_stage=stage))
+    # After steps 3, 2 + 4 and 6 + 3: the last of them is in the adapters' phase.
+    for number in (3, 4, 3):
+        [killed] = run(killed_run, 1, config, "after step", number)
+        assert killed.code == -signal.SIGKILL, killed.errors
+    [resumed] = run(whole_run, 1, config)
+    assert resumed.code == 0, resumed.errors
+    assert_same_run(tmp_path / "run", uninterrupted(1, stage))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("number", [5, 9])
+def test_killed_run_of_two_ranks_goes_on_exactly(
+    number: int, stage: int, uninterrupted: Callable, corpus: Path, tmp_path: Path
+) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES, parallel__zero_stage=stage))
+    killed = run(killed_run, 2, config, "after step", number)
+    assert -signal.SIGKILL in [outcome.code for outcome in killed]
+    resumed = run(whole_run, 2, config)
+    assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].errors
+    assert_same_run(tmp_path / "run", uninterrupted(2, stage))
+
+
+def files_of(folder: Path) -> dict[str, tuple[str, int]]:
+    """Hash and time of change of every file."""
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_finished_run_says_so_and_touches_nothing(uninterrupted: Callable) -> None:
+    folder = uninterrupted(1, 1)
+    before = files_of(folder)
+    [outcome] = run(whole_run, 1, str(folder.parent / "config.json"))
+    assert outcome.code == 0
+    assert f"this run is finished: step {STEPS} of {STEPS}" in outcome.output
+    assert str(folder / "metrics.jsonl") in outcome.output
+    assert files_of(folder) == before
+
+
+def test_cost_of_the_switch_is_in_the_row_of_its_step(uninterrupted: Callable) -> None:
+    rows = step_rows(uninterrupted(1, 1))
+    assert [row["step"] for row in rows if row.get("switch_seconds", 0) > 0] == [FIRST_ADAPTER_STEP]
+    assert [row["phase"] for row in rows] == ["sparse"] * 7 + ["adapters"] * 5
