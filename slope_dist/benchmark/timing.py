@@ -14,24 +14,21 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one rival in every round, and its share of the baseline's time in the same round."""
+    """One rival's time in every round, in seconds, and its ratio to the baseline's in the same round."""
 
     seconds: list[float]
     ratios: list[float]
+    processor_ratios: list[float]
+    """Of processor time over all threads: with one thread it tells of a busy machine what the clock cannot."""
 
     def summary(self) -> dict[str, float]:
         """Medians with quartiles."""
-        low, high = _quartiles(self.seconds)
-        ratio_low, ratio_high = _quartiles(self.ratios)
-        return {
-            "seconds": statistics.median(self.seconds),
-            "seconds_q1": low,
-            "seconds_q3": high,
-            "ratio": statistics.median(self.ratios),
-            "ratio_q1": ratio_low,
-            "ratio_q3": ratio_high,
-            "rounds": len(self.seconds),
-        }
+        numbers: dict[str, float] = {"rounds": len(self.seconds)}
+        series = {"seconds": self.seconds, "ratio": self.ratios, "processor_ratio": self.processor_ratios}
+        for name, values in series.items():
+            numbers[name] = statistics.median(values)
+            numbers[f"{name}_q1"], numbers[f"{name}_q3"] = _quartiles(values)
+        return numbers
 
 
 def _quartiles(numbers: list[float]) -> tuple[float, float]:
@@ -50,7 +47,7 @@ def in_turns(rivals: Mapping[str, Callable[[], None]], device: torch.device, sec
     names = list(rivals)
     for run in rivals.values():
         run()
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     start = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
@@ -60,17 +57,21 @@ def in_turns(rivals: Mapping[str, Callable[[], None]], device: torch.device, sec
             taken[name].append(_time(rivals[name], device))
     baseline = taken[names[0]]
     return {
-        name: Timing(taken[name], [ours / base for ours, base in zip(taken[name], baseline, strict=True)])
+        name: Timing(
+            [clock for clock, _ in taken[name]],
+            [ours[0] / base[0] for ours, base in zip(taken[name], baseline, strict=True)],
+            [ours[1] / base[1] for ours, base in zip(taken[name], baseline, strict=True)],
+        )
         for name in names
     }
 
 
-def _time(run: Callable[[], None], device: torch.device) -> float:
+def _time(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
     wait(device)
-    start = time.perf_counter()
+    clock, processor = time.perf_counter(), time.process_time()
     run()
     wait(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
 def wait(device: torch.device) -> None:

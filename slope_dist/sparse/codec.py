@@ -22,9 +22,9 @@ _BITS_OF_BYTE = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1).bool()
 # Multiplied by this, eight bytes of 0 or 1 read as one little-endian number leave their eight bits, in order, on top.
 _GATHER_BITS = 0x0102040810204080
 
-_BLOCK = 2**20
-"""Kept entries whose columns (8 bytes each) exist at one time. Twice to four times as fast as all at once where those
-exceed 32 MiB, which the C library then maps and zeroes anew each time; no slower below."""
+_BLOCK = 2**18
+"""Kept entries whose columns (8 bytes each) exist at one time. All at once they would outweigh the weight, double a
+step's peak memory, and beyond 32 MiB take twice to four times as long: the C library then maps and zeroes them anew."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

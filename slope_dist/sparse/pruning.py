@@ -106,6 +106,6 @@ def doubly_pruned_transpose(
     mask = column_mask(values, indices, pattern) if kept is None else kept
     dense = doubly_pruned(values, indices, pattern, mask)
     # What is kept scores 1 and comes first; at most n of a group are, so they and the lowest others take its n slots.
-    slots = torch.stack(_best(_rows_of_tiles(codec.as_integers(mask), pattern), pattern.n), dim=1).view(mask.shape)
-    packed = codec.encode(slots.t() != 0, pattern)
+    slots = torch.stack(_best(_rows_of_tiles(codec.as_integers(mask), pattern), pattern.n), dim=1).bitwise_and_(1)
+    packed = codec.encode(slots.view(torch.bool).view(mask.shape).t(), pattern)
     return codec.gather(dense.t().contiguous(), packed, pattern), packed

@@ -45,6 +45,8 @@ class Journal:
             "perplexity": finite(result.perplexity),
             "bits_per_byte": None if result.bits_per_byte is None else finite(result.bits_per_byte),
         }
+        if row in self.rows:
+            return  # Done again, because a kill came between this row and the picture.
         self._write(row)
         for name, value in row.items():
             if name != "step" and value is not None:

@@ -74,9 +74,7 @@ def _optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(training.beta1, training.beta2), eps=training.epsilon)
 
 
-def _with_adapters(
-    config: Config, old: nn.Module, optimizer: torch.optim.AdamW
-) -> tuple[nn.Module, torch.optim.AdamW]:
+def _with_adapters(config: Config, old: nn.Module, optimizer: torch.optim.AdamW) -> tuple[nn.Module, torch.optim.AdamW]:
     model = _model(config, adapters=True)
     values = {tensor.name: tensor.tensor for tensor in logical_tensors(old)}
     after = _optimizer(config, model)

@@ -183,7 +183,9 @@ def test_zero_3_shards_values_and_indices_between_uses(run: Callable) -> None:
 
 def test_zero_3_keeps_small_tensors_whole_where_it_is_told_to(run: Callable) -> None:
     expected, _ = run(1, parallel__zero_stage=0, sparsity__pattern="2:4")
-    found, [seen, _] = run(2, parallel__zero_stage=3, sparsity__pattern="2:4", parallel__zero3_persistence_threshold=600)
+    found, [seen, _] = run(
+        2, parallel__zero_stage=3, sparsity__pattern="2:4", parallel__zero3_persistence_threshold=600
+    )
     assert_same_run(found, expected, bound=EXACT)
     assert {tensor["status"] for tensor in seen["sharded"]} == {"NOT_AVAILABLE", "AVAILABLE"}
 

@@ -152,7 +152,7 @@ def test_overflows_at_the_smallest_scale_stop_the_run(corpus: Path, tmp_path: Pa
 
 
 def test_loss_scale_is_resumed(corpus: Path, tmp_path: Path) -> None:
-    changes = FP16 | {"loss_scale__window": 3, "checkpoint__interval": 4}
+    changes = FP16 | {"loss_scale__window": 3, "checkpoint__interval": 4, "checkpoint__keep": 9}
     path = str(write_config(tmp_path / "a", corpus, **changes))
     [whole] = run_ranks(spoilt_run, 1, path, "inf gradient", [2], True)
     assert len(set(whole["scales"])) > 2, "the scale is meant to fall and to rise"

@@ -174,6 +174,18 @@ def test_killed_run_of_two_ranks_goes_on_exactly(
     assert_same_run(tmp_path / "run", uninterrupted(2, stage))
 
 
+def test_kill_between_evaluation_and_picture_leaves_one_evaluation(corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES | {"training__steps": 3, "evaluation__interval": 0}))
+    [killed] = run(killed_run, 1, config, "row", 4)
+    assert killed.code == -signal.SIGKILL
+    assert [row["step"] for row in evaluation_rows(tmp_path / "run")] == [3]
+    assert not (tmp_path / "run/loss.png").exists()
+    [resumed] = run(whole_run, 1, config)
+    assert resumed.code == 0, resumed.errors
+    assert [row["step"] for row in evaluation_rows(tmp_path / "run")] == [3]
+    assert (tmp_path / "run/loss.png").exists()
+
+
 def files_of(folder: Path) -> dict[str, tuple[str, int]]:
     """Hash and time of change of every file."""
     return {

@@ -57,7 +57,7 @@ def test_no_step_jumps(schedule: str, config: Any) -> None:
     largest = max(PEAK / WARMUP, 1.6 * (PEAK - LAST) / (STEPS - WARMUP))
     assert max(abs(b - a) for a, b in zip(found, found[1:], strict=False)) <= largest * 1.0001
     decay = found[WARMUP:]
-    assert decay == sorted(decay, reverse=True)
+    assert all(b <= a * (1 + 1e-12) for a, b in zip(decay, decay[1:], strict=False))
 
 
 def test_no_warmup_starts_near_the_peak(config: Any) -> None:
@@ -77,9 +77,7 @@ def test_adapters_follow(config: Any) -> None:
 @pytest.mark.parametrize("policy", ["rewarm_adapters", "rewarm_all"])
 def test_second_warmup(policy: str, config: Any) -> None:
     peak = 0.004
-    changed = config(
-        adapters__learning_rate_policy=policy, adapters__peak_learning_rate=peak, adapters__warmup_steps=5
-    )
+    changed = config(adapters__learning_rate_policy=policy, adapters__peak_learning_rate=peak, adapters__warmup_steps=5)
     base, adapters, before = rates(changed), rates(changed, "adapters"), rates(config())
     assert base[:81] == before[:81]
     assert base[81:] == (before[81:] if policy == "rewarm_adapters" else adapters[81:])

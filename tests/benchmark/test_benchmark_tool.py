@@ -1,0 +1,71 @@
+"""`tools/benchmark.py layer` measures what it is asked for, writes every number, and refuses bad options in one line.
+
+Run: pytest tests/benchmark/test_benchmark_tool.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/benchmark.py", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def test_a_small_run_reports_every_rival_and_the_machine(tmp_path: Path) -> None:
+    file = tmp_path / "layer.json"
+    sizes = ("--widths", "64", "--projections", "32", "--tokens", "40", "--dtypes", "bf16")
+    done = benchmark("layer", *sizes, "--threads", "1", "--seconds", "0", "--output", str(file))
+    assert done.returncode == 0, done.stderr
+    for text in ("64 -> 64", "32 -> 128", "128 -> 32", "bf16", "40 tokens", "1 threads", str(file)):
+        assert text in done.stdout.replace("\n", "")
+    report = json.loads(file.read_text())
+    assert {"device", "threads", "torch", "commit", "python"} <= report["machine"].keys()
+    assert len(report["rows"]) == 3
+    for row in report["rows"]:
+        assert set(row["rivals"]) == {"dense", "derived", "resident"}
+        assert {"seconds", "ratio", "peak_bytes", "held_bytes", "weight_gradient_error"} <= row["rivals"][
+            "derived"
+        ].keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["layer", "--widths", "100"], "--widths 100 is not a positive multiple of 8"),
+        (["layer", "--projections", "0"], "--projections 0 is not a positive multiple of 8"),
+        (["layer", "--tokens", "0"], "--tokens 0 is less than 1"),
+        (["layer", "--threads", "-1"], "--threads -1 is less than 1"),
+        (["layer", "--seconds", "nan"], "--seconds nan is not a time"),
+        (["layer", "--dtypes", "fp8"], "invalid choice: 'fp8'"),
+        (["layer", "--width", "64"], "unrecognized arguments"),
+        (["layer", "--output", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["gemm"], "invalid choice: 'gemm'"),
+        ([], "COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused_in_one_line(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark as tool
+
+    assert tool.main(options) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1

@@ -1,0 +1,71 @@
+"""Plain data between ranks: gathered and broadcast as it was, errors raised on all ranks alike.
+
+Run: pytest tests/parallel/test_collectives.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from slope_dist.errors import UserError
+from slope_dist.parallel import collectives
+from tests.distributed import run_ranks
+
+VALUES: list[Any] = [{"a": [1, 2.5, None, True], "é": "\u2581 x" * 400}, None, "", [], 0]
+
+
+def exchange() -> dict[str, Any]:
+    rank = collectives.rank()
+    gathered = [collectives.all_gather_json([rank, value] if rank else value) for value in VALUES]
+    broadcast = [collectives.broadcast_json(value if rank == 0 else "other") for value in VALUES]
+    total = collectives.sum_over_ranks([rank + 0.5, 1e-9])
+    collectives.barrier()
+    return {
+        "size": collectives.world_size(),
+        "rank": rank,
+        "gathered": gathered,
+        "broadcast": broadcast,
+        "total": total,
+    }
+
+
+def disagree(errors: list[str | None]) -> str | None:
+    try:
+        collectives.agree(errors[collectives.rank()])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_two_ranks() -> None:
+    for rank, seen in enumerate(run_ranks(exchange, 2)):
+        assert (seen["size"], seen["rank"]) == (2, rank)
+        assert seen["gathered"] == [[value, [1, value]] for value in VALUES]
+        assert seen["broadcast"] == VALUES
+        assert seen["total"] == [2.0, 2e-9]
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        ([None, None], None),
+        (["no disk", None], "no disk"),
+        ([None, "no disk"], "rank 1: no disk"),
+        (["no disk", "no network"], "no disk"),
+    ],
+)
+def test_all_ranks_fail_alike(errors: list[str | None], said: str | None) -> None:
+    assert run_ranks(disagree, 2, errors) == [said, said]
+
+
+def test_without_a_process_group_a_process_talks_to_itself() -> None:
+    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    assert collectives.all_gather_json({"a": 1}) == [{"a": 1}]
+    assert collectives.broadcast_json([2]) == [2]
+    assert collectives.sum_over_ranks([0.5]) == [0.5]
+    collectives.barrier()
+    collectives.agree(None)
+    with pytest.raises(UserError, match="^bad$"):
+        collectives.agree("bad")

@@ -1,0 +1,86 @@
+"""The progress line where there is no terminal, and numbers for people.
+
+Run: pytest tests/training/test_progress.py
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from slope_dist.training.progress import PeakMemory, ProgressLine, duration_text, peak_memory, size_text
+
+
+def line(**changes: object) -> ProgressLine:
+    values = {
+        "first_step": 1,
+        "steps": 4,
+        "tokens_per_step": 100,
+        "flops_per_token": 1e6,
+        "ranks": 1,
+        "log_interval": 2,
+        "show": True,
+    }
+    return ProgressLine(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_plain_lines_say_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = line()
+    progress.start()
+    for step in range(1, 5):
+        assert progress.step(step, 3.25, "sparse" if step < 4 else "adapters", None) > 0
+    progress.say("evaluated")
+    progress.close()
+    lines = capsys.readouterr().out.splitlines()
+    # Every second step, and the last.
+    assert [text.split(" | ")[0] for text in lines] == ["step 2/4", "step 4/4", "evaluated"]
+    parts = (
+        r"step 2/4 \| 50\.0 % \| loss 3\.2500 \| [\d,]+ tokens/s \| .*peak memory [\d.]+ [KMG]iB \| sparse \| .+ left"
+    )
+    assert re.fullmatch(parts, lines[0])
+    assert "\x1b" not in "".join(lines)
+
+
+def test_skipped_steps_are_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = line()
+    progress.start()
+    progress.step(1, float("nan"), "sparse", "non-finite")
+    assert "SKIPPED (non-finite)" in capsys.readouterr().out
+
+
+def test_other_ranks_keep_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = line(show=False)
+    progress.start()
+    progress.step(2, 1.0, "sparse", "non-finite")
+    progress.say("something")
+    progress.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_numbers_for_people() -> None:
+    sizes = [0, 1023, 1024, 1536, 2**20, 5 * 2**30, 3000 * 2**30]
+    assert [size_text(size) for size in sizes] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "1.5 KiB",
+        "1.0 MiB",
+        "5.00 GiB",
+        "3000.00 GiB",
+    ]
+    seconds = [0.04, 9.9, 10.4, 59.6, 192, 3600, 7325]
+    assert [duration_text(value) for value in seconds] == ["0.0s", "9.9s", "10s", "1m00s", "3m12s", "1h00m", "2h02m"]
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    size = 64 * 2**20
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with PeakMemory() as peak:
+        block = torch.ones(size, dtype=torch.uint8, device=device)
+        del block
+    if peak.bytes is None:
+        pytest.skip("this system does not tell the peak of a stretch of time")
+    assert 0.9 * size < peak.bytes < 3 * size
+    assert peak_memory() >= size
