@@ -14,7 +14,7 @@ pretrain: $(INSTALLED)
 	@echo "the picture of the loss: $(RUN)/loss.png"
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

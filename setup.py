@@ -30,6 +30,13 @@ setup(
         "torch>=2.11",
     ],
     extras_require={
-        "test": ["hypothesis>=6.170", "mypy>=2.4", "pytest>=9.2", "ruff>=0.17", "transformers>=5.23"],
+        "test": [
+            "hypothesis>=6.170",
+            "mypy>=2.4",
+            "pytest>=9.2",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17",
+            "transformers>=5.23",
+        ],
     },
 )

@@ -70,7 +70,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
     bad.sort(key=lambda item: item[1].code == -signal.SIGKILL)
     if bad:
         texts = [
-            f"rank {rank} of {world_size} ended with code {outcome.code}\n{outcome.output[-2000:]}{outcome.errors[-6000:]}"
+            f"rank {rank} of {world_size} ended with code {outcome.code}\n"
+            f"{outcome.output[-2000:]}{outcome.errors[-6000:]}"
             for rank, outcome in bad
         ]
         raise AssertionError("\n".join(texts))
@@ -178,7 +179,7 @@ def _warm_up() -> None:
     from matplotlib import pyplot  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import slope_dist.training.trainer
+    import slope_dist.training.trainer  # noqa: F401
     from slope_dist.data.prepare import megatron_indexed_dataset
     from slope_dist.engine.deepspeed_engine import import_deepspeed
 

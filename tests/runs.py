@@ -22,9 +22,9 @@ VOCAB_SIZE = 512
 STEPS = 10
 FIRST_ADAPTER_STEP = 6
 
-# Clipping is active in every step, and a step takes two or more micro-batches on each of two ranks. Adam's epsilon is a
-# hundredth of a typical gradient: with one of 1e-8, elements whose gradients are rounding alone (in the adapters' second
-# factors, as in key biases) would move by the whole learning rate in a direction that is not the run's.
+# Clipping is active in every step, and a step takes two or more micro-batches on each of two ranks. Adam's epsilon is
+# a hundredth of a typical gradient: with one of 1e-8, elements whose gradients are rounding alone (in the adapters'
+# second factors, as in key biases) would move by the whole learning rate in a direction that is not the run's.
 SECTIONS: dict[str, Any] = {
     "run": {"threads": 1, "seed": 7},
     "model": {

@@ -51,7 +51,7 @@ def discover(variables: Mapping[str, str] | None = None) -> Environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
         launcher: Launcher = "deepspeed or torchrun"
         defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_NTASKS", "1") != "1":
         names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
         launcher = "srun"
         defaults = {"SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "1"}

@@ -67,5 +67,5 @@ def test_without_a_process_group_a_process_talks_to_itself() -> None:
     assert collectives.sum_over_ranks([0.5]) == [0.5]
     collectives.barrier()
     collectives.agree(None)
-    with pytest.raises(UserError, match="^bad$"):
+    with pytest.raises(UserError, match=r"^bad$"):
         collectives.agree("bad")

@@ -121,3 +121,14 @@ def test_rows_that_are_no_whole_groups_are_refused() -> None:
     matrix = CompressedMatrix.prune(torch.randn(6, 16), Pattern(2, 4))
     with pytest.raises(ValueError, match="6 rows"):
         matrix.doubly_pruned()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nan_ranks_above_infinity_wherever_it_stands(dtype: torch.dtype) -> None:
+    """A bad weight keeps its place, so that the finite check of the step sees it."""
+    for place in range(4):
+        row = torch.tensor([1.0, 2.0, float("inf"), 3.0], dtype=dtype)
+        row[place] = float("nan")
+        kept = pruning.row_mask(row.repeat(2).view(1, 8), Pattern(2, 4))[0, :4]
+        best_other = 2 if place != 2 else 3
+        assert kept.nonzero().flatten().tolist() == sorted([place, best_other])

@@ -1,7 +1,7 @@
-"""Nothing that is not finite reaches a weight, on any rank: the step is skipped, counted, and after three the run stops.
+"""Nothing that is not finite reaches a weight, on any rank: the step is skipped, counted, and after three the run ends.
 
-The spoilt gradient or loss is always one rank's alone. Fp16 runs on the CPU under an accelerator of DeepSpeed's that says
-it can, so that DeepSpeed's own loss scaler does the work.
+The spoilt gradient or loss is always one rank's alone. Fp16 runs on the CPU under an accelerator of DeepSpeed's that
+says it can, so that DeepSpeed's own loss scaler does the work.
 
 Run: pytest tests/training/test_finite_check.py
 """
@@ -92,11 +92,11 @@ def allow_fp16() -> None:
     set_accelerator(Willing())
 
 
-@pytest.mark.parametrize("how", ["nan gradient", "inf loss"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "how"),
+    [*((stage, "nan gradient") for stage in (0, 1, 2, 3)), *((stage, "inf loss") for stage in (0, 1, 3))],
+)
 def test_bad_step_of_one_rank_changes_nothing_anywhere(stage: int, how: str, corpus: Path, tmp_path: Path) -> None:
-    if how == "inf loss" and stage == 2:
-        pytest.skip("the loss is looked at before the stages differ; 2 adds nothing to 1 and 3")
     path = str(write_config(tmp_path, corpus, parallel__zero_stage=stage))
     ranks = run_ranks(spoilt_run, 2, path, how, [4, 8])
     assert [rank["unchanged"] for rank in ranks] == [[4, 8], [4, 8]]

@@ -5,6 +5,7 @@ Run: pytest tests/training/test_schedule.py
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def test_edges(schedule: str, config: Any) -> None:
 def test_no_step_jumps(schedule: str, config: Any) -> None:
     found = rates(config(training__schedule=schedule))
     largest = max(PEAK / WARMUP, 1.6 * (PEAK - LAST) / (STEPS - WARMUP))
-    assert max(abs(b - a) for a, b in zip(found, found[1:], strict=False)) <= largest * 1.0001
+    assert max(abs(b - a) for a, b in pairwise(found)) <= largest * 1.0001
     decay = found[WARMUP:]
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(decay, decay[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(decay))
 
 
 def test_no_warmup_starts_near_the_peak(config: Any) -> None:
