@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test check style clean
+.PHONY: pretrain test test-slow check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
@@ -15,6 +15,10 @@ pretrain: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+
+# What takes minutes, such as `make pretrain` itself in a fresh clone.
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

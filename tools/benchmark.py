@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -80,8 +81,18 @@ def _check(options: argparse.Namespace) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device; leave the option out")
     # Before the minutes of measuring, not after.
-    if options.output is not None and not options.output.parent.is_dir():
-        raise UserError(f"--output {options.output}: there is no folder {options.output.parent}")
+    if options.output is not None:
+        _check_output(options.output)
+
+
+def _check_output(path: Path) -> None:
+    # os.path rather than Path: it answers no where the path itself is impossible (too long, not permitted).
+    if not os.path.isdir(path.parent):
+        raise UserError(f"--output {path}: there is no folder {path.parent}")
+    if os.path.isdir(path):
+        raise UserError(f"--output {path} is a folder; name a file in it")
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+        raise UserError(f"--output {path} cannot be written: permission denied")
 
 
 def run_layer(options: argparse.Namespace) -> None:
@@ -112,7 +123,10 @@ def run_layer(options: argparse.Namespace) -> None:
     console.print(layer_table(rows, facts))
     if options.output is not None:
         report = {"benchmark": "layer", "machine": facts, "rows": rows}
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            options.output.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--output {options.output} cannot be written: {error.strerror or error}") from error
         console.print(f"every number is in {options.output}")
 
 

@@ -6,7 +6,6 @@ every default filled in, so that the written file loads to the same run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
@@ -67,12 +66,6 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def dump_config(config: Config) -> str:
     """Return `config` as indented JSON with every field written; `load_config` reads it to an equal config."""
     return json.dumps(config.model_dump(mode="json"), indent=2) + "\n"
-
-
-def config_hash(config: Config) -> str:
-    """Return the SHA-256, in hex, of all fields of `config` in canonical form."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _read(path: Path) -> str:

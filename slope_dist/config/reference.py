@@ -74,7 +74,7 @@ def _bounds(metadata: list[Any]) -> str:
         for name, word in words.items():
             value = getattr(constraint, name, None)
             if value is not None and value < 2**31 - 1:
-                limits.append(f"{word} {value:g}")
+                limits.append(f"{word} {value:.10g}")
     return f", {', '.join(limits)}" if limits else ""
 
 

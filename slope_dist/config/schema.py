@@ -26,9 +26,16 @@ def _usable_path(text: str) -> str:
     return text
 
 
-# Upper limits only keep arithmetic on absurd values finite; no real run comes near them.
+# Upper limits keep an absurd value, most often a slip of the finger, from hanging or crashing what counts and allocates
+# by it; no real run comes near them.
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+Samples = Annotated[int, Field(ge=1, le=2**20)]
+Ranks = Annotated[int, Field(ge=1, le=2**20)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=1e30)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_usable_path)]
@@ -58,7 +65,7 @@ class RunConfig(Section):
         le=2**63 - 1,
         description="Seed of the initial values, the masks, the adapters and the order of samples.",
     )
-    threads: Count | None = Field(
+    threads: Threads | None = Field(
         default=None,
         description="CPU threads of each process; null: the machine's cores divided by its local ranks.",
     )
@@ -71,13 +78,13 @@ class ModelConfig(Section):
     family: Literal["opt", "gpt2", "llama", "mistral"] = Field(
         default="opt", description='Model family; "opt" works, the others are not there yet.'
     )
-    hidden_size: Count = Field(description="Width of the residual stream; a multiple of 8 and of `num_heads`.")
-    num_layers: Count = Field(description="Transformer blocks.")
-    num_heads: Count = Field(description="Attention heads.")
-    ffn_size: Count = Field(description="Width inside the feed-forward block; a multiple of 8.")
-    vocab_size: Count = Field(description="Rows of the embedding; also the size of a tokenizer trained for the run.")
-    sequence_length: Count = Field(description="Tokens of a sample, and learned positions of the model.")
-    embedding_size: Count | None = Field(
+    hidden_size: Width = Field(description="Width of the residual stream; a multiple of 8 and of `num_heads`.")
+    num_layers: Layers = Field(description="Transformer blocks.")
+    num_heads: Width = Field(description="Attention heads.")
+    ffn_size: Width = Field(description="Width inside the feed-forward block; a multiple of 8.")
+    vocab_size: Tokens = Field(description="Rows of the embedding; also the size of a tokenizer trained for the run.")
+    sequence_length: Tokens = Field(description="Tokens of a sample, and learned positions of the model.")
+    embedding_size: Width | None = Field(
         default=None,
         description="Width of the token embedding, projected to `hidden_size` where they differ "
         "(OPT-350M: 512); a multiple of 8; null: `hidden_size`.",
@@ -96,11 +103,6 @@ class ModelConfig(Section):
     def token_embedding_size(self) -> int:
         """Width of the token embedding with the null of `embedding_size` filled in."""
         return self.hidden_size if self.embedding_size is None else self.embedding_size
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_heads
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -259,8 +261,8 @@ class TrainingConfig(Section):
     """Length, batch, optimizer and schedule."""
 
     steps: Count = Field(description="Optimizer steps of the run; steps count from 1.")
-    global_batch_size: Count = Field(description="Samples of a step over all ranks.")
-    micro_batch_size: Count = Field(description="Samples of one forward and backward pass on one rank.")
+    global_batch_size: Samples = Field(description="Samples of a step over all ranks.")
+    micro_batch_size: Samples = Field(description="Samples of one forward and backward pass on one rank.")
     learning_rate: PositiveFloat = Field(description="Peak learning rate.")
     min_learning_rate: NonNegativeFloat = Field(
         default=0.0, description="Learning rate at the last step of the cosine or linear schedule."
@@ -337,9 +339,9 @@ class ParallelConfig(Section):
     engine: Literal["deepspeed", "fsdp"] = Field(
         default="deepspeed", description='Training engine; "deepspeed" works, "fsdp" is not there yet.'
     )
-    tensor: Count = Field(default=1, description="Ranks that share a layer's weights; above 1 is not there yet.")
-    pipeline: Count = Field(default=1, description="Stages the blocks are spread over; above 1 is not there yet.")
-    data: Count | None = Field(
+    tensor: Ranks = Field(default=1, description="Ranks that share a layer's weights; above 1 is not there yet.")
+    pipeline: Ranks = Field(default=1, description="Stages the blocks are spread over; above 1 is not there yet.")
+    data: Ranks | None = Field(
         default=None, description="Data-parallel ranks; null: all ranks divided by `tensor` x `pipeline`."
     )
     zero_stage: int = Field(
@@ -388,14 +390,6 @@ class CheckpointConfig(Section):
     )
 
 
-class HardwareConfig(Section):
-    """The machine the run is meant for; changes nothing in the run itself."""
-
-    card: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="Name of the accelerator, for planning and MFU; null: not named."
-    )
-
-
 class Config(Section):
     """One run."""
 
@@ -412,7 +406,6 @@ class Config(Section):
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig, description="fp16's loss scale.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Engine and layout.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
-    hardware: HardwareConfig = Field(default_factory=HardwareConfig, description="The machine, for planning.")
 
     @property
     def adapter_rank(self) -> int:

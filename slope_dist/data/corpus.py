@@ -10,8 +10,9 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +26,14 @@ from slope_dist.data.prepare import (
 )
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from slope_dist.config.schema import Config
+
+# The label of a position that no loss is taken of.
+IGNORED_LABEL = -100
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -128,7 +137,10 @@ class Corpus:
         text_bytes: UTF-8 bytes of the split's text; None for a corpus without manifest and tokenizer.
         tokenizer_sha256: hash of the tokenizer; None where the folder has none.
         end_of_document: id that ends a document; None where the folder has no tokenizer.
-        fingerprint: hash of the tokens of all splits and the tokenizer: equal if and only if the data are.
+        has_manifest: whether the folder has a manifest; without one, every token was read when this was opened.
+        fingerprint: names the data. With a manifest, a hash of what it states: the SHA-256 of the tokenizer, which was
+            compared, and of the tokens of all splits, which `verify` compares. Without one, a hash of the tokenizer
+            and of this split's tokens as they were read.
     """
 
     def __init__(self, folder: Path, split: str, vocab_size: int):
@@ -143,6 +155,7 @@ class Corpus:
         self.tokenizer_sha256 = self._tokenizer.sha256 if self._tokenizer else None
         self.end_of_document = self._tokenizer.end_of_document if self._tokenizer else None
         self._manifest = _read_manifest(folder / MANIFEST)
+        self.has_manifest = self._manifest is not None
         entry = self._check_manifest() if self._manifest else None
         for path in (self.path, self.path.with_suffix(".idx")):
             self._check_file(path, entry)
@@ -207,22 +220,99 @@ class Corpus:
             raise _too_large(self.path, int(ids[bad]), start + bad, self.vocab_size)
         return ids
 
+    def bytes_of(self, labels: torch.Tensor) -> int | None:
+        """UTF-8 bytes of the text that `labels` spell; None without a tokenizer.
+
+        Over every token of the split this is `text_bytes`, but for a given tokenizer that puts a space before each
+        document, which counts as a byte here.
+
+        Args:
+            labels: ids of this corpus, int64 of any shape; those that are `IGNORED_LABEL` do not count.
+
+        Raises:
+            UserError: an id that the tokenizer does not have.
+        """
+        if self._piece_bytes is None:
+            return None
+        ids = labels.detach().cpu().numpy()
+        ids = ids[ids != IGNORED_LABEL]
+        largest = int(ids.max(initial=0))
+        if largest >= len(self._piece_bytes):
+            raise self._without_piece(largest, len(self._piece_bytes))
+        return int(self._piece_bytes[ids].sum())
+
+    def differs_from(self, config: Config) -> list[str]:
+        """One line for each setting of `config` about making a corpus that this one, already there, does not follow.
+
+        A corpus made elsewhere has no manifest, so nothing is known to differ.
+        """
+        if self._manifest is None:
+            return []
+        made, data = self._manifest, config.data
+        lines = []
+        if made["valid_fraction"] != data.valid_fraction:
+            lines.append(
+                f"data.valid_fraction {data.valid_fraction} does not apply: {self.folder} was split with "
+                f"{made['valid_fraction']}"
+            )
+        if made["seed"] != config.run.seed:
+            lines.append(
+                f"run.seed {config.run.seed} does not apply to the split into train and valid: {self.folder} was "
+                f"split with seed {made['seed']}"
+            )
+        kind = made["source"].get("kind")
+        if data.source is not None and data.source != kind:
+            lines.append(f'data.source "{data.source}" does not apply: {self.folder} was made from "{kind}"')
+        # Where the run would not have trained the tokenizer, a larger vocabulary is the model's own affair.
+        trains = data.source is not None and data.tokenizer is None
+        if trains and made["vocab_size"] != config.model.vocab_size:
+            lines.append(
+                f"model.vocab_size {config.model.vocab_size} is not the size of the tokenizer: that of {self.folder} "
+                f"has {made['vocab_size']} ids"
+            )
+        return lines + self._differing_tokenizer(data.tokenizer)
+
     def verify(self) -> None:
         """Read all files of the split and compare their SHA-256 with the manifest's.
 
         Raises:
-            UserError: a file differs, or there is no manifest to compare with.
+            UserError: a file differs or cannot be read, or there is no manifest to compare with.
         """
         if self._manifest is None:
             raise UserError(f"{self.folder} has no {MANIFEST}, so its files cannot be verified; {_AGAIN}")
         entry = self._manifest["splits"][self.split]
         for kind in ("bin", "idx"):
             path = self.path.with_suffix(f".{kind}")
-            found = file_sha256(path)
+            try:
+                found = file_sha256(path)
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             if found != entry[f"{kind}_sha256"]:
                 raise UserError(
                     f"{path} was altered: its SHA-256 is {found}, the manifest's {entry[f'{kind}_sha256']}; {_AGAIN}"
                 )
+
+    @cached_property
+    def _piece_bytes(self) -> np.ndarray | None:
+        return self._tokenizer.piece_bytes() if self._tokenizer else None
+
+    def _without_piece(self, token_id: int, pieces: int) -> UserError:
+        return UserError(
+            f"{self.path} has id {token_id}, but its tokenizer {self.folder / TOKENIZER} has {pieces} ids; "
+            "put the right tokenizer there, or none"
+        )
+
+    def _differing_tokenizer(self, given: str | None) -> list[str]:
+        if given is None:
+            return []
+        try:
+            same = file_sha256(Path(given)) == self.tokenizer_sha256
+        except OSError as error:
+            return [
+                f"data.tokenizer {given} cannot be read ({error.strerror or error}); {self.folder} has a tokenizer, "
+                "which is used"
+            ]
+        return [] if same else [f"data.tokenizer {given} does not apply: {self.folder} was made with another one"]
 
     def _load_tokenizer(self) -> Tokenizer | None:
         path = self.folder / TOKENIZER
@@ -269,7 +359,7 @@ class Corpus:
     def _scan(self) -> None:
         """Set max_id, fingerprint and text_bytes of a corpus without a manifest; checks every id on the way."""
         digest = hashlib.sha256(f"{self._dtype.name} {self.tokenizer_sha256} ".encode())
-        piece_bytes = self._tokenizer.piece_bytes() if self._tokenizer else None
+        piece_bytes = self._piece_bytes
         text_bytes = 0
         self.max_id = 0
         for start in range(0, self.num_tokens, _CHUNK):
@@ -278,10 +368,7 @@ class Corpus:
             digest.update(ids.astype(self._dtype).tobytes())
             if piece_bytes is not None:
                 if self.max_id >= len(piece_bytes):
-                    raise UserError(
-                        f"{self.path} has id {self.max_id}, but its tokenizer {self.folder / TOKENIZER} has "
-                        f"{len(piece_bytes)} ids; put the right tokenizer there, or none"
-                    )
+                    raise self._without_piece(self.max_id, len(piece_bytes))
                 text_bytes += int(piece_bytes[ids].sum())
         self.text_bytes = None if piece_bytes is None else text_bytes
         self.fingerprint = digest.hexdigest()
@@ -303,7 +390,16 @@ def _fingerprint(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-_MANIFEST_TYPES = {"format": int, "dtype": str, "tokenizer_sha256": str, "splits": dict}
+_MANIFEST_TYPES = {
+    "format": int,
+    "vocab_size": int,
+    "dtype": str,
+    "tokenizer_sha256": str,
+    "source": dict,
+    "valid_fraction": float,
+    "seed": int,
+    "splits": dict,
+}
 _SPLIT_TYPES = {
     "documents": int,
     "tokens": int,

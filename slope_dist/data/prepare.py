@@ -125,21 +125,25 @@ def prepare(
             }
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write corpus {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write corpus {folder}: {_reason(error)}") from error
     return manifest
 
 
 def prepare_if_absent(config: Config) -> bool:
     """Prepare `config.data.source` into `config.data.folder` unless something is there; True if it was done.
 
-    For one process of a run; the others wait. Whether what is there is a sound corpus, `Corpus.open` tells.
+    For one process of a run; the others wait. Whether what is there is a sound corpus, `Corpus.open` tells, and
+    whether it is what the config would have made, `Corpus.differs_from`.
 
     Raises:
         UserError: there is no corpus and no source to make it from, or as for `prepare`.
     """
     folder = Path(config.data.folder)
-    if _holds_something(folder):
-        return False
+    try:
+        if _holds_something(folder):
+            return False
+    except OSError as error:
+        raise UserError(f"cannot read corpus {folder} (data.folder): {_reason(error)}") from error
     if config.data.source is None:
         raise UserError(
             f"no corpus in {folder} (data.folder); make one with tools/prepare_data.py, "
@@ -160,6 +164,11 @@ def _holds_something(folder: Path) -> bool:
     return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
+def _reason(error: OSError) -> str:
+    what = error.strerror or str(error)
+    return what if error.filename is None else f"{what} ({error.filename})"
+
+
 def _refuse_if_taken(folder: Path) -> None:
     if _holds_something(folder):
         raise UserError(
@@ -174,9 +183,13 @@ def _staged(folder: Path) -> Iterator[Path]:
 
     A mark inside it is locked while its process lives, which tells a leftover of ours from one in use.
     """
-    folder = folder.absolute()
-    partial = folder.with_name(folder.name + ".partial")
     _refuse_if_taken(folder)
+    # A last name that is ".." or a link would put the sibling elsewhere than the folder that it is to become.
+    folder = Path(os.path.realpath(folder))
+    _refuse_if_taken(folder)
+    if folder == Path(os.path.realpath(os.curdir)):
+        raise UserError(f"{folder} is the current folder, which cannot be replaced by a corpus; name one below it")
+    partial = folder.with_name(folder.name + ".partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     mark = _lock(partial)
     try:

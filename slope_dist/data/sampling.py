@@ -18,10 +18,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from slope_dist.data.corpus import Corpus
+from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.errors import UserError
-
-IGNORED_LABEL = -100
 
 _ROUNDS = 8
 

@@ -19,6 +19,7 @@ from slope_dist.engine.optimizer import AdamW, GuardedAdamW, mean_over_ranks, pa
 from slope_dist.engine.zero_state import ZeroState, zero_state
 from slope_dist.errors import UserError
 from slope_dist.layers import logical_tensors
+from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.sparse import SparseWeight, codec
 
@@ -57,6 +58,20 @@ def check_precision(precision: str) -> None:
             f'precision "{precision}" is not supported by DeepSpeed on this machine ({accelerator.device_name()}); '
             f"use {works}"
         )
+
+
+def _read(source: StateSource, fragment: Fragment) -> Tensor:
+    """A fragment's state from a source whose run may have had another precision."""
+    kind = fragment.kind
+    # An fp32 model's weights are its masters: take the masters of a narrower run, and give its weights for them.
+    if kind == "weight" and source.has(fragment.name, "master"):
+        kind = "master"
+    elif kind == "master" and not source.has(fragment.name, "master"):
+        kind = "weight"
+    try:
+        return source.read(fragment.name, kind, fragment.rectangle, fragment.start, fragment.stop)
+    except KeyError as error:
+        raise UserError(f"the state to resume from lacks {kind} {fragment.name}: {error}") from error
 
 
 class DeepSpeedEngine:
@@ -172,24 +187,18 @@ class DeepSpeedEngine:
         checked = {
             tensor.name: patterns[id(tensor.tensor)] for tensor in self._state.tensors if id(tensor.tensor) in patterns
         }
-        for fragment in self._state.fragments():
-            if new_adapters and fragment.name in adapters:
-                continue
-            kind = fragment.kind
-            if kind == "weight" and fragment.tensor.dtype != torch.float32:
-                continue  # `sync` makes it from the master.
-            if kind == "master" and not source.has(fragment.name, kind):
-                kind = "weight"  # A checkpoint of an fp32 run: its weights are its masters.
-            try:
-                stored = source.read(fragment.name, kind, fragment.rectangle, fragment.start, fragment.stop)
-            except KeyError as error:
-                raise UserError(f"the state to resume from lacks {kind} {fragment.name}: {error}") from error
-            if fragment.name in checked:
-                try:
-                    codec.check(stored.view(1, -1), checked[fragment.name])
-                except ValueError as error:
-                    raise UserError(f"the state to resume from holds bad metadata for {fragment.name}") from error
-            fragment.tensor.copy_(stored)
+        # A piece that is missing or bad on one rank must end all of them, before `sync` waits for it.
+        with collectives.together():
+            for fragment in self._state.fragments():
+                if fragment.derived or (new_adapters and fragment.name in adapters):
+                    continue
+                stored = _read(source, fragment)
+                if fragment.name in checked:
+                    try:
+                        codec.check(stored.view(1, -1), checked[fragment.name])
+                    except ValueError as error:
+                        raise UserError(f"the state to resume from holds bad metadata for {fragment.name}") from error
+                fragment.tensor.copy_(stored)
         self._state.sync()
         self._values_changed()
         for name, members in self._state.flat_parameters().items():

@@ -87,11 +87,15 @@ class ZeroState(ABC):
                 else:
                     states += [("master", piece.truth), ("weight", piece.model)]
                 for kind, memory in states:
-                    yield self._fragment(tensor, kind, piece.start, piece.stop, memory, piece.write)
+                    derived = memory is piece.model and piece.model.dtype != torch.float32
+                    yield self._fragment(tensor, kind, piece.start, piece.stop, memory, piece.write, derived)
 
     @staticmethod
-    def _fragment(tensor: LogicalTensor, kind: Kind, start: int, stop: int, memory: Tensor, write: bool) -> Fragment:
-        return Fragment(tensor.name, kind, tensor.shape, whole(tensor.shape), start, stop, memory.detach(), write)
+    def _fragment(
+        tensor: LogicalTensor, kind: Kind, start: int, stop: int, memory: Tensor, write: bool, derived: bool = False
+    ) -> Fragment:
+        rectangle = whole(tensor.shape)
+        return Fragment(tensor.name, kind, tensor.shape, rectangle, start, stop, memory.detach(), write, derived)
 
 
 class WholeState(ZeroState):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slope_dist.layers import initialization
 from slope_dist.layers.linear import Linear, LowRankAdapter, Split
-from slope_dist.layers.modules import Embedding, LayerNorm
+from slope_dist.layers.modules import Embedding, LayerNorm, TiedHead
 from slope_dist.sparse import CompressedMatrix, DenseWeight, Pattern, SparseWeight, Weight
 
 
@@ -78,6 +78,10 @@ class LayerFactory:
     def embedding(self, name: str, rows: int, size: int, *, std: float) -> Embedding:
         """A table of `rows` vectors of `size`."""
         return Embedding(name, self._normal(f"{name}.weight", (rows, size), std))
+
+    def tied_head(self, embedding: Embedding) -> TiedHead:
+        """Logits from the table of `embedding`."""
+        return TiedHead(embedding)
 
     def layer_norm(self, name: str, size: int) -> LayerNorm:
         """A layer norm over `size` features."""

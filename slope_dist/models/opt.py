@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slope_dist.layers import LayerFactory, TiedHead
+from slope_dist.layers import LayerFactory
 from slope_dist.models.shape import ModelShape
 
 POSITION_OFFSET = 2
@@ -118,7 +118,7 @@ class OPTHead(nn.Module):
                 std=shape.init_std,
                 bias=False,
             )
-        self.logits = TiedHead(embedding.tokens)
+        self.logits = make.tied_head(embedding.tokens)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, V]."""

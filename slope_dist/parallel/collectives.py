@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +71,17 @@ def agree(error: str | None) -> None:
         raise UserError(text if index == 0 else f"rank {index}: {text}")
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Let a `UserError` inside the block, on any rank, be raised on every rank. The block holds no collective."""
+    error = None
+    try:
+        yield
+    except UserError as failure:
+        error = str(failure)
+    agree(error)
+
+
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Element-wise sum over all ranks, in fp64."""
     if world_size() == 1:
@@ -76,9 +89,3 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     total: Tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return total.tolist()
-
-
-def barrier() -> None:
-    """Wait for every rank."""
-    if world_size() > 1:
-        dist.barrier()

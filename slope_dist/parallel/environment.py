@@ -67,34 +67,38 @@ def discover(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(rank, world_size, local_rank, local_world_size, launcher)
 
 
-def start(environment: Environment, threads: int) -> torch.device:
+def start(environment: Environment, threads: int) -> None:
     """Make the default process group and set this process's device and CPU threads.
 
     Args:
         environment: from `discover`.
         threads: CPU threads of this process.
 
-    Returns:
-        The device of this rank.
+    Raises:
+        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs.
     """
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
-    device = torch.device("cuda", environment.local_rank) if gpu else torch.device("cpu")
+    if gpu and environment.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {environment.local_rank} has no GPU of its own: the machine has {torch.cuda.device_count()}; "
+            "launch at most so many processes"
+        )
     if gpu:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(environment.local_rank)
     # DeepSpeed refuses to start without it, whoever made the process group.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
     backend = "nccl" if gpu else "gloo"
     if environment.launcher == "none":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        if environment.launcher == "srun" and "MASTER_ADDR" not in os.environ:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
             raise UserError(
-                "under srun MASTER_ADDR and MASTER_PORT must be set: export MASTER_ADDR=$(scontrol show hostnames "
-                "$SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 before srun"
+                f"{' and '.join(missing)} must be set for {environment.world_size} ranks to meet; under srun: export "
+                "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
             )
         dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=INIT_TIMEOUT)
-    return device
 
 
 def stop() -> None:

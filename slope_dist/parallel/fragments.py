@@ -46,6 +46,8 @@ class Fragment:
         stop: one past its last element.
         tensor: the live memory, `stop - start` elements; reading and writing it is reading and writing the state.
         write: whether this rank is the one that saves the piece (False on replicas).
+        derived: whether the engine makes it from another piece (a narrow weight from its fp32 master), so that it is
+            saved for readers and never loaded.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Fragment:
     stop: int
     tensor: Tensor
     write: bool = True
+    derived: bool = False
 
     @property
     def key(self) -> tuple[str, Kind]:
@@ -92,6 +95,8 @@ class MemorySource:
         """Hold the fragments' own memory: no copy, so the engine they came from must not step again."""
         source = cls(dict(scalars))
         for fragment in fragments:
+            if fragment.derived:
+                continue
             source.pieces.setdefault(fragment.key, []).append(fragment)
         return source
 

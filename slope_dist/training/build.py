@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import torch
 
 from slope_dist.config import Config, Derived, deepspeed_dict
 from slope_dist.config.resolve import zero_stage
 from slope_dist.engine import Engine
+from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
 from slope_dist.models import LanguageModel, ModelShape, build_model, family
 from slope_dist.planning import ModelState, model_state
@@ -100,7 +103,11 @@ def build_engine(config: Config, derived: Derived, *, adapters: bool, draw: bool
 
 
 def count_state(config: Config, derived: Derived, *, adapters: bool) -> tuple[ModelState, str]:
-    """Model state of one rank in one phase, counted on the meta device, and which linears are sparse."""
+    """Model state of one rank in one phase, counted on the meta device, and which linears are sparse.
+
+    Raises:
+        UserError: if `sparsity.dense_layers` names a layer that is not there, or all that are.
+    """
     factory = layer_factory(config, derived, adapters=adapters, device="meta")
     state = model_state(
         build(config, factory),
@@ -110,4 +117,12 @@ def count_state(config: Config, derived: Derived, *, adapters: bool) -> tuple[Mo
         data_ranks=derived.data_ranks,
         resident_transpose=derived.backward_weight == "resident",
     )
+    names = [*factory.sparse, *factory.dense]
+    for glob in config.sparsity.dense_layers:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise UserError(
+                f'sparsity.dense_layers: "{glob}" matches no linear of this model; their names look like {names[-1]}'
+            )
+    if factory.pattern is not None and not factory.sparse:
+        raise UserError('sparsity.dense_layers leaves no linear sparse; take some out, or set sparsity.pattern "dense"')
     return state, factory.summary()

@@ -30,8 +30,7 @@ class Evaluation:
 
 def evaluate(engine: Engine, corpus: Corpus, config: Config, data_ranks: int, data_rank: int) -> Evaluation:
     """Evaluate on `evaluation.samples` windows, or all of them. Collective; every rank gets the same result."""
-    nats = 0.0
-    tokens = 0
+    nats, tokens, text_bytes = 0.0, 0, 0
     for inputs, labels in evaluation_batches(
         corpus,
         sequence_length=config.model.sequence_length,
@@ -45,8 +44,8 @@ def evaluate(engine: Engine, corpus: Corpus, config: Config, data_ranks: int, da
         if counted:
             nats += float(loss) * counted
             tokens += counted
-    nats, tokens_everywhere = collectives.sum_over_ranks([nats, float(tokens)])
-    mean = nats / tokens_everywhere
-    per_token = corpus.bytes_per_token
+            text_bytes += corpus.bytes_of(labels) or 0
+    nats, all_tokens, all_bytes = collectives.sum_over_ranks([nats, float(tokens), float(text_bytes)])
+    mean = nats / all_tokens
     # exp overflows above 709; a loss that large is no perplexity any more.
-    return Evaluation(mean, exp(min(mean, 700.0)), None if per_token is None else mean / log(2) / per_token)
+    return Evaluation(mean, exp(min(mean, 700.0)), nats / log(2) / all_bytes if all_bytes else None)

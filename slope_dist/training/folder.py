@@ -55,14 +55,27 @@ def _short(value: Any) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file. A last line that a kill cut short is left out."""
+    """The rows of a metrics file; none where there is no file. A last line that a kill cut short is left out.
+
+    Raises:
+        UserError: if the file cannot be read or another line of it is not a row.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     rows = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number} is not a row of metrics; mend that line, or move the file away")
     return rows
 
 

@@ -7,6 +7,7 @@ import os
 from math import isfinite
 from typing import Any
 
+from slope_dist.errors import UserError
 from slope_dist.training.evaluation import Evaluation
 from slope_dist.training.folder import RunFolder, read_rows
 from slope_dist.training.plot import plot_losses
@@ -16,19 +17,26 @@ class Journal:
     """Writes each row at once, so that a kill loses none that was reported."""
 
     def __init__(self, folder: RunFolder, resumed_step: int) -> None:
-        """Open the journal of a run that goes on after `resumed_step` (0: from the start); later rows are cut off."""
+        """Open the journal of a run that goes on after `resumed_step` (0: from the start); later rows are cut off.
+
+        Raises:
+            UserError: if the files cannot be read or written.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
         self.rows = [row for row in read_rows(folder.metrics) if row["step"] <= resumed_step]
-        partial = folder.metrics.with_name(f".{folder.metrics.name}.partial")
-        with partial.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self.rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder.metrics)
-        self._file = folder.metrics.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder.path), purge_step=resumed_step + 1)
+        try:
+            partial = folder.metrics.with_name(f".{folder.metrics.name}.partial")
+            with partial.open("w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self.rows)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, folder.metrics)
+            self._file = folder.metrics.open("a", buffering=1)
+            self._board = SummaryWriter(str(folder.path), purge_step=resumed_step + 1)
+        except OSError as error:
+            raise UserError(f"{folder.metrics} cannot be written: {error.strerror or error}") from error
 
     def step(self, row: dict[str, Any]) -> None:
         """A training step."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -107,6 +106,7 @@ class ProgressLine:
         self._console = Console(soft_wrap=True, highlight=False)
         self._live: Live | None = None
         self._last = self._after_first = time.perf_counter()
+        self._peak = 0
 
     def start(self) -> None:
         """Take the terminal, if there is one, and start the clock."""
@@ -163,13 +163,10 @@ class ProgressLine:
             peak = next((peak for card, peak in _PEAK_FLOPS.items() if card in name), None)
             mfu = "" if peak is None else f", mfu_bf16_dense {100 * flops / peak:.1f} %"
             parts.append(f"{flops / 1e12:.1f} dense-equivalent TFLOP/s a GPU{mfu}")
-        parts += [f"peak memory {size_text(peak_memory())}", phase]
+        # Measuring the switch sets the system's own peak back.
+        self._peak = max(self._peak, peak_memory())
+        parts += [f"peak memory {size_text(self._peak)}", phase]
         if skipped:
             parts.append(f"SKIPPED ({skipped})")
         parts.append(f"{duration_text(left)} left")
         return " | ".join(parts)
-
-
-def stderr(text: str) -> None:
-    """Print one line to standard error."""
-    print(text, file=sys.stderr, flush=True)

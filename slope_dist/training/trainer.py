@@ -12,10 +12,9 @@ from slope_dist.checkpoint import Checkpoint, CheckpointError
 from slope_dist.config import Config, Derived, derive
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.prepare import prepare_if_absent
-from slope_dist.data.sampling import BatchReader, rank_positions
+from slope_dist.data.sampling import BatchReader, rank_positions, windows_of
 from slope_dist.engine import Engine
 from slope_dist.engine.interface import MicroBatch
-from slope_dist.errors import UserError
 from slope_dist.parallel import collectives
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.fragments import MemorySource
@@ -44,15 +43,15 @@ class Trainer:
         self.derived: Derived = derive(config, environment.world_size)
         self.folder = RunFolder(config)
         self.last_checkpoint: Path | None = None
-        refuse_what_will_not_fit(config, self.derived, environment)
-        check_engine(config)
+        with collectives.together():
+            refuse_what_will_not_fit(config, self.derived, environment)
+            check_engine(config)
         self.train_corpus, self.valid_corpus = self._open_corpora()
+        self.notes = self.train_corpus.differs_from(config)
         self.identity = identity(config, self.train_corpus)
         # Nothing is written into a folder before it is known to be this run's.
         found, self.skipped_checkpoints = self.folder.resume_point(self.identity, self.derived.adapter_rank, resume)
-        self.finished = collectives.broadcast_json(
-            found is not None and found.step >= config.training.steps and self.folder.is_evaluated(found.step)
-        )
+        self.finished = found is not None and found.step >= config.training.steps and self._is_evaluated(found.step)
         if not self.finished:
             self.folder.open(config)
         self.reader = BatchReader(
@@ -134,31 +133,37 @@ class Trainer:
         self._engine = build_engine(self.config, self.derived, adapters=self.adapters, draw=self.resumed_from is None)
         if self.resumed_from is not None:
             self._engine.load_state(self.resumed_from)
-        self.journal = Journal(self.folder, self.step) if self.environment.is_first else None
+        with collectives.together():
+            if self.environment.is_first:
+                self.journal = Journal(self.folder, self.step)
         self.progress.start()
         if self.resumed_from is not None:
             self.progress.say(f"resumed from {self.resumed_from.path} after step {self.step}")
-            evaluated = collectives.broadcast_json(self.folder.is_evaluated(self.step))
-            if self._due(self.config.evaluation.interval) and not evaluated:
+            if self._due(self.config.evaluation.interval) and not self._is_evaluated(self.step):
                 self._evaluate()
         self.progress.pause()
 
     def _open_corpora(self) -> tuple[Corpus, Corpus]:
-        error = None
-        if self.environment.is_first:
-            try:
-                prepare_if_absent(self.config)
-            except UserError as failure:
-                error = str(failure)
-        collectives.agree(error)
-        corpora = []
-        try:
-            for split in ("train", "valid"):
-                corpora.append(Corpus.open(self.config.data.folder, split, self.config.model.vocab_size))
-        except UserError as failure:
-            error = str(failure)
-        collectives.agree(error)
-        return corpora[0], corpora[1]
+        config = self.config
+        with collectives.together():
+            if self.environment.is_first:
+                prepare_if_absent(config)
+        with collectives.together():
+            train, valid = (
+                Corpus.open(config.data.folder, split, config.model.vocab_size) for split in ("train", "valid")
+            )
+            # A split too short for one sample would otherwise end the run at its first evaluation.
+            for corpus in (train, valid):
+                windows_of(corpus, config.model.sequence_length)
+        return train, valid
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether the evaluation after `step` is in the run folder, as rank 0 sees it."""
+        evaluated = False
+        with collectives.together():
+            if self.environment.is_first:
+                evaluated = self.folder.is_evaluated(step)
+        return bool(collectives.broadcast_json(evaluated))
 
     def _micro_batches(self, step: int) -> Sequence[MicroBatch]:
         training = self.config.training
@@ -216,9 +221,7 @@ class Trainer:
             self._engine.load_state(source, new_adapters=True)
         self.adapters = True
         seconds = time.perf_counter() - start
-        extra = (
-            "" if peak.bytes is None else f", {size_text(peak.bytes)} of memory above the training state at the peak"
-        )
+        extra = "" if peak.bytes is None else f", memory rose by {size_text(peak.bytes)} at the peak"
         rank = self.derived.adapter_rank
         self.progress.say(f"adapters of rank {rank} join at step {step}: switched in {duration_text(seconds)}{extra}")
         self._switch_cost = {"switch_seconds": round(seconds, 3), "switch_peak_bytes": peak.bytes}
@@ -264,8 +267,16 @@ class Trainer:
         return result
 
     def _report(self) -> None:
+        self.progress.say(self.result())
+
+    def result(self) -> str:
+        """One line on a run that has nothing left to do."""
+        steps = self.config.training.steps
+        end = f"this run is finished after step {self.step}"
+        if self.step > steps:
+            end = f"this run is already past step {steps}, which training.steps asks for: step {self.step} is done"
         skipped = f"; {self.guard.skipped} non-finite steps were skipped" if self.guard.skipped else ""
-        self.progress.say(
-            f"finished after step {self.step}{skipped}: metrics in {self.folder.metrics}, picture in "
-            f"{self.folder.picture}, last checkpoint {self.last_checkpoint}"
+        return (
+            f"{end}{skipped}: metrics in {self.folder.metrics}, picture in {self.folder.picture}, "
+            f"last checkpoint {self.last_checkpoint}"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slope_dist.config import config_hash, dump_config, load_config
+from slope_dist.config import dump_config, load_config
 from slope_dist.config.messages import field_at, field_paths
 from slope_dist.errors import UserError
 
@@ -72,8 +72,7 @@ def test_dump_loads_to_the_same_run(minimal, load):
     config = load(minimal, ["adapters.rank=8", "training.epsilon=1e-7"])
     again = load(dump_config(config))
     assert again == config
-    assert config_hash(again) == config_hash(config)
-    assert config_hash(load(minimal)) != config_hash(config)
+    assert load(minimal) != config
 
 
 def test_dump_writes_every_field(minimal, load):
@@ -271,7 +270,7 @@ def mutated(rng, tree):
 def test_mutated_configs_load_or_are_refused_in_one_line(minimal, load):
     rng = random.Random(20240525)
     loaded = refused = 0
-    for _ in range(500):
+    for _ in range(1000):
         content = mutated(rng, json.loads(json.dumps(minimal)))
         overrides = []
         if rng.random() < 0.3:
@@ -284,4 +283,4 @@ def test_mutated_configs_load_or_are_refused_in_one_line(minimal, load):
         else:
             loaded += 1
             assert load(dump_config(config)) == config
-    assert loaded > 20 and refused > 200, (loaded, refused)
+    assert loaded > 20 and refused > 400, (loaded, refused)

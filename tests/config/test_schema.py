@@ -3,11 +3,16 @@
 Run alone: pytest tests/config/test_schema.py
 """
 
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
+from slope_dist.config import derive
 from slope_dist.config.messages import field_at, field_paths
-from slope_dist.config.schema import AdaptersConfig, Config
+from slope_dist.config.schema import DIMENSION_MULTIPLE, AdaptersConfig, Config, Pattern
+from slope_dist.errors import UserError
+from slope_dist.sparse.pattern import CUT_MULTIPLE, SUPPORTED
 
 
 def put(tree, path, value):
@@ -128,6 +133,49 @@ def test_impossible_settings_are_refused_with_numbers(minimal, refusal, changes,
     message = refusal(minimal)
     assert expected in message
     assert message.split()[0] in field_paths()
+
+
+LIMITS = {
+    "run.threads": 4096,
+    "model.hidden_size": 2**20,
+    "model.num_layers": 10_000,
+    "model.num_heads": 2**20,
+    "model.ffn_size": 2**20,
+    "model.vocab_size": 2**24,
+    "model.sequence_length": 2**24,
+    "model.embedding_size": 2**20,
+    "training.global_batch_size": 2**20,
+    "training.micro_batch_size": 2**20,
+    "parallel.data": 2**20,
+}
+
+
+@pytest.mark.parametrize("path", LIMITS)
+def test_absurd_sizes_are_refused(minimal, refusal, path):
+    limit = LIMITS[path]
+    shown = f"at most {limit}" + (
+        ", or null" if path in ("run.threads", "model.embedding_size", "parallel.data") else ""
+    )
+    for value in (limit + 8, 2**31 - 8):
+        assert refusal(put(minimal, path, value)) == f"{path}: must be {shown}, not {value}"
+
+
+def test_the_largest_sizes_are_taken_together(minimal, load):
+    for path, limit in LIMITS.items():
+        put(minimal, path, limit)
+    config = load(put(minimal, "parallel.data", None))
+    assert derive(config).tokens_per_step == 2**44
+    with pytest.raises(UserError, match=r"training\.micro_batch_size 1 would fit"):
+        derive(config, ranks=2**20)
+
+
+def test_patterns_and_multiples_are_those_of_the_sparse_core():
+    assert set(get_args(Pattern)) == {"dense"} | {f"{n}:{m}" for n, m in SUPPORTED}
+    assert DIMENSION_MULTIPLE == CUT_MULTIPLE
+
+
+def test_the_hardware_section_is_not_there_yet(minimal, refusal):
+    assert refusal(put(minimal, "hardware.card", "H200")).startswith("hardware: unknown key")
 
 
 @pytest.mark.parametrize("pattern", ["dense", "1:2", "2:4", "2:8", "4:8"])

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import struct
 
 import numpy as np
 import pytest
+import torch
 
+from slope_dist.config.schema import Config
 from slope_dist.data.corpus import Corpus, read_index
-from slope_dist.data.sampling import BatchReader
+from slope_dist.data.sampling import IGNORED_LABEL, BatchReader, evaluation_batches
 from slope_dist.data.tokenizer import Tokenizer, train_tokenizer
 from slope_dist.errors import UserError
 
@@ -112,6 +115,9 @@ def test_verify_finds_one_flipped_bit(corpus_folder):
     content[100] ^= 1
     (corpus_folder / "train.bin").write_bytes(content)
     with pytest.raises(UserError, match=r"train\.bin was altered"):
+        corpus.verify()
+    (corpus_folder / "train.bin").unlink()
+    with pytest.raises(UserError, match=r"cannot read .*train\.bin"):
         corpus.verify()
 
 
@@ -224,12 +230,14 @@ def test_a_corpus_made_elsewhere_is_scanned(corpus_folder, whole_corpus):
     (corpus_folder / "manifest.json").unlink()
     known = Corpus.open(whole_corpus, "train", VOCAB_SIZE)
     scanned = Corpus.open(corpus_folder, "train", VOCAB_SIZE)
+    assert (known.has_manifest, scanned.has_manifest) == (True, False)
     assert scanned.max_id == known.max_id
     assert scanned.text_bytes == known.text_bytes
     refused(corpus_folder, r"train\.bin has id \d+ at token \d+", vocab_size=known.max_id)
     (corpus_folder / "tokenizer.model").unlink()
     bare = Corpus.open(corpus_folder, "train", VOCAB_SIZE)
     assert bare.bytes_per_token is bare.tokenizer is bare.end_of_document is None
+    assert bare.bytes_of(torch.tensor([1])) is None
     with pytest.raises(UserError, match=r"no manifest\.json"):
         bare.verify()
     (corpus_folder / "tokenizer.model").write_bytes(train_tokenizer(["other text"] * 9, 270))
@@ -248,3 +256,78 @@ def test_the_fingerprint_is_that_of_tokens_and_tokenizer(corpus_folder, whole_co
     (tmp_path / "altered" / "train.bin").write_bytes(content)
     prints = [Corpus.open(folder, "train", VOCAB_SIZE).fingerprint for folder in (corpus_folder, tmp_path / "altered")]
     assert prints[0] != prints[1]
+
+
+def test_the_fingerprint_states_what_verify_compares(corpus_folder, whole_corpus):
+    """An altered token keeps the fingerprint, so only `verify` can tell that the data are others."""
+    content = bytearray((corpus_folder / "train.bin").read_bytes())
+    content[0] ^= 1
+    (corpus_folder / "train.bin").write_bytes(content)
+    altered = Corpus.open(corpus_folder, "train", VOCAB_SIZE)
+    assert altered.fingerprint == Corpus.open(whole_corpus, "train", VOCAB_SIZE).fingerprint
+    with pytest.raises(UserError, match="was altered"):
+        altered.verify()
+
+
+@pytest.mark.parametrize("samples", [None, 3])
+def test_bytes_of_the_labels_are_those_of_the_text(whole_corpus, samples):
+    corpus = Corpus.open(whole_corpus, "valid", VOCAB_SIZE)
+    length, ranks = 7, 2
+    counted = 0
+    for rank in range(ranks):
+        for _, labels in evaluation_batches(
+            corpus, sequence_length=length, micro_batch_size=4, data_ranks=ranks, data_rank=rank, samples=samples
+        ):
+            counted += corpus.bytes_of(labels)
+    windows = (corpus.num_tokens - 1) // length if samples is None else samples
+    # Without what no window has as a label: the first token and those behind the last window.
+    head = corpus.tokens(0, 1)
+    tail = corpus.tokens(windows * length + 1, corpus.num_tokens - windows * length - 1)
+    missing = sum(len(corpus.tokenizer.decode(part[part != corpus.end_of_document]).encode()) for part in (head, tail))
+    assert counted == corpus.text_bytes - missing > 0
+
+
+def test_bytes_of_ignored_unknown_and_no_labels(whole_corpus):
+    corpus = Corpus.open(whole_corpus, "train", VOCAB_SIZE)
+    assert corpus.bytes_of(torch.full((2, 3), IGNORED_LABEL)) == corpus.bytes_of(torch.empty(0, dtype=torch.int64)) == 0
+    assert corpus.bytes_of(torch.tensor([corpus.end_of_document])) == 0
+    with pytest.raises(UserError, match=r"train\.bin has id 400, but its tokenizer .* has 400 ids"):
+        corpus.bytes_of(torch.tensor([[5, 400]]))
+
+
+def config_of(folder, **data):
+    return Config.model_validate(
+        {
+            "run": {"seed": data.pop("seed", 1)},
+            "model": {
+                "hidden_size": 64,
+                "num_layers": 1,
+                "num_heads": 4,
+                "ffn_size": 64,
+                "vocab_size": data.pop("vocab_size", VOCAB_SIZE),
+                "sequence_length": 16,
+            },
+            "data": {"folder": str(folder), "valid_fraction": 0.2} | data,
+            "training": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1, "learning_rate": 1e-3},
+        }
+    )
+
+
+def test_settings_that_an_existing_corpus_does_not_follow_are_named(corpus_folder, tokenizer_file, tmp_path):
+    corpus = Corpus.open(corpus_folder, "train", VOCAB_SIZE)
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(["other text"] * 9, 270))
+    for matching in ({}, {"tokenizer": str(tokenizer_file)}, {"vocab_size": 2 * VOCAB_SIZE}):
+        assert corpus.differs_from(config_of(corpus_folder, **matching)) == []
+    for change, expected in (
+        ({"valid_fraction": 0.3}, "data.valid_fraction 0.3 does not apply: .* was split with 0.2$"),
+        ({"seed": 2}, "run.seed 2 does not apply to the split .* was split with seed 1$"),
+        ({"tokenizer": str(other)}, "data.tokenizer .*other.model does not apply: "),
+        ({"tokenizer": str(tmp_path / "absent")}, "data.tokenizer .*absent cannot be read .No such file"),
+    ):
+        (line,) = corpus.differs_from(config_of(corpus_folder, **change))
+        assert re.match(expected, line), line
+    lines = corpus.differs_from(config_of(corpus_folder, source="python-stdlib", vocab_size=512, seed=3))
+    assert [line.split()[0] for line in lines] == ["run.seed", "data.source", "model.vocab_size"]
+    (corpus_folder / "manifest.json").unlink()
+    assert Corpus.open(corpus_folder, "train", VOCAB_SIZE).differs_from(config_of(corpus_folder, seed=2)) == []

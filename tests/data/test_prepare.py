@@ -183,6 +183,15 @@ def test_nothing_is_overwritten_but_an_empty_folder_is_filled(tmp_path, small):
         small(tmp_path / "file" / "below")
 
 
+def test_a_link_to_an_empty_folder_is_filled_where_it_points(tmp_path, small):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    small(tmp_path / "link")
+    assert {path.name for path in (tmp_path / "elsewhere").iterdir()} == FILES
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
 def test_splits_without_documents_and_fractions_out_of_range_are_refused(
     tmp_path, small, make_source, make_texts, tokenizer_file
 ):
@@ -249,6 +258,11 @@ def _stdlib_names() -> list[str]:
     from slope_dist.data.sources import python_stdlib
 
     return [document.name for document, _ in python_stdlib().documents() if document.text]
+
+
+def test_an_impossible_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read corpus .* \(data\.folder\): File name too long"):
+        prepare_if_absent(make_config(tmp_path / ("x" * 300), "python-stdlib", 512))
 
 
 def test_an_absent_corpus_without_a_source_is_refused(tmp_path):

@@ -74,7 +74,15 @@ BAD_ARGUMENTS = {
     "small vocabulary": (["a.txt", "--output", "corpus", "--vocab-size", "-5"], "out of range"),
     "large vocabulary": (["a.txt", "--output", "corpus", "--vocab-size", "9999"], "too large"),
     "fraction": (["a.txt", "--output", "corpus", "--valid-fraction", "1"], "validation fraction 1.0"),
-    "existing output": (["a.txt", "--output", "."], "never overwritten"),
+    "output is here": (["a.txt", "--output", "."], "never overwritten"),
+    "output without a name": (["a.txt", "--output", ""], "never overwritten"),
+    "output is above": (["a.txt", "--output", ".."], "never overwritten"),
+    "output is the root": (["a.txt", "--output", "/"], "never overwritten"),
+    "output is a file": (["a.txt", "--output", "a.txt"], "never overwritten"),
+    "output under a file": (["a.txt", "--output", "a.txt/corpus"], "cannot write corpus a.txt/corpus: "),
+    "output by way of a file": (["a.txt", "--output", "a.txt/.."], "never overwritten"),
+    "output too long": (["a.txt", "--output", "x" * 250], "File name too long"),
+    "output much too long": (["a.txt", "--output", "x" * 300], "File name too long"),
 }
 
 
@@ -87,3 +95,14 @@ def test_bad_arguments_are_refused(main, tmp_path, monkeypatch, capsys, case):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and message in error
     assert sorted(os.listdir(tmp_path)) == ["a.txt"]
+
+
+def test_the_current_folder_is_not_replaced(main, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("some text\n" * 20)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "", "../here", "below/.."):
+        assert main([str(tmp_path / "a.txt"), "--output", name]) == 2
+        assert "is the current folder" in capsys.readouterr().err
+    assert os.listdir(tmp_path / "here") == []
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "here"]

@@ -212,6 +212,15 @@ def test_two_ranks_are_the_single_process_in_bf16(stage: int, run: Callable) -> 
         assert relative(mine["loss"], other["loss"]) <= BF16
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_gradients_in_the_models_dtype_are_another_rounding_of_the_same_run(stage: int, run: Callable) -> None:
+    expected, _ = run(1, precision="bf16", parallel__zero_stage=1)
+    found, _ = run(2, precision="bf16", parallel__zero_stage=stage, parallel__gradient_dtype="model")
+    assert_same_run(found, expected, bound=2 * BF16, weights="master")
+    masters, others = read_all(newest(found), "master"), read_all(newest(expected), "master")
+    assert any(not torch.equal(masters[name], others[name]) for name in masters), "the setting is meant to take effect"
+
+
 def test_held_column_masks_are_the_same_on_every_layout(run: Callable) -> None:
     expected, _ = run(1, parallel__zero_stage=0, sparsity__column_mask_interval=4)
     for stage in (1, 3):

@@ -33,6 +33,7 @@ from tests.runs import (
 )
 
 FP16: dict[str, Any] = {"precision": "fp16", "loss_scale__initial_power": 3, "loss_scale__window": 1000}
+BF16_ROUNDING = 2.0**-8
 
 
 def spoilt_run(config: str, how: str, steps: list[int], fp16: bool = False) -> dict[str, Any]:
@@ -110,6 +111,21 @@ def test_bad_step_of_one_rank_changes_nothing_anywhere(stage: int, how: str, cor
     checkpoint = newest(tmp_path / "run")
     assert checkpoint.scalars["skipped_steps"] == 2
     assert checkpoint.scalars["optimizer_steps"]["decay"] == STEPS - 2
+
+
+@pytest.mark.parametrize("gradient_dtype", ["fp32", "model"])
+def test_bad_step_of_one_rank_changes_nothing_anywhere_in_bf16(
+    gradient_dtype: str, corpus: Path, tmp_path: Path
+) -> None:
+    path = str(write_config(tmp_path, corpus, precision="bf16", parallel__gradient_dtype=gradient_dtype))
+    ranks = run_ranks(spoilt_run, 2, path, "nan gradient", [4, 8])
+    assert [rank["unchanged"] for rank in ranks] == [[4, 8], [4, 8]]
+    rows = step_rows(tmp_path / "run")
+    assert {row["step"]: row["skipped"] for row in rows if "skipped" in row} == {4: "non-finite", 8: "non-finite"}
+    [plain] = run_ranks(plain_run, 1, path, [4, 8])
+    for row, loss in zip(rows, plain["losses"], strict=True):
+        assert abs(row["loss"] - loss) <= BF16_ROUNDING * loss, row
+    assert newest(tmp_path / "run").scalars["optimizer_steps"]["decay"] == STEPS - 2
 
 
 def test_bad_steps_in_a_row_stop_the_run(corpus: Path, tmp_path: Path) -> None:

@@ -85,17 +85,18 @@ def run(function: Callable, ranks: int, *arguments: Any) -> list[Outcome]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
-    made: dict[tuple[int, int], Path] = {}
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[int, int, str], Path] = {}
 
-    def make(ranks: int, stage: int) -> Path:
-        if (ranks, stage) not in made:
+    def make(ranks: int, stage: int, precision: str = "fp32") -> Path:
+        key = ranks, stage, precision
+        if key not in made:
             folder = tmp_path_factory.mktemp("uninterrupted")
-            path = write_config(folder, corpus, **CHANGES, parallel__zero_stage=stage)
+            path = write_config(folder, corpus, **CHANGES, parallel__zero_stage=stage, precision=precision)
             outcomes = run(whole_run, ranks, str(path))
             assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].errors
-            made[ranks, stage] = folder / "run"
-        return made[ranks, stage]
+            made[key] = folder / "run"
+        return made[key]
 
     return make
 
@@ -161,7 +162,7 @@ def test_run_killed_again_and_again_goes_on_exactly(
     assert_same_run(tmp_path / "run", uninterrupted(1, stage))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("number", [5, 9])
 def test_killed_run_of_two_ranks_goes_on_exactly(
     number: int, stage: int, uninterrupted: Callable, corpus: Path, tmp_path: Path
@@ -172,6 +173,18 @@ def test_killed_run_of_two_ranks_goes_on_exactly(
     resumed = run(whole_run, 2, config)
     assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].errors
     assert_same_run(tmp_path / "run", uninterrupted(2, stage))
+
+
+def test_killed_run_of_two_ranks_in_bf16_goes_on_exactly(uninterrupted: Callable, corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES, parallel__zero_stage=1, precision="bf16"))
+    # After step 5; in the switch, which is the second load of a run resumed after step 4; after steps 6 + 3.
+    for place, number in (("after step", 5), ("switch", 2), ("after step", 3)):
+        killed = run(killed_run, 2, config, place, number)
+        assert -signal.SIGKILL in [outcome.code for outcome in killed], killed[0].errors
+    assert [row["step"] for row in step_rows(tmp_path / "run")][-1] == 9
+    resumed = run(whole_run, 2, config)
+    assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].errors
+    assert_same_run(tmp_path / "run", uninterrupted(2, 1, "bf16"))
 
 
 def test_kill_between_evaluation_and_picture_leaves_one_evaluation(corpus: Path, tmp_path: Path) -> None:
@@ -200,7 +213,7 @@ def test_finished_run_says_so_and_touches_nothing(uninterrupted: Callable) -> No
     before = files_of(folder)
     [outcome] = run(whole_run, 1, str(folder.parent / "config.json"))
     assert outcome.code == 0
-    assert f"this run is finished: step {STEPS} of {STEPS}" in outcome.output
+    assert f"this run is finished after step {STEPS}" in outcome.output
     assert str(folder / "metrics.jsonl") in outcome.output
     assert files_of(folder) == before
 

@@ -1,0 +1,122 @@
+"""Claim: what a run cannot do it says before it starts, on all ranks together; after a failure it names the way on.
+
+Run: pytest tests/training/test_entry.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slope_dist.errors import UserError
+from slope_dist.parallel.environment import Environment
+from slope_dist.training.entry import Request, how_to_go_on
+from slope_dist.training.folder import read_rows
+from tests.distributed import end_ranks
+from tests.runs import pretrain, write_config
+
+
+def entry_point(*arguments: str) -> None:
+    raise SystemExit(pretrain(*arguments))
+
+
+def refuse_on_rank_one(config: str) -> None:
+    """The fit check fails on rank 1 alone, as on a machine with less memory than the others."""
+    import os
+
+    from slope_dist.training import trainer
+
+    def refuse(*arguments: object) -> None:
+        if os.environ["RANK"] == "1":
+            raise UserError("too little memory here")
+
+    trainer.refuse_what_will_not_fit = refuse
+    entry_point("--config", config)
+
+
+def one_line(errors: str) -> str:
+    [line] = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in errors
+    return line
+
+
+def test_a_refusal_of_one_rank_ends_all_with_its_reason(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus)
+    first, second = end_ranks(refuse_on_rank_one, 2, str(config), process_group=False, timeout=60)
+    assert (first.code, second.code) == (2, 2)
+    assert one_line(first.errors) == "error: rank 1: too little memory here"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_split_too_short_for_a_sample_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus, model__sequence_length=4096)
+    [outcome] = end_ranks(entry_point, 1, "--config", str(config), process_group=False)
+    assert outcome.code == 2 and "fewer than one sample of 4096" in one_line(outcome.errors)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("globs", "reason"),
+    [(["*.fc9"], '"*.fc9" matches no linear'), (["*"], "leaves no linear sparse")],
+)
+def test_dense_layers_that_cannot_be_meant(corpus: Path, tmp_path: Path, globs: list[str], reason: str) -> None:
+    config = write_config(tmp_path, corpus, sparsity__dense_layers=globs)
+    [outcome] = end_ranks(entry_point, 1, "--config", str(config), "--dry-run", process_group=False)
+    assert outcome.code == 2 and reason in one_line(outcome.errors)
+
+
+def test_no_word_on_checkpoints_where_none_was_looked_for(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus)
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.mkdir(parents=True)
+    [outcome] = end_ranks(entry_point, 1, "--config", str(config), process_group=False)
+    assert outcome.code == 2 and str(metrics) in one_line(outcome.errors)
+
+
+def test_a_command_line_that_is_not_one_gets_one_line() -> None:
+    [outcome] = end_ranks(entry_point, 1, "--confgi", "x.json", process_group=False)
+    assert outcome.code == 2 and "--help" in one_line(outcome.errors)
+
+
+def test_the_dry_run_of_several_processes_speaks_once(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus)
+    first, second = end_ranks(entry_point, 2, "--config", str(config), "--dry-run", process_group=False)
+    assert (first.code, second.code) == (0, 0)
+    assert "model state a rank" in first.output and second.output == ""
+
+
+@pytest.mark.parametrize(
+    ("place", "variables", "expected"),
+    [
+        (Environment(0, 1, 0, 1, "none"), {}, "python"),
+        (Environment(0, 2, 0, 2, "deepspeed or torchrun"), {}, "deepspeed --num_gpus 2"),
+        (Environment(0, 2, 0, 2, "deepspeed or torchrun"), {"TORCHELASTIC_RUN_ID": "x"}, "torchrun --nproc_per_node 2"),
+        (Environment(0, 4, 0, 4, "srun"), {}, "srun --ntasks 4"),
+        (Environment(0, 16, 0, 8, "deepspeed or torchrun"), {}, "(the same launcher and nodes)"),
+    ],
+    ids=["python", "deepspeed", "torchrun", "srun", "nodes"],
+)
+def test_the_command_to_go_on_with_is_the_one_that_was_given(
+    monkeypatch: pytest.MonkeyPatch, place: Environment, variables: dict[str, str], expected: str
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    said = how_to_go_on(Path("run/checkpoints/step-00000004"), Request("a b.json", ("training.steps=9",)), place)
+    assert "last complete checkpoint is run/checkpoints/step-00000004" in said
+    assert expected in said and said.endswith("launch/pretrain.py --config 'a b.json' --set training.steps=9")
+    assert "there is no checkpoint yet" in how_to_go_on(None, Request("a.json"), place)
+
+
+def test_a_bad_line_of_metrics_is_named_and_a_cut_last_one_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    good = json.dumps({"step": 1, "loss": 2.0})
+    path.write_text(f'{good}\n{{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1, "loss": 2.0}]
+    for bad in ("not json", "[1]", '{"loss": 1.0}', "\udcff"):
+        path.write_bytes(f"{good}\n{bad}\n{good}\n".encode(errors="surrogateescape"))
+        with pytest.raises(UserError, match="line 2 is not a row of metrics"):
+            read_rows(path)
