@@ -86,13 +86,15 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_output(path: Path) -> None:
-    # os.path rather than Path: it answers no where the path itself is impossible (too long, not permitted).
-    if not os.path.isdir(path.parent):
-        raise UserError(f"--output {path}: there is no folder {path.parent}")
-    if os.path.isdir(path):
-        raise UserError(f"--output {path} is a folder; name a file in it")
-    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
-        raise UserError(f"--output {path} cannot be written: permission denied")
+    try:
+        if not path.parent.is_dir():
+            raise UserError(f"--output {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            raise UserError(f"--output {path} is a folder; name a file in it")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise UserError(f"--output {path} cannot be written: permission denied")
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from error
 
 
 def run_layer(options: argparse.Namespace) -> None:

@@ -54,6 +54,9 @@ class CompressedMatrix:
     def blank(cls, shape: tuple[int, int], pattern: Pattern, device: torch.device | str = "cpu") -> CompressedMatrix:
         """Zeros under the pattern that keeps each group's first n entries: a place to load a matrix [O, I] into."""
         rows, columns = shape
+        if torch.device(device).type == "meta":
+            indices = torch.zeros(rows, columns // 8, dtype=torch.uint8, device=device)
+            return cls(torch.zeros(rows, pattern.kept(columns), device=device), indices, pattern)
         group = torch.arange(columns) % pattern.m < pattern.n
         row = codec.pack(group.view(1, columns), pattern)
         values = torch.zeros(rows, pattern.kept(columns), device=device)

@@ -216,9 +216,14 @@ def test_two_ranks_are_the_single_process_in_bf16(stage: int, run: Callable) -> 
 def test_gradients_in_the_models_dtype_are_another_rounding_of_the_same_run(stage: int, run: Callable) -> None:
     expected, _ = run(1, precision="bf16", parallel__zero_stage=1)
     found, _ = run(2, precision="bf16", parallel__zero_stage=stage, parallel__gradient_dtype="model")
-    assert_same_run(found, expected, bound=2 * BF16, weights="master")
+    for mine, other in zip(step_rows(found), step_rows(expected), strict=True):
+        assert relative(mine["loss"], other["loss"]) <= BF16, mine
+        assert relative(mine["grad_norm"], other["grad_norm"]) <= 2 * BF16, mine
     masters, others = read_all(newest(found), "master"), read_all(newest(expected), "master")
-    assert any(not torch.equal(masters[name], others[name]) for name in masters), "the setting is meant to take effect"
+    assert masters.keys() == others.keys()
+    # All together: Adam magnifies the rounding of what has hardly any gradient.
+    off = distance(*(torch.cat([group[name].view(-1) for name in others]) for group in (masters, others)))
+    assert 0 < off <= BF16, "0 would mean that the setting has no effect"
 
 
 def test_held_column_masks_are_the_same_on_every_layout(run: Callable) -> None:

@@ -181,7 +181,8 @@ def test_killed_run_of_two_ranks_in_bf16_goes_on_exactly(uninterrupted: Callable
     for place, number in (("after step", 5), ("switch", 2), ("after step", 3)):
         killed = run(killed_run, 2, config, place, number)
         assert -signal.SIGKILL in [outcome.code for outcome in killed], killed[0].errors
-    assert [row["step"] for row in step_rows(tmp_path / "run")][-1] == 9
+    # The row of the ninth step was not written any more.
+    assert [row["step"] for row in step_rows(tmp_path / "run")] == list(range(1, 9))
     resumed = run(whole_run, 2, config)
     assert [outcome.code for outcome in resumed] == [0, 0], resumed[0].errors
     assert_same_run(tmp_path / "run", uninterrupted(2, 1, "bf16"))
