@@ -51,6 +51,8 @@ class Trainer:
         self.identity = identity(config, self.train_corpus)
         # Nothing is written into a folder before it is known to be this run's.
         found, self.skipped_checkpoints = self.folder.resume_point(self.identity, self.derived.adapter_rank, resume)
+        if found is None:
+            self._verify_corpora()
         self.finished = found is not None and found.step >= config.training.steps and self._is_evaluated(found.step)
         if not self.finished:
             self.folder.open(config)
@@ -156,6 +158,14 @@ class Trainer:
             for corpus in (train, valid):
                 windows_of(corpus, config.model.sequence_length)
         return train, valid
+
+    def _verify_corpora(self) -> None:
+        """Read the corpus of a new run once and compare it with its manifest; a resume trusts the manifest."""
+        with collectives.together():
+            if self.environment.is_first:
+                for corpus in (self.train_corpus, self.valid_corpus):
+                    if corpus.has_manifest:
+                        corpus.verify()
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` is in the run folder, as rank 0 sees it."""
