@@ -79,7 +79,8 @@ def test_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     config = load_config(write_config(tmp_path, tmp_path, model__hidden_size=256, adapters__rank=256))
     derived = derive(config)
     before, after = (count_state(config, derived, adapters=flag)[0] for flag in (False, True))
-    switch = after.bytes + before.optimizer
+    # What waits while the new engine is built: the old optimizer's state and the metadata, never trained again.
+    switch = after.bytes + before.optimizer + before.metadata
 
     def memory(total: int) -> None:
         class Memory:
