@@ -36,7 +36,7 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         axes.annotate(
             f"perplexity {row['perplexity']:.1f}",
             (row["step"], row["eval_loss"]),
-            xytext=(-8, 12),
+            xytext=(0, -18),
             textcoords="offset points",
             ha="right",
             color="#c44e1c",
