@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
+from slope_dist.command_line import Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="JSON file that describes the run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="section.key=value", help="change one value; repeatable"

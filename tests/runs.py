@@ -186,7 +186,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def newest(run: Path) -> Checkpoint:
     """The newest checkpoint of a run folder."""
-    found, _ = find_newest(run / "checkpoints")
+    found = find_newest(run / "checkpoints").checkpoint
     assert found is not None
     return found
 

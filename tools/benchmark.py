@@ -15,27 +15,21 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from slope_dist.benchmark import layer, machine
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 SPARSE = [rival for rival in layer.RIVALS if rival != layer.DENSE]
 EXIT_WRONG_RESULT = 1
-EXIT_INTERRUPTED = 130
 MIB = 2**20
 TABLE_WIDTH = 120
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,9 +38,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an option is unknown, malformed, out of range, or asks for what this machine does not have.
     """
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    options = commands.add_parser("layer", help="one linear layer, forward and backward", allow_abbrev=False)
+    options = commands.add_parser("layer", help="one linear layer, forward and backward")
     options.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], metavar="N", help="%(default)s")
     options.add_argument(
         "--projections",

@@ -12,20 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
 
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.config.schema import DataConfig, RunConfig
 from slope_dist.data.prepare import prepare
 from slope_dist.data.sources import EMBEDDED, embedded_source, text_files
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 DEFAULT_VOCAB_SIZE = 4096
-EXIT_INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -34,7 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     Raises:
         UserError: an option is unknown, missing, malformed or contradicts another.
     """
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("input", nargs="*", help=".txt or .jsonl file, folder of them, or glob pattern")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
     parser.add_argument("--source", choices=sorted(EMBEDDED), help="text that this machine has, instead of INPUT")

@@ -4,8 +4,8 @@ docs/checkpoint-format.md describes the format for a stranger who would write a 
 """
 
 from slope_dist.checkpoint.format import CheckpointError
-from slope_dist.checkpoint.reader import Checkpoint, find_newest, find_newest_on_all_ranks
+from slope_dist.checkpoint.reader import Checkpoint, Search, find_newest, find_newest_on_all_ranks
 from slope_dist.checkpoint.retention import prune
 from slope_dist.checkpoint.writer import save
 
-__all__ = ["Checkpoint", "CheckpointError", "find_newest", "find_newest_on_all_ranks", "prune", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "Search", "find_newest", "find_newest_on_all_ranks", "prune", "save"]

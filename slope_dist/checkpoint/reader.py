@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -181,41 +181,56 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: {name}: expected {entry.bytes} bytes, found {size}")
 
 
-def find_newest(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+class Search(NamedTuple):
+    """What a look for the newest checkpoint found.
+
+    Attributes:
+        checkpoint: the newest that verifies; None where none does.
+        damaged: one line for each newer one, saying why it was passed over.
+        leftovers: one line for each folder that an interrupted save or removal left behind.
+    """
+
+    checkpoint: Checkpoint | None
+    damaged: list[str]
+    leftovers: list[str]
+
+    @property
+    def skipped(self) -> list[str]:
+        """All lines, for a log."""
+        return [*self.leftovers, *self.damaged]
+
+
+def find_newest(checkpoints: Path) -> Search:
     """The newest checkpoint that verifies, looked for by this process alone.
 
     Args:
         checkpoints: the folder of all checkpoints of a run; it need not exist.
 
-    Returns:
-        The checkpoint, None where none verifies; and one line for each newer one, saying why it was skipped, and for
-        each leftover of an interrupted save or removal.
-
     Raises:
         CheckpointError: if the folder cannot be read.
     """
-    names, skipped = _listing(checkpoints)
-    return _search(checkpoints, names, skipped, slice(None), lambda problem: [problem])
+    names, leftovers = _listing(checkpoints)
+    return Search(*_search(checkpoints, names, slice(None), lambda problem: [problem]), leftovers)
 
 
-def find_newest_on_all_ranks(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
+def find_newest_on_all_ranks(checkpoints: Path) -> Search:
     """As `find_newest`, with the same answer on every rank: a collective in which all share the hashing.
 
     Raises:
         CheckpointError: on every rank, if rank 0 cannot read the folder.
     """
     names: list[str] = []
-    skipped: list[str] = []
+    leftovers: list[str] = []
     error = None
     if rank() == 0:
         try:
-            names, skipped = _listing(checkpoints)
+            names, leftovers = _listing(checkpoints)
         except CheckpointError as caught:
             error = str(caught)
-    names, skipped, error = broadcast_json([names, skipped, error])
+    names, leftovers, error = broadcast_json([names, leftovers, error])
     if error is not None:
         raise CheckpointError(error)
-    return _search(checkpoints, names, skipped, slice(rank(), None, world_size()), all_gather_json)
+    return Search(*_search(checkpoints, names, slice(rank(), None, world_size()), all_gather_json), leftovers)
 
 
 def _listing(checkpoints: Path) -> tuple[list[str], list[str]]:
@@ -236,12 +251,11 @@ def _listing(checkpoints: Path) -> tuple[list[str], list[str]]:
 def _search(
     checkpoints: Path,
     names: list[str],
-    skipped: list[str],
     share: slice,
     gather: Callable[[str | None], list[str | None]],
 ) -> tuple[Checkpoint | None, list[str]]:
     """Verify one folder after the other, `share` of each one's files here, until `gather` returns no problem."""
-    skipped = list(skipped)
+    damaged: list[str] = []
     for name in names:
         checkpoint, problem = None, None
         try:
@@ -251,9 +265,9 @@ def _search(
             problem = str(error)
         first = next((found for found in gather(problem) if found is not None), None)
         if first is None:
-            return checkpoint, skipped
-        skipped.append(first)
-    return None, skipped
+            return checkpoint, damaged
+        damaged.append(first)
+    return None, damaged
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -195,11 +195,6 @@ class Corpus:
             raise UserError(f"cannot read corpus {folder}: {error.strerror or error}") from error
 
     @property
-    def bytes_per_token(self) -> float | None:
-        """UTF-8 bytes of text for each token of the split; None for a corpus without manifest and tokenizer."""
-        return None if self.text_bytes is None else self.text_bytes / self.num_tokens
-
-    @property
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies with the corpus; None for a corpus made elsewhere that has none."""
         return self._tokenizer

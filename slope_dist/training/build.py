@@ -39,11 +39,10 @@ def layer_factory(
     config: Config, derived: Derived, *, adapters: bool, draw: bool = True, device: str = "cpu"
 ) -> LayerFactory:
     """A factory for one phase of the run."""
-    group = config.sparsity.group
     chosen = {glob: "sparsity.dense_layers" for glob in config.sparsity.dense_layers}
     return LayerFactory(
         seed=config.run.seed,
-        pattern=None if group is None else Pattern(*group),
+        pattern=None if config.sparsity.group is None else Pattern.parse(config.sparsity.pattern),
         dense_layers=family(config.model.family).dense_layers | chosen,
         hold_column_mask=config.sparsity.column_mask_interval > 1,
         resident_transpose=derived.backward_weight == "resident",

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from slope_dist.command_line import EXIT_INTERRUPTED
 from slope_dist.config import derive, dump_config, load_config
 from slope_dist.config.resolve import threads_per_process
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
@@ -17,7 +18,6 @@ from slope_dist.training.describe import corpus_warning, describe
 from slope_dist.training.guards import RunFailedError
 
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)

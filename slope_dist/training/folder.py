@@ -125,8 +125,8 @@ class RunFolder:
             UserError: if the folder holds another run's checkpoints, or only damaged ones: starting over would lose
                 what they hold.
         """
-        newest, skipped = find_newest_on_all_ranks(self.checkpoints)
-        damaged = [line for line in skipped if "left by an interrupted" not in line]
+        search = find_newest_on_all_ranks(self.checkpoints)
+        newest, damaged = search.checkpoint, search.damaged
         if resume == "never" and (newest is not None or damaged):
             raise UserError(
                 f"{self.checkpoints} already holds checkpoints; choose another run.folder, or resume them with "
@@ -149,4 +149,4 @@ class RunFolder:
                     f"{newest.path} already has adapters of rank {there}, and adapters.rank asks for {adapter_rank}: "
                     "once on they stay as they are; restore adapters.rank, or choose another run.folder"
                 )
-        return newest, skipped
+        return newest, search.skipped

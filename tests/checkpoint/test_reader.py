@@ -53,7 +53,8 @@ def refusal(folder: Path) -> str:
         Checkpoint.open(folder)
     text = str(caught.value)
     assert text.isprintable() and str(folder) in text
-    checkpoint, skipped = find_newest(folder.parent)
+    found = find_newest(folder.parent)
+    checkpoint, skipped = found.checkpoint, found.skipped
     assert checkpoint is None or checkpoint.path != folder
     # safetensors names one of several bad tensors at random: what it says after the file may differ.
     assert any(line.split(": ")[:2] == text.split(": ")[:2] for line in skipped)
@@ -263,7 +264,7 @@ def test_unverified_headers_are_checked_when_first_read(spoilt: Path) -> None:
 
 
 def test_the_search_names_everything_it_skips(tmp_path: Path) -> None:
-    assert find_newest(tmp_path / "absent") == (None, [])
+    assert find_newest(tmp_path / "absent") == (None, [], [])
     for step in (1, 2, 3, 100_000_000):
         save_state(tmp_path, step)
     flip(tmp_path / "step-100000000" / OPTIMIZER, 500, 3)
@@ -271,7 +272,8 @@ def test_the_search_names_everything_it_skips(tmp_path: Path) -> None:
     leftover = f"step-00000004.tmp-{'0' * 32}"
     (tmp_path / leftover).mkdir()
     (tmp_path / "mine").mkdir()
-    checkpoint, skipped = find_newest(tmp_path)
+    found = find_newest(tmp_path)
+    checkpoint, skipped = found.checkpoint, found.skipped
     assert checkpoint is not None and checkpoint.step == 2
     assert [line.split(": ")[0] for line in skipped] == [
         str(tmp_path / name) for name in (leftover, "step-100000000", "step-00000003")
@@ -297,12 +299,13 @@ def test_two_ranks_choose_alike(tmp_path: Path, damaged: int) -> None:
     flip(victim, victim.stat().st_size - 1, 0)
 
     def find() -> None:
-        checkpoint, skipped = find_newest_on_all_ranks(checkpoints)
+        found = find_newest_on_all_ranks(checkpoints)
+        checkpoint, skipped = found.checkpoint, found.skipped
         assert checkpoint is not None and checkpoint.step == 1
         assert len(skipped) == 1 and f"{victim.name}: expected sha256" in skipped[0]
         assert_holds(checkpoint, make_state(1))
         (tmp_path / "absent").mkdir(exist_ok=True)
-        assert find_newest_on_all_ranks(tmp_path / "absent") == (None, [])
+        assert find_newest_on_all_ranks(tmp_path / "absent") == (None, [], [])
         with pytest.raises(CheckpointError, match="cannot be read"):
             find_newest_on_all_ranks(victim)
 

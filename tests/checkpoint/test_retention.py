@@ -99,7 +99,8 @@ class Retention(RuleBasedStateMachine):
     def the_newest_whole_one_is_found(self) -> None:
         if not hasattr(self, "folder"):
             return
-        checkpoint, skipped = find_newest(self.folder)
+        found = find_newest(self.folder)
+        checkpoint, skipped = found.checkpoint, found.skipped
         assert (checkpoint.step if checkpoint else None) == max(self.whole, default=None)
         newer = [step for step in self.damaged if step > max(self.whole, default=0)]
         for step in newer:
@@ -166,7 +167,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (checkpoints / f".trash-{folder_name(1)}-{'0' * 32}").symlink_to(precious)
     (checkpoints / f"{folder_name(1)}.tmp-{'0' * 32}").symlink_to(precious)
     assert len(prune(checkpoints, 2)) == 2, "the links with a leftover's name are told"
-    checkpoint, _ = find_newest(elsewhere)
+    checkpoint = find_newest(elsewhere).checkpoint
     assert checkpoint is not None and checkpoint.step == 1
     assert (checkpoints / folder_name(1)).is_symlink()
 
@@ -178,7 +179,7 @@ def test_killed_while_pruning(tmp_path: Path, point: str) -> None:
     assert in_child(lambda: prune(tmp_path, 2, progress=kill_at(point))) == -9
     assert not (tmp_path / folder_name(1)).exists(), "the oldest went first, and by its name first"
     assert len(list(tmp_path.glob(".trash-*/*"))) == (3 if point == "trashed" else 0)
-    checkpoint, _ = find_newest(tmp_path)
+    checkpoint = find_newest(tmp_path).checkpoint
     assert checkpoint is not None and checkpoint.step == 4
     assert prune(tmp_path, 2) == []
     assert sorted(os.listdir(tmp_path)) == ["latest", folder_name(3), folder_name(4)]

@@ -46,7 +46,8 @@ def test_one_rank_round_trip(tmp_path: Path) -> None:
     assert seen == POINTS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
     assert (tmp_path / "latest").read_text() == "step-00000003\n"
-    checkpoint, skipped = find_newest(tmp_path)
+    found = find_newest(tmp_path)
+    checkpoint, skipped = found.checkpoint, found.skipped
     assert checkpoint is not None and skipped == []
     assert (checkpoint.step, checkpoint.scalars, checkpoint.identity) == (3, {"step": 3}, {"seed": 1})
     assert checkpoint.manifest.versions.keys() == {"slope_dist", "torch", "python"}
@@ -101,7 +102,7 @@ def test_views_and_many_fragments_of_a_tensor(tmp_path: Path) -> None:
         whole_fragment("c", tensor.bfloat16()[:, 1]),
     ]
     save(tmp_path, 1, fragments, {}, {}, {})
-    checkpoint, _ = find_newest(tmp_path)
+    checkpoint = find_newest(tmp_path).checkpoint
     assert checkpoint is not None
     assert torch.equal(checkpoint.read("a", "weight", whole((6, 8)), 0, 48), tensor.detach().view(-1))
     assert torch.equal(checkpoint.read("b", "weight", whole((6,)), 0, 6), tensor[:, 1])
@@ -111,7 +112,8 @@ def test_views_and_many_fragments_of_a_tensor(tmp_path: Path) -> None:
 
 def test_two_ranks_save_in_parallel(tmp_path: Path) -> None:
     assert in_ranks(lambda: save_state(tmp_path / "checkpoints", 5), 2, tmp_path) == [0, 0]
-    checkpoint, skipped = find_newest(tmp_path / "checkpoints")
+    found = find_newest(tmp_path / "checkpoints")
+    checkpoint, skipped = found.checkpoint, found.skipped
     assert checkpoint is not None and skipped == []
     assert sorted(checkpoint.manifest.files) == [
         f"rank-0000{index}.{sort}.safetensors" for index in (0, 1) for sort in ("optimizer", "weights")
@@ -191,7 +193,8 @@ def test_a_file_that_cannot_grow_fails_the_save_alone(tmp_path: Path, limit: int
 
     assert in_child(body) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
-    checkpoint, skipped = find_newest(tmp_path)
+    found = find_newest(tmp_path)
+    checkpoint, skipped = found.checkpoint, found.skipped
     assert checkpoint is not None and skipped == []
     assert_holds(checkpoint, make_state(1))
 
@@ -204,7 +207,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
 
 def expect_after_kill(checkpoints: Path, point: str) -> None:
     """The newest checkpoint that verifies is the one the point says, and the next save needs no help."""
-    checkpoint, skipped = find_newest(checkpoints)
+    found = find_newest(checkpoints)
+    checkpoint, skipped = found.checkpoint, found.skipped
     committed = POINTS.index(point) >= POINTS.index("renamed")
     assert checkpoint is not None
     assert checkpoint.step == (2 if committed else 1)
@@ -260,7 +264,7 @@ def test_a_group_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         assert wait(pids) == [-9, -9]
-        checkpoint, _ = find_newest(checkpoints)
+        checkpoint = find_newest(checkpoints).checkpoint
         assert checkpoint is not None and checkpoint.step >= int(committed.read_text() or first_step)
         assert_holds(checkpoint, make_state(checkpoint.step))
         first_step = checkpoint.step + 1
@@ -273,7 +277,7 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     seen: list[str] = []
     save_state(tmp_path, 2, seen.append)
     assert "replaced" in seen
-    checkpoint, _ = find_newest(tmp_path)
+    checkpoint = find_newest(tmp_path).checkpoint
     assert checkpoint is not None
     assert_holds(checkpoint, make_state(2))
     assert prune(tmp_path, 2) != [], "what someone else wrote stays, and is told"
@@ -285,7 +289,7 @@ def test_killed_while_replacing_leaves_the_one_before(tmp_path: Path) -> None:
     save_state(tmp_path, 1)
     next(save_state(tmp_path, 2).glob("rank*")).write_bytes(b"")
     assert in_child(lambda: save_state(tmp_path, 2, kill_at("replaced"))) == -9
-    checkpoint, _ = find_newest(tmp_path)
+    checkpoint = find_newest(tmp_path).checkpoint
     assert checkpoint is not None and checkpoint.step == 1
     save_state(tmp_path, 2)
     assert prune(tmp_path, 2) == []

@@ -236,7 +236,7 @@ def test_a_corpus_made_elsewhere_is_scanned(corpus_folder, whole_corpus):
     refused(corpus_folder, r"train\.bin has id \d+ at token \d+", vocab_size=known.max_id)
     (corpus_folder / "tokenizer.model").unlink()
     bare = Corpus.open(corpus_folder, "train", VOCAB_SIZE)
-    assert bare.bytes_per_token is bare.tokenizer is bare.end_of_document is None
+    assert bare.text_bytes is bare.tokenizer is bare.end_of_document is None
     assert bare.bytes_of(torch.tensor([1])) is None
     with pytest.raises(UserError, match=r"no manifest\.json"):
         bare.verify()

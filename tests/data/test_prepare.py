@@ -44,7 +44,6 @@ def test_what_is_read_back_is_the_text(whole_corpus, texts, tokenizer):
         assert split_texts(corpus) == expected
         assert corpus.num_documents == len(expected)
         assert corpus.text_bytes == sum(len(text.encode()) for text in expected)
-        assert corpus.bytes_per_token == corpus.text_bytes / corpus.num_tokens
         ids = corpus.tokens(0, corpus.num_tokens)
         assert corpus.tokenizer.piece_bytes()[ids].sum() == corpus.text_bytes
 
