@@ -115,7 +115,8 @@ def backward_weight(config: Config) -> Literal["derived", "resident"]:
     """
     if config.sparsity.backward_weight != "auto":
         return config.sparsity.backward_weight
-    keeps = zero_stage(config) == 0 and config.sparsity.pattern == "2:4"
+    local = zero_stage(config) == 0 and config.parallel.engine == "deepspeed"
+    keeps = local and config.sparsity.pattern == "2:4"
     return "resident" if keeps else "derived"
 
 
@@ -146,6 +147,13 @@ def without_effect(config: Config) -> list[str]:
             f"parallel.zero_stage {config.parallel.zero_stage} in {config.precision} is run as {zero_stage(config)}, "
             "with the same result: DeepSpeed cannot accumulate fp32 gradients at stage 0"
         )
+    if config.parallel.engine == "fsdp" and "zero_stage" in config.parallel.model_fields_set:
+        lines.append(
+            f'parallel.zero_stage {config.parallel.zero_stage} is not read: parallel.engine "fsdp" splits optimizer '
+            "state, gradients and parameters over the data ranks, as ZeRO 3 does"
+        )
+    if config.parallel.sequence_parallel and config.parallel.tensor == 1:
+        lines.append("parallel.sequence_parallel changes nothing: parallel.tensor is 1")
     threshold = config.parallel.zero3_persistence_threshold
     if config.parallel.zero_stage != 3 and threshold != ParallelConfig().zero3_persistence_threshold:
         lines.append(

@@ -337,10 +337,13 @@ class ParallelConfig(Section):
     """The engine, and how the run is laid out over ranks."""
 
     engine: Literal["deepspeed", "fsdp"] = Field(
-        default="deepspeed", description='Training engine; "deepspeed" works, "fsdp" is not there yet.'
+        default="deepspeed",
+        description='Training engine: "deepspeed", or "fsdp" for FSDP2 of torch (no pipeline, no fp16).',
     )
-    tensor: Ranks = Field(default=1, description="Ranks that share a layer's weights; above 1 is not there yet.")
-    pipeline: Ranks = Field(default=1, description="Stages the blocks are spread over; above 1 is not there yet.")
+    tensor: Ranks = Field(
+        default=1, description="Ranks that share each layer: heads, features and vocabulary are cut over them."
+    )
+    pipeline: Ranks = Field(default=1, description="Stages the blocks are spread over; above 1 needs ZeRO 0 or 1.")
     data: Ranks | None = Field(
         default=None, description="Data-parallel ranks; null: all ranks divided by `tensor` x `pipeline`."
     )
@@ -349,10 +352,11 @@ class ParallelConfig(Section):
         ge=0,
         le=3,
         description="ZeRO stage: what is split over data ranks. 0 nothing, 1 optimizer state, "
-        "2 and gradients, 3 and parameters.",
+        "2 and gradients, 3 and parameters. FSDP splits all of it and does not read this.",
     )
     sequence_parallel: bool = Field(
-        default=False, description="Split the norms' activations over tensor ranks; true is not there yet."
+        default=False,
+        description="Split the activations between split layers along the sequence over the tensor ranks.",
     )
     gradient_dtype: Literal["fp32", "model"] = Field(
         default="fp32",
@@ -363,16 +367,23 @@ class ParallelConfig(Section):
         description="ZeRO 3 keeps parameters of fewer elements than this whole on every rank.",
     )
 
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters and metadata are sharded over data ranks, not only what trains them."""
+        return self.engine == "fsdp" or self.zero_stage == 3
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.engine != "deepspeed":
-            raise _not_there_yet("parallel.engine", self.engine, 'use "deepspeed"')
-        if self.tensor > 1:
-            raise _not_there_yet("parallel.tensor", self.tensor, "use 1")
-        if self.pipeline > 1:
-            raise _not_there_yet("parallel.pipeline", self.pipeline, "use 1")
-        if self.sequence_parallel:
-            raise _not_there_yet("parallel.sequence_parallel", self.sequence_parallel, "use false")
+        if self.pipeline > 1 and self.engine == "fsdp":
+            raise ValueError(
+                f'parallel.pipeline {self.pipeline} does not work with parallel.engine "fsdp"; '
+                'use "deepspeed", or parallel.pipeline 1'
+            )
+        if self.pipeline > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"parallel.zero_stage {self.zero_stage} does not work with parallel.pipeline {self.pipeline}: a "
+                "pipeline accumulates whole gradients over its micro-batches, which stages 2 and 3 split; use 1 or 0"
+            )
         return self
 
 
@@ -436,9 +447,43 @@ class Config(Section):
                     f"training.micro_batch_size {self.training.micro_batch_size} x parallel.data "
                     f"{self.parallel.data} = {together}"
                 )
-        if self.sparsity.backward_weight == "resident" and self.parallel.zero_stage == 3:
+        if self.sparsity.backward_weight == "resident" and self.parallel.shards_parameters:
+            what = 'parallel.engine "fsdp"' if self.parallel.engine == "fsdp" else "parallel.zero_stage 3"
             raise ValueError(
                 'sparsity.backward_weight "resident" would keep a full replica on every rank, which '
-                'parallel.zero_stage 3 is there to avoid; use "auto" or "derived", or a stage below 3'
+                f'{what} is there to avoid; use "auto" or "derived", or a stage below 3'
+            )
+        if self.precision == "fp16" and self.parallel.engine == "fsdp":
+            raise ValueError(
+                'precision "fp16" does not work with parallel.engine "fsdp", which scales no loss; use "bf16", or '
+                'parallel.engine "deepspeed"'
+            )
+        self._check_tensor_ranks()
+        if self.model.num_layers < self.parallel.pipeline:
+            raise ValueError(
+                f"parallel.pipeline {self.parallel.pipeline} stages are more than model.num_layers "
+                f"{self.model.num_layers}; every stage needs a layer"
             )
         return self
+
+    def _check_tensor_ranks(self) -> None:
+        """Every cut must fall between attention heads and on multiples of a byte of metadata (rule R3)."""
+        ranks, model = self.parallel.tensor, self.model
+        if model.num_heads % ranks:
+            fitting = max(size for size in range(1, ranks) if model.num_heads % size == 0)
+            raise ValueError(
+                f"model.num_heads {model.num_heads} does not divide over parallel.tensor {ranks}; "
+                f"parallel.tensor {fitting} would fit"
+            )
+        for name in ("hidden_size", "ffn_size"):
+            size = getattr(model, name)
+            if size % (ranks * DIMENSION_MULTIPLE):
+                raise ValueError(
+                    f"model.{name} {size} is cut off the groups of the pattern: over parallel.tensor {ranks} it must "
+                    f"be a multiple of {ranks * DIMENSION_MULTIPLE} ({ranks} x {DIMENSION_MULTIPLE})"
+                )
+        if self.parallel.sequence_parallel and model.sequence_length % ranks:
+            raise ValueError(
+                f"model.sequence_length {model.sequence_length} does not divide over parallel.tensor {ranks}, which "
+                "parallel.sequence_parallel needs; change one of them, or set sequence_parallel false"
+            )

@@ -6,21 +6,21 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from slope_dist.engine.interface import MicroBatch, Skip, StepResult
-from slope_dist.engine.optimizer import AdamW, GuardedAdamW, mean_over_ranks, parameter_groups
+from slope_dist.engine.optimizer import AdamW, GuardedAdamW, OptimizerSettings, mean_over_ranks, parameter_groups
 from slope_dist.engine.zero_state import ZeroState, zero_state
 from slope_dist.errors import UserError
 from slope_dist.layers import logical_tensors
 from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment, StateSource
+from slope_dist.parallel.groups import Groups, ModelParallelUnit
 from slope_dist.sparse import SparseWeight, codec
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -75,49 +75,57 @@ def _read(source: StateSource, fragment: Fragment) -> Tensor:
 
 
 class DeepSpeedEngine:
-    """See `Engine`. The default process group must exist.
+    """See `Engine`: data ranks and tensor ranks, ZeRO 0 to 3.
 
     Args:
-        model: called with (tokens, labels), returns the mean loss.
+        make_model: makes the model, called with (tokens, labels), which returns the mean loss.
+        groups: process groups of the layout.
         settings: DeepSpeed's dictionary, derived from the config.
+        optimizer: AdamW's numbers.
         column_mask_interval: steps between refreshes of held column masks.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        make_model: Callable[[], nn.Module],
+        groups: Groups,
         settings: dict[str, Any],
+        optimizer: OptimizerSettings,
         *,
-        betas: tuple[float, float],
-        epsilon: float,
-        weight_decay: float,
-        adapter_weight_decay: float,
         column_mask_interval: int,
     ) -> None:
         deepspeed = import_deepspeed()
         self._deepspeed = deepspeed
         self._interval = column_mask_interval
         self.stage: int = settings["zero_optimization"]["stage"]
-        clipping: float = settings["gradient_clipping"]
-        groups = parameter_groups(
-            list(logical_tensors(model)), weight_decay=weight_decay, adapter_weight_decay=adapter_weight_decay
-        )
+        model = make_model()
+        tensors = list(logical_tensors(model))
+        for tensor in tensors:
+            # DeepSpeed counts the others' norms on the first tensor rank only.
+            tensor.tensor.tensor_model_parallel = tensor.split  # type: ignore[attr-defined]
+        parameters = parameter_groups(tensors, optimizer)
         self._adam: AdamW
         if self.stage == 0:
             # DeepSpeed clips fp32 gradients at stage 0 without asking whether they are finite; ours asks.
-            self._adam = GuardedAdamW(groups, betas=betas, eps=epsilon, max_norm=clipping)
+            self._adam = GuardedAdamW(
+                parameters,
+                optimizer,
+                counted={id(tensor.tensor) for tensor in tensors if tensor.owned},
+                norm_group=groups.model,
+            )
             settings = settings | {"gradient_clipping": 0.0}
         else:
-            self._adam = AdamW(groups, betas=betas, eps=epsilon)
+            self._adam = AdamW(parameters, optimizer)
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_init_required=False)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=settings)
+        unit = ModelParallelUnit(groups) if groups.layout.tensor > 1 else None
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=settings, mpu=unit)
         self.module: nn.Module = self._engine.module
         self._sparse = [module for module in self.module.modules() if isinstance(module, SparseWeight)]
-        self.data_rank = dist.get_rank()
-        self.data_ranks = dist.get_world_size()
+        self._groups = groups
+        position, layout = groups.position, groups.layout
         self._state: ZeroState = zero_state(
-            self.stage, self._engine, self._adam, list(logical_tensors(model)), self.data_rank, self.data_ranks
+            self.stage, self._engine, self._adam, list(logical_tensors(model)), position.data, layout.data
         )
         self._adam.reset_state(self._state.flat_parameters())
         scaler = self._scaler()
@@ -158,7 +166,9 @@ class DeepSpeedEngine:
         if self._engine.optimizer.overflow:
             skipped = "loss scale" if scale_before is not None and scale_before > self._minimum_scale else "non-finite"
         return StepResult(
-            mean_over_ranks(total / len(micro_batches)), float(self._engine.get_global_grad_norm()), skipped
+            mean_over_ranks(total / len(micro_batches), self._groups.data),
+            float(self._engine.get_global_grad_norm()),
+            skipped,
         )
 
     @torch.no_grad()

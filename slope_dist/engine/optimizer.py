@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from slope_dist.layers import LogicalTensor
 
 
-def parameter_groups(
-    tensors: list[LogicalTensor], *, weight_decay: float, adapter_weight_decay: float
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW's numbers for a run; the learning rate comes with each step.
+
+    Attributes:
+        betas: decay rates of the moments.
+        epsilon: the term in the denominator.
+        weight_decay: of matrices; biases and norms have none.
+        adapter_weight_decay: of the adapters.
+        gradient_clipping: largest global gradient norm; 0: off.
+    """
+
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    adapter_weight_decay: float
+    gradient_clipping: float
+
+
+def parameter_groups(tensors: list[LogicalTensor], settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Groups by name: "decay", "no_decay" and, last and on its own, "adapters".
 
     The adapters' group is last so that the flat partitions of the others keep their size and order when it appears.
@@ -21,9 +40,9 @@ def parameter_groups(
     trained = [tensor for tensor in tensors if tensor.trained]
     base = [tensor for tensor in trained if not tensor.adapter]
     groups = [
-        ("decay", [t for t in base if t.decay], weight_decay),
+        ("decay", [t for t in base if t.decay], settings.weight_decay),
         ("no_decay", [t for t in base if not t.decay], 0.0),
-        ("adapters", [t for t in trained if t.adapter], adapter_weight_decay),
+        ("adapters", [t for t in trained if t.adapter], settings.adapter_weight_decay),
     ]
     return [
         {"name": name, "params": [t.tensor for t in members], "weight_decay": decay}
@@ -35,10 +54,10 @@ def parameter_groups(
 class AdamW(torch.optim.AdamW):
     """torch's AdamW with zeroed state from the start, so that state can be loaded before the first step."""
 
-    def __init__(self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerSettings) -> None:
         # Learning rate 0 until the schedule sets it: DeepSpeed takes a step while it is built, which must change
         # nothing.
-        super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=torch.cuda.is_available())
+        super().__init__(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, fused=torch.cuda.is_available())
 
     def reset_state(self, parameters: dict[str, list[Tensor]]) -> None:
         """Zero moments and step counters of each group's (possibly flattened) parameters."""
@@ -53,21 +72,34 @@ class AdamW(torch.optim.AdamW):
 
 
 class GuardedAdamW(AdamW):
-    """AdamW that measures, checks and clips whole gradients itself, for engines that do not (ZeRO 0 in fp32)."""
+    """AdamW that measures, checks and clips gradients itself, for engines that do not.
+
+    Args:
+        groups: of `parameter_groups`.
+        settings: its numbers, with the norm to which gradients are scaled down.
+        counted: parameters whose gradients count on this rank, by id: of several copies, one rank's.
+        norm_group: ranks that hold other parts of the gradient; None where this one holds all of it.
+    """
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float, max_norm: float
+        self,
+        groups: list[dict[str, Any]],
+        settings: OptimizerSettings,
+        *,
+        counted: set[int],
+        norm_group: dist.ProcessGroup | None,
     ) -> None:
-        super().__init__(groups, betas=betas, eps=eps)
-        self.max_norm = max_norm
+        super().__init__(groups, settings)
+        self.max_norm = settings.gradient_clipping
+        self.counted = counted
+        self.norm_group = norm_group
         self.overflow = False
         self._global_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update if the global gradient norm is finite; `overflow` says whether it was not."""
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = self.global_norm()
         self._global_grad_norm = float(norm)
         self.overflow = not bool(torch.isfinite(norm))
         if self.overflow:
@@ -78,9 +110,25 @@ class GuardedAdamW(AdamW):
             )
         super().step(closure)
 
+    def global_norm(self) -> Tensor:
+        """L2 norm of the whole gradient, the same on every rank: fp32 scalar."""
+        gradients = [
+            p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and id(p) in self.counted
+        ]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if self.norm_group is None:
+            return norm
+        device = self.param_groups[0]["params"][0].device
+        square = norm.to(device, torch.float64).square()
+        dist.all_reduce(square, group=self.norm_group)
+        return square.sqrt().float()
 
-def mean_over_ranks(value: Tensor) -> float:
-    """Mean of a scalar over all ranks."""
+
+def mean_over_ranks(value: Tensor, group: dist.ProcessGroup) -> float:
+    """Mean of a scalar over the ranks of a group."""
     value = value.detach().to(torch.float64)
-    dist.all_reduce(value)
-    return float(value) / dist.get_world_size()
+    dist.all_reduce(value, group=group)
+    return float(value) / dist.get_world_size(group)

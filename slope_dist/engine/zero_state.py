@@ -14,7 +14,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from slope_dist.engine.optimizer import AdamW
 from slope_dist.layers import LogicalTensor
-from slope_dist.parallel.fragments import Fragment, Kind, whole
+from slope_dist.parallel.fragments import Fragment, Kind, rectangle_size
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class ZeroState(ABC):
     def metadata(self, tensor: LogicalTensor) -> Iterator[tuple[int, int, Tensor, bool]]:
         """This rank's (start, stop, memory, write) of a metadata tensor; replicated below stage 3."""
         flat = tensor.tensor.view(-1)
-        for rank, (start, stop) in enumerate(_shares(prod(tensor.shape), self.data_ranks)):
+        for rank, (start, stop) in enumerate(_shares(rectangle_size(tensor.rectangle), self.data_ranks)):
             yield start, stop, flat[start:stop], rank == self.data_rank
 
     def fragments(self) -> Iterator[Fragment]:
@@ -94,8 +93,8 @@ class ZeroState(ABC):
     def _fragment(
         tensor: LogicalTensor, kind: Kind, start: int, stop: int, memory: Tensor, write: bool, derived: bool = False
     ) -> Fragment:
-        rectangle = whole(tensor.shape)
-        return Fragment(tensor.name, kind, tensor.shape, rectangle, start, stop, memory.detach(), write, derived)
+        write = write and tensor.owned
+        return Fragment(tensor.name, kind, tensor.shape, tensor.rectangle, start, stop, memory.detach(), write, derived)
 
 
 class WholeState(ZeroState):
@@ -110,7 +109,7 @@ class WholeState(ZeroState):
         state = self.adam.state[tensor.tensor]
         flat = tensor.tensor.data.view(-1)
         exp_avg, exp_avg_sq = state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-        for rank, (start, stop) in enumerate(_shares(flat.numel(), self.data_ranks)):
+        for rank, (start, stop) in enumerate(_shares(rectangle_size(tensor.rectangle), self.data_ranks)):
             if stop > start:
                 part = slice(start, stop)
                 yield Piece(
@@ -143,7 +142,10 @@ class PartitionedState(ZeroState):
             return
         partition = self.partitions[mapping.param_group_index]
         state = self.adam.state[partition]
-        start, size = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        start = mapping.lp_fragment_address.start
+        size = min(start + mapping.lp_fragment_address.numel, rectangle_size(tensor.rectangle)) - start
+        if size <= 0:
+            return
         part = slice(mapping.hp_fragment_address.start, mapping.hp_fragment_address.start + size)
         yield Piece(
             start,
@@ -182,14 +184,15 @@ class ShardedState(ZeroState):
             flat[names[self.optimizer.sub_group_to_group_id[index]]].append(partition)
         return flat
 
-    def _range(self, parameter: Any) -> tuple[int, int]:
-        share = parameter.ds_tensor.ds_numel
-        start = min(self.data_rank * share, parameter.ds_numel)
-        return start, min(start + share, parameter.ds_numel)
+    def _range(self, tensor: LogicalTensor) -> tuple[int, int]:
+        share = tensor.tensor.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        size = rectangle_size(tensor.rectangle)
+        start = min(self.data_rank * share, size)
+        return start, min(start + share, size)
 
     def pieces(self, tensor: LogicalTensor) -> Iterator[Piece]:
         """This rank's share, without its padding."""
-        start, stop = self._range(tensor.tensor)
+        start, stop = self._range(tensor)
         if stop == start:
             return
         partition, offset = self.places[id(tensor.tensor)]
@@ -200,7 +203,7 @@ class ShardedState(ZeroState):
 
     def metadata(self, tensor: LogicalTensor) -> Iterator[tuple[int, int, Tensor, bool]]:
         """This rank's share of the sharded metadata."""
-        start, stop = self._range(tensor.tensor)
+        start, stop = self._range(tensor)
         yield start, stop, tensor.tensor.ds_tensor.data.view(-1)[: stop - start], True  # type: ignore[attr-defined]
 
     def sync(self) -> None:

@@ -6,7 +6,7 @@ Shape letters: B batch, S sequence, T = B * S tokens, O out, I in, R adapter ran
 from slope_dist.layers.factory import LayerFactory
 from slope_dist.layers.linear import Linear, LowRankAdapter
 from slope_dist.layers.logical import LogicalTensor, logical_tensors
-from slope_dist.layers.modules import Embedding, LayerNorm, TiedHead
+from slope_dist.layers.modules import Embedding, LayerNorm, NextTokenLoss, TiedHead
 
 __all__ = [
     "Embedding",
@@ -15,6 +15,7 @@ __all__ = [
     "Linear",
     "LogicalTensor",
     "LowRankAdapter",
+    "NextTokenLoss",
     "TiedHead",
     "logical_tensors",
 ]

@@ -8,46 +8,84 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slope_dist.parallel.regions import TensorPlace, leave_split, whole_parameter
 from slope_dist.sparse import Weight
 
-Split = Literal["column", "row"]
-"""How a layer would be cut over tensor ranks: "column" cuts its outputs, "row" its inputs."""
+Split = Literal["column", "row", "whole"]
+"""How a layer is cut over tensor ranks: "column" its outputs, "row" its inputs, "whole" not at all."""
+
+_SPLIT_DIMS: dict[Split, dict[str, int]] = {
+    "column": {"weight": 0, "bias": 0, "adapter.up": 0},
+    "row": {"weight": 1, "adapter.down": 1},
+    "whole": {},
+}
 
 
 class LowRankAdapter(nn.Module):
     """Adds X down^T up^T / R to a layer's output (arXiv 2405.16325 section 4.4): down [R, I], up [O, R].
 
-    down starts normal with standard deviation 1, up zero, so that adding an adapter does not change the loss.
+    down starts normal with standard deviation 1, up zero, so that adding an adapter does not change the loss. The
+    factors are cut with the layer: up of a column-split one, down of a row-split one, whose product is then a partial
+    sum like that of the layer itself. The other factor is whole on every tensor rank.
     """
 
-    def __init__(self, down: Tensor, out_features: int) -> None:
+    def __init__(
+        self, down: Tensor, out_features: int, *, split: Split = "whole", place: TensorPlace | None = None
+    ) -> None:
         super().__init__()
         self.scale = 1.0 / down.shape[0]
+        self.split = split
+        self.place = place or TensorPlace()
         self.down = nn.Parameter(down)
         self.up = nn.Parameter(torch.zeros(out_features, down.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O]."""
+        """[..., I] -> [..., O], sizes of the shard."""
+        down = self.down if self.split == "row" else whole_parameter(self.down, self.place)
+        up = self.up if self.split == "column" else whole_parameter(self.up, self.place)
         # Scaled between the factors: down has unit entries, and R of them summed could leave the range of fp16.
-        return functional.linear(functional.linear(x, self.down) * self.scale, self.up)
+        return functional.linear(functional.linear(x, down) * self.scale, up)
 
 
 class Linear(nn.Module):
-    """Y = X W^T (+ adapter) (+ bias)."""
+    """Y = X W^T (+ adapter) (+ bias).
+
+    The input of a column-split layer comes through `LayerFactory.split_input`; its output is this rank's features.
+    The input of a row-split layer is this rank's features; its output is back in the residual stream.
+    """
 
     def __init__(
-        self, name: str, weight: Weight, *, bias: bool, split: Split, adapter: LowRankAdapter | None = None
+        self,
+        name: str,
+        weight: Weight,
+        *,
+        bias: bool,
+        split: Split,
+        adapter: LowRankAdapter | None = None,
+        place: TensorPlace | None = None,
     ) -> None:
         super().__init__()
         self.name = name
         self.split = split
+        self.place = place or TensorPlace()
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(weight.shape[0])) if bias else None
         self.adapter = adapter
+
+    def split_dim(self, relative: str) -> int | None:
+        """The dimension in which one of its tensors is cut over tensor ranks."""
+        dims = _SPLIT_DIMS[self.split]
+        return dims.get(relative, dims.get(relative.split(".")[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         y = self.weight(x)
         if self.adapter is not None:
             y = y + self.adapter(x)
-        return y if self.bias is None else y + self.bias
+        if self.split == "row":
+            y = leave_split(y, self.place)
+        if self.bias is None:
+            return y
+        # In the stream, under sequence parallelism, each rank sees the gradient of its own tokens.
+        in_stream = self.split == "row" and self.place.sequence_parallel
+        return y + (whole_parameter(self.bias, self.place) if in_stream else self.bias)

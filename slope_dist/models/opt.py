@@ -7,6 +7,9 @@ Shape letters: B batch, S sequence, H hidden, E embedding (= H but for 350M), D 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,6 +19,8 @@ from slope_dist.models.shape import ModelShape
 
 POSITION_OFFSET = 2
 """The first two rows of the position table are never read: the published weights begin at row 2."""
+
+TOKEN_TABLE = "decoder.embed_tokens"
 
 FIRST_LINEARS = (
     "decoder.project_in",
@@ -35,7 +40,8 @@ class OPTEmbedding(nn.Module):
     def __init__(self, make: LayerFactory, shape: ModelShape) -> None:
         super().__init__()
         rows = shape.sequence_length + POSITION_OFFSET
-        self.tokens = make.embedding("decoder.embed_tokens", shape.vocab_size, shape.embedding_size, std=shape.init_std)
+        self.tokens = make.token_embedding(TOKEN_TABLE, shape.vocab_size, shape.embedding_size, std=shape.init_std)
+        self.entry = make.stream_entry()
         self.positions = make.embedding("decoder.embed_positions", rows, shape.hidden_size, std=shape.init_std)
         self.project = None
         if shape.embedding_size != shape.hidden_size:
@@ -43,7 +49,7 @@ class OPTEmbedding(nn.Module):
                 "decoder.project_in",
                 shape.embedding_size,
                 shape.hidden_size,
-                split="column",
+                split="whole",
                 std=shape.init_std,
                 bias=False,
             )
@@ -51,10 +57,10 @@ class OPTEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [B, S] -> [B, S, H]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device) + POSITION_OFFSET
-        embedded = self.tokens(tokens)
+        embedded = self.entry(self.tokens(tokens))
         if self.project is not None:
             embedded = self.project(embedded)
-        return embedded + self.positions(positions)
+        return embedded + self.entry(self.positions(positions).unsqueeze(0))
 
 
 class OPTBlock(nn.Module):
@@ -68,11 +74,13 @@ class OPTBlock(nn.Module):
         self.head_size = hidden // shape.num_heads
         self.norm_first = shape.norm_position == "pre"
         self.attention_norm = make.layer_norm(f"{name}.self_attn_layer_norm", hidden)
+        self.attention_input = make.split_input()
         self.q = make.linear(f"{name}.self_attn.q_proj", hidden, hidden, split="column", std=std)
         self.k = make.linear(f"{name}.self_attn.k_proj", hidden, hidden, split="column", std=std)
         self.v = make.linear(f"{name}.self_attn.v_proj", hidden, hidden, split="column", std=std)
         self.out = make.linear(f"{name}.self_attn.out_proj", hidden, hidden, split="row", std=out_std)
         self.ffn_norm = make.layer_norm(f"{name}.final_layer_norm", hidden)
+        self.ffn_input = make.split_input()
         self.up = make.linear(f"{name}.fc1", hidden, ffn, split="column", std=std)
         self.down = make.linear(f"{name}.fc2", ffn, hidden, split="row", std=out_std)
 
@@ -86,13 +94,14 @@ class OPTBlock(nn.Module):
 
     def attention(self, x: Tensor) -> Tensor:
         """Causal attention over the heads of this shard: [B, S, H] -> [B, S, H]."""
+        x = self.attention_input(x)
         q, k, v = (self.heads(projection(x)) for projection in (self.q, self.k, self.v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
-        return self.down(functional.relu(self.up(x)))
+        return self.down(functional.relu(self.up(self.ffn_input(x))))
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, S, N * D] -> [B, N, S, D]."""
@@ -102,7 +111,7 @@ class OPTBlock(nn.Module):
 class OPTHead(nn.Module):
     """Final norm and tied logits: [B, S, H] -> [B, S, V]."""
 
-    def __init__(self, make: LayerFactory, shape: ModelShape, embedding: OPTEmbedding) -> None:
+    def __init__(self, make: LayerFactory, shape: ModelShape) -> None:
         super().__init__()
         # The 350M model, alone, has no norm here: its blocks already end in one.
         self.norm = (
@@ -114,11 +123,12 @@ class OPTHead(nn.Module):
                 "decoder.project_out",
                 shape.hidden_size,
                 shape.embedding_size,
-                split="row",
+                split="whole",
                 std=shape.init_std,
                 bias=False,
             )
-        self.logits = make.tied_head(embedding.tokens)
+        self.logits_input = make.split_input()
+        self.logits = make.tied_head(TOKEN_TABLE, shape.vocab_size, shape.embedding_size, std=shape.init_std)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, V]."""
@@ -126,11 +136,13 @@ class OPTHead(nn.Module):
             hidden = self.norm(hidden)
         if self.project is not None:
             hidden = self.project(hidden)
-        return self.logits(hidden)
+        return self.logits(self.logits_input(hidden))
 
 
-def layers(make: LayerFactory, shape: ModelShape) -> list[nn.Module]:
-    """Embedding, blocks, head: each takes the output of the one before."""
-    embedding = OPTEmbedding(make, shape)
-    blocks = [OPTBlock(make, shape, index) for index in range(shape.num_layers)]
-    return [embedding, *blocks, OPTHead(make, shape, embedding)]
+def layers(make: LayerFactory, shape: ModelShape) -> list[Callable[[], nn.Module]]:
+    """What makes the embedding, the blocks and the head, each of which takes the output of the one before."""
+    return [
+        partial(OPTEmbedding, make, shape),
+        *(partial(OPTBlock, make, shape, index) for index in range(shape.num_layers)),
+        partial(OPTHead, make, shape),
+    ]

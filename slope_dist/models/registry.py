@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from slope_dist.errors import UserError
-from slope_dist.layers import LayerFactory
+from slope_dist.layers import LayerFactory, NextTokenLoss
 from slope_dist.models import opt
 from slope_dist.models.shape import ModelShape
 
@@ -20,11 +19,11 @@ class Family:
     """What the rest of the system needs to know of a model family.
 
     Attributes:
-        layers: makes the list of layers, embedding first, head last.
+        layers: lists what makes each layer, embedding first, head last, so that a rank can make those it holds.
         dense_layers: global names of the linears SLoPe leaves dense, with the reason.
     """
 
-    layers: Callable[[LayerFactory, ModelShape], list[nn.Module]]
+    layers: Callable[[LayerFactory, ModelShape], list[Callable[[], nn.Module]]]
     dense_layers: dict[str, str]
 
 
@@ -50,13 +49,14 @@ class LanguageModel(nn.Module):
     `recompute` runs each block again in backward instead of keeping its activations.
     """
 
-    def __init__(self, layers: list[nn.Module], *, recompute: bool = False) -> None:
+    def __init__(self, layers: Iterable[nn.Module], loss: NextTokenLoss, *, recompute: bool = False) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.loss = loss
         self.recompute = recompute
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, V]."""
+        """int64 [B, S] -> [B, S, V], or this tensor rank's part of V."""
         first, *blocks, last = self.layers
         hidden = first(tokens)
         for block in blocks:
@@ -68,10 +68,27 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all B * S labels, computed in fp32: int64 [B, S] twice -> scalar."""
-        logits = self.logits(tokens)
-        return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
+        return self.loss(self.logits(tokens), labels)
 
 
-def build_model(name: str, shape: ModelShape, make: LayerFactory, *, recompute: bool = False) -> LanguageModel:
-    """A model of the family `name`, its layers made by `make`."""
-    return LanguageModel(family(name).layers(make, shape), recompute=recompute)
+def build_model(
+    name: str,
+    shape: ModelShape,
+    make: LayerFactory,
+    *,
+    recompute: bool = False,
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> LanguageModel:
+    """A model of the family `name`, its layers made by `make`, one after another.
+
+    `prepare` is given each layer before the next is made: an engine that shards parameters never sees two whole.
+    """
+
+    def made() -> Iterator[nn.Module]:
+        for builder in family(name).layers(make, shape):
+            layer = builder()
+            if prepare is not None:
+                prepare(layer)
+            yield layer
+
+    return LanguageModel(made(), make.next_token_loss(), recompute=recompute)

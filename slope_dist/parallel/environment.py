@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -39,7 +40,7 @@ def discover(variables: Mapping[str, str] | None = None) -> Environment:
     """Read the rank from the launcher's environment variables; none of them means one process.
 
     deepspeed and torchrun set RANK; srun sets SLURM_PROCID. A process inside a SLURM allocation that srun did not
-    start (no SLURM_STEP_ID) is a single one.
+    start as one task of several is a single one: a batch script and an interactive shell have SLURM_PROCID too.
 
     Raises:
         UserError: if the variables contradict each other.
@@ -51,20 +52,88 @@ def discover(variables: Mapping[str, str] | None = None) -> Environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_size)
         launcher: Launcher = "deepspeed or torchrun"
         defaults = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and env.get("SLURM_NTASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    elif "SLURM_PROCID" in env and _is_srun_step(env) and env.get(_srun_tasks(env), "1") != "1":
+        names = ("SLURM_PROCID", _srun_tasks(env), "SLURM_LOCALID", "")
         launcher = "srun"
-        defaults = {"SLURM_LOCALID": "0", "SLURM_NTASKS_PER_NODE": "1"}
+        # Read below, from whichever variable has it.
+        defaults = {"SLURM_LOCALID": "0", "": "1"}
     else:
         return Environment(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
     try:
         rank, world_size, local_rank, local_world_size = (int(env.get(name, defaults.get(name, ""))) for name in names)
     except ValueError as error:
-        shown = ", ".join(f"{name}={env.get(name, '(unset)')}" for name in names)
+        shown = ", ".join(f"{name}={env.get(name, '(unset)')}" for name in names if name)
         raise UserError(f"the launcher's environment is not whole numbers: {shown}") from error
     if not 0 <= rank < world_size:
         raise UserError(f"the launcher says rank {rank} of {world_size}; ranks go from 0 to {world_size - 1}")
+    if launcher == "srun":
+        local_world_size = max(_srun_tasks_here(env), local_rank + 1)
     return Environment(rank, world_size, local_rank, local_world_size, launcher)
+
+
+def _is_srun_step(env: Mapping[str, str]) -> bool:
+    # SLURM numbers the steps that are none of srun's (a batch script, an interactive shell) from 2**32 downwards.
+    step = env.get("SLURM_STEP_ID", "")
+    return step.isdecimal() and int(step) < 2**32 - 16
+
+
+def _srun_tasks(env: Mapping[str, str]) -> str:
+    # SLURM_NTASKS may be the job's, of which this step runs a part.
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+
+
+def _srun_tasks_here(env: Mapping[str, str]) -> int:
+    """Tasks of the step on this node. Only SLURM_NTASKS_PER_NODE is what the user typed, and there if he did."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        # "4(x2),3": four on each of two nodes, three on the next.
+        parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in env.get(name, "").split(",")]
+        nodes = [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+        if nodes and None not in parts:
+            node = env.get("SLURM_NODEID", "0")
+            return nodes[min(int(node) if node.isdecimal() else 0, len(nodes) - 1)]
+    return 1
+
+
+def why_so_few(environment: Environment, variables: Mapping[str, str] | None = None) -> str:
+    """The usual reason for fewer ranks than a run wants, where the variables speak for it; else ""."""
+    env = os.environ if variables is None else variables
+    # deepspeed, torchrun and srun, each in its own words.
+    names = {"deepspeed or torchrun": ("CROSS_SIZE", "GROUP_WORLD_SIZE"), "srun": ("SLURM_STEP_NUM_NODES",), "none": ()}
+    counts = [env[name] for name in names[environment.launcher] if env.get(name, "").isdecimal()]
+    seen = int(counts[0]) if counts else environment.world_size // environment.local_world_size
+    allocated = env.get("SLURM_JOB_NUM_NODES", "")
+    more = allocated.isdecimal() and int(allocated) > seen
+    # Without a hostfile deepspeed takes the machine it was started on.
+    if not more and not (seen == 1 and "CROSS_SIZE" in env and environment.launcher == "deepspeed or torchrun"):
+        return ""
+    nodes = "one node" if seen == 1 else f"{seen} nodes"
+    of_all = f" of the {allocated} in the SLURM allocation" if more else ""
+    return f"the usual cause: the launcher saw {nodes}{of_all}; give deepspeed a --hostfile, or start with srun"
+
+
+def meeting_point(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT, as far as they are set or follow from what srun says.
+
+    Under srun rank 0 runs on the first node of the step, unless the user gave an arbitrary distribution; the port is
+    drawn from the job's and the step's number, so that two jobs on a node do not meet.
+    """
+    env = os.environ if variables is None else variables
+    found = {name: env[name] for name in ("MASTER_ADDR", "MASTER_PORT") if env.get(name)}
+    first = _first_host(env.get("SLURM_STEP_NODELIST", ""))
+    placed_by_hand = env.get("SLURM_DISTRIBUTION", "").startswith("arbitrary") or "SLURM_HOSTFILE" in env
+    if first and not placed_by_hand:
+        found.setdefault("MASTER_ADDR", first)
+    job, step = env.get("SLURM_JOB_ID", ""), env.get("SLURM_STEP_ID", "")
+    if job.isdecimal() and step.isdecimal():
+        # Below the ports that systems give out by themselves.
+        found.setdefault("MASTER_PORT", str(20000 + (int(job) + int(step)) % 10000))
+    return found
+
+
+def _first_host(nodes: str) -> str:
+    """The first of "gpu[003-005,9]-ib,login1": gpu003-ib. Empty where the list reads otherwise."""
+    first = re.match(r"(?:[\w.-]|\[\d[\d,-]*\])+(?=,|$)", nodes)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
 def start(environment: Environment, threads: int) -> None:
@@ -79,10 +148,12 @@ def start(environment: Environment, threads: int) -> None:
     """
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
-    if gpu and environment.local_rank >= torch.cuda.device_count():
+    # Every rank of the machine refuses, not only those without a GPU: the others would wait for them.
+    if gpu and environment.local_world_size > torch.cuda.device_count():
+        shown = "; under srun each task must see all GPUs of its node" if environment.launcher == "srun" else ""
         raise UserError(
-            f"local rank {environment.local_rank} has no GPU of its own: the machine has {torch.cuda.device_count()}; "
-            "launch at most so many processes"
+            f"{environment.local_world_size} processes have no GPU each: the machine has {torch.cuda.device_count()}; "
+            f"launch at most so many processes{shown}"
         )
     if gpu:
         torch.cuda.set_device(environment.local_rank)
@@ -92,12 +163,14 @@ def start(environment: Environment, threads: int) -> None:
     if environment.launcher == "none":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        where = meeting_point() if environment.launcher == "srun" else os.environ
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not where.get(name)]
         if missing:
             raise UserError(
                 f"{' and '.join(missing)} must be set for {environment.world_size} ranks to meet; under srun: export "
                 "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
             )
+        os.environ.update({name: where[name] for name in ("MASTER_ADDR", "MASTER_PORT")})
         dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=INIT_TIMEOUT)
 
 

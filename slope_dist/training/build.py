@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
+from torch import nn
 
 from slope_dist.config import Config, Derived, deepspeed_dict
 from slope_dist.config.resolve import zero_stage
 from slope_dist.engine import Engine
+from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
-from slope_dist.layers import LayerFactory
+from slope_dist.layers import LayerFactory, logical_tensors
 from slope_dist.models import LanguageModel, ModelShape, build_model, family
+from slope_dist.parallel.groups import Groups
+from slope_dist.parallel.layout import stage_bounds
+from slope_dist.parallel.regions import TensorPlace
 from slope_dist.planning import ModelState, model_state
 from slope_dist.sparse import Pattern
 
@@ -36,9 +43,15 @@ def model_shape(config: Config) -> ModelShape:
 
 
 def layer_factory(
-    config: Config, derived: Derived, *, adapters: bool, draw: bool = True, device: str = "cpu"
+    config: Config,
+    derived: Derived,
+    *,
+    adapters: bool,
+    draw: bool = True,
+    device: str = "cpu",
+    place: TensorPlace | None = None,
 ) -> LayerFactory:
-    """A factory for one phase of the run."""
+    """A factory for one phase of the run, and one of its tensor ranks."""
     chosen = {glob: "sparsity.dense_layers" for glob in config.sparsity.dense_layers}
     return LayerFactory(
         seed=config.run.seed,
@@ -46,17 +59,24 @@ def layer_factory(
         dense_layers=family(config.model.family).dense_layers | chosen,
         hold_column_mask=config.sparsity.column_mask_interval > 1,
         resident_transpose=derived.backward_weight == "resident",
-        shard_metadata=zero_stage(config) == 3,
+        shard_metadata=config.parallel.shards_parameters,
         adapter_rank=derived.adapter_rank if adapters else 0,
         draw=draw,
         device=device,
+        place=place or TensorPlace(),
     )
 
 
-def build(config: Config, factory: LayerFactory) -> LanguageModel:
-    """The config's model, its layers made by `factory`."""
+def tensor_place(config: Config, groups: Groups) -> TensorPlace:
+    """This rank among the tensor ranks."""
+    ranks = groups.layout.tensor
+    return TensorPlace(groups.position.tensor, ranks, groups.tensor, config.parallel.sequence_parallel and ranks > 1)
+
+
+def build(config: Config, factory: LayerFactory, prepare: Callable[[nn.Module], None] | None = None) -> LanguageModel:
+    """The config's model, its layers made by `factory` and each given to `prepare` before the next is made."""
     recompute = config.training.recompute == "blocks"
-    return build_model(config.model.family, model_shape(config), factory, recompute=recompute)
+    return build_model(config.model.family, model_shape(config), factory, recompute=recompute, prepare=prepare)
 
 
 def check_engine(config: Config) -> None:
@@ -65,23 +85,44 @@ def check_engine(config: Config) -> None:
     Raises:
         UserError: naming what works.
     """
-    from slope_dist.engine.deepspeed_engine import check_precision
+    if config.parallel.engine == "deepspeed":
+        from slope_dist.engine.deepspeed_engine import check_precision
 
-    check_precision(config.precision)
+        check_precision(config.precision)
 
 
-def build_engine(config: Config, derived: Derived, *, adapters: bool, draw: bool = True) -> Engine:
+def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: bool, draw: bool = True) -> Engine:
     """The engine of one phase. Collective: every rank builds its own part.
 
     Args:
         config: the run.
         derived: its derived values for the ranks at hand.
+        groups: process groups of the layout.
         adapters: whether the low-rank adapters are there.
         draw: False where a state is about to be loaded.
     """
-    from slope_dist.engine.deepspeed_engine import DeepSpeedEngine
-
     training = config.training
+    decay = config.adapters.weight_decay
+    optimizer = OptimizerSettings(
+        betas=(training.beta1, training.beta2),
+        epsilon=training.epsilon,
+        weight_decay=training.weight_decay,
+        adapter_weight_decay=training.weight_decay if decay is None else decay,
+        gradient_clipping=training.gradient_clipping,
+    )
+    interval = config.sparsity.column_mask_interval
+    factory = layer_factory(config, derived, adapters=adapters, draw=draw, place=tensor_place(config, groups))
+    if config.parallel.engine == "fsdp":
+        from slope_dist.engine.fsdp_engine import FSDPEngine
+
+        return FSDPEngine(
+            partial(build, config, factory),
+            groups,
+            optimizer,
+            precision=config.precision,
+            gradient_dtype=config.parallel.gradient_dtype,
+            column_mask_interval=interval,
+        )
     settings = deepspeed_dict(
         config,
         micro_batch_size=training.micro_batch_size,
@@ -89,16 +130,35 @@ def build_engine(config: Config, derived: Derived, *, adapters: bool, draw: bool
         data_ranks=derived.data_ranks,
         overlap_communication=torch.cuda.is_available(),
     )
-    decay = config.adapters.weight_decay
-    return DeepSpeedEngine(
-        build(config, layer_factory(config, derived, adapters=adapters, draw=draw)),
-        settings,
-        betas=(training.beta1, training.beta2),
-        epsilon=training.epsilon,
-        weight_decay=training.weight_decay,
-        adapter_weight_decay=training.weight_decay if decay is None else decay,
-        column_mask_interval=config.sparsity.column_mask_interval,
-    )
+    if config.parallel.pipeline > 1:
+        from slope_dist.engine.pipeline_engine import PipelineEngine
+
+        return PipelineEngine(
+            family(config.model.family).layers(factory, model_shape(config)),
+            factory.next_token_loss(),
+            stages(config, derived),
+            groups,
+            settings,
+            optimizer,
+            column_mask_interval=interval,
+            recompute=training.recompute == "blocks",
+        )
+    from slope_dist.engine.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(partial(build, config, factory), groups, settings, optimizer, column_mask_interval=interval)
+
+
+def stages(config: Config, derived: Derived) -> list[int]:
+    """Bounds of the pipeline stages, by trained parameters without adapters, which would move a layer."""
+
+    def builders() -> list[Callable[[], nn.Module]]:
+        factory = layer_factory(config, derived, adapters=False, device="meta")
+        return family(config.model.family).layers(factory, model_shape(config))
+
+    # The head made by itself counts its own copy of a tied table, as it has where it is on another stage.
+    layers = [*builders()[:-1], builders()[-1]]
+    weights = [sum(t.tensor.numel() for t in logical_tensors(make()) if t.trained) for make in layers]
+    return stage_bounds(weights, config.parallel.pipeline)
 
 
 def count_state(config: Config, derived: Derived, *, adapters: bool) -> tuple[ModelState, str]:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from slope_dist.command_line import EXIT_INTERRUPTED
-from slope_dist.config import derive, dump_config, load_config
-from slope_dist.config.resolve import threads_per_process
+from slope_dist.config import Config, Derived, derive, dump_config, load_config
+from slope_dist.config.resolve import threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.parallel import environment
 from slope_dist.parallel.environment import Environment
+from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
 from slope_dist.training.describe import corpus_warning, describe
 from slope_dist.training.guards import RunFailedError
+
+if TYPE_CHECKING:
+    from slope_dist.training.trainer import Trainer
 
 EXIT_FAILED = 1
 
@@ -52,50 +58,104 @@ def dry_run(request: Request) -> int:
 
 
 def pretrain(request: Request) -> int:
-    """Run this process's part of a training run; returns its exit code."""
+    """Run this process's part of a training run; returns its exit code.
+
+    Under NCCL a run of several ranks that fails ends the process itself (see `Peers.leave`).
+    """
     place: Environment | None = None
     try:
         place = environment.discover()
         config = load_config(request.config, request.changes)
-        derived = derive(config, place.world_size)
-        summary = describe(config, derived)
+        summary = describe(config, _derive(config, place))
         environment.start(place, threads_per_process(config, place.local_world_size))
-        _say(place, *summary)
-        from slope_dist.training.trainer import Trainer
-
-        trainer = Trainer(config, place, request.resume)
-        _say(place, *(f"warning: {line}" for line in trainer.skipped_checkpoints))
-        _say(place, *(f"note: {line}" for line in trainer.notes))
-        if trainer.finished:
-            _say(place, trainer.result())
-            return 0
     except UserError as error:
         environment.stop()
         return _refused(error, place)
     except KeyboardInterrupt:
         environment.stop()
         return EXIT_INTERRUPTED
+    run = _Run(request, place)
     try:
+        run.train(config, summary)
+    except BaseException as error:
+        return run.fail(error)
+    return run.finish()
+
+
+class _Run:
+    """A run from the moment its process group exists: from here on a rank that fails ends the others."""
+
+    def __init__(self, request: Request, place: Environment) -> None:
+        self.request = request
+        self.place = place
+        self.peers: Peers | None = None
+        self.trainer: Trainer | None = None
+
+    def train(self, config: Config, summary: list[str]) -> None:
+        """Train to the last step, or find that nothing is left to do."""
+        self.peers = Peers(self.place, self.advice)
+        _say(self.place, *summary)
+        from slope_dist.training.trainer import Trainer
+
+        trainer = Trainer(config, self.place, self.request.resume)
+        _say(self.place, *(f"warning: {line}" for line in trainer.skipped_checkpoints))
+        _say(self.place, *(f"note: {line}" for line in trainer.notes))
+        if trainer.finished:
+            _say(self.place, trainer.result())
+            return
+        self.trainer = trainer
         trainer.run()
-    except RunFailedError as error:
-        _complain(place, f"error: {error}")
-        _complain(place, how_to_go_on(trainer.last_checkpoint, request, place))
-        return EXIT_FAILED
-    except UserError as error:
-        # In the loop an error may be one rank's alone, so each says its own.
-        who = "" if place.is_first else f"rank {place.rank}: "
-        print(f"error: {who}{error}", file=sys.stderr, flush=True)
-        _complain(place, how_to_go_on(trainer.last_checkpoint, request, place))
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        _complain(place, how_to_go_on(trainer.last_checkpoint, request, place))
-        return EXIT_INTERRUPTED
-    except BaseException:
-        _complain(place, how_to_go_on(trainer.last_checkpoint, request, place))
-        raise
-    finally:
+
+    def advice(self) -> str:
+        """How to go on. Empty before the trainer stands: it is not known yet what could be gone on from."""
+        return "" if self.trainer is None else how_to_go_on(self.trainer.last_checkpoint, self.request, self.place)
+
+    def finish(self) -> int:
+        """Leave together with the others."""
+        if self.peers is not None:
+            self.peers.part()
         environment.stop()
-    return 0
+        return 0
+
+    def fail(self, error: BaseException) -> int:
+        """Tell the others, say the cause if that is for this rank to do, and leave; returns the exit code."""
+        peers = self.peers
+        if peers is not None and lost_a_peer(error) and peers.lose(in_words(error)):
+            return peers.leave(EXIT_LOST)
+        rank = "" if self.place.is_first else f"rank {self.place.rank}: "
+        if isinstance(error, UserError | RunFailedError):
+            cause, line = str(error), f"error: {rank}{error}"
+        elif isinstance(error, KeyboardInterrupt):
+            # At the terminal all ranks get it, and who pressed the keys knows.
+            cause, line = "interrupted", f"{rank}interrupted" if rank else ""
+        else:
+            cause = in_words(error)
+            line = f"error: {f'rank {self.place.rank} failed: ' if self.place.world_size > 1 else ''}{cause}"
+        shared = isinstance(error, UserError | RunFailedError | KeyboardInterrupt)
+        if peers is None or peers.fail(cause, shared=shared):
+            lines = [line]
+            if peers is None or peers.is_to_blame:
+                lines += [] if shared else [traceback.format_exc().rstrip()]
+                lines += [self.advice()]
+            print("\n".join(text for text in lines if text), file=sys.stderr, flush=True)
+        code = EXIT_FAILED
+        if isinstance(error, UserError):
+            code = EXIT_BAD_INPUT
+        elif isinstance(error, KeyboardInterrupt):
+            code = EXIT_INTERRUPTED
+        if peers is not None:
+            return peers.leave(code)
+        environment.stop()
+        return code
+
+
+def _derive(config: Config, place: Environment) -> Derived:
+    """What follows from the config for the ranks that are there; a refusal for want of ranks says why there are few."""
+    try:
+        return derive(config, place.world_size)
+    except UserError as error:
+        cause = environment.why_so_few(place) if place.world_size < world_size(config) else ""
+        raise UserError(f"{error}; {cause}" if cause else str(error)) from error
 
 
 def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) -> str:

@@ -18,6 +18,8 @@ from slope_dist.engine.interface import MicroBatch
 from slope_dist.parallel import collectives
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.fragments import MemorySource
+from slope_dist.parallel.groups import start as start_groups
+from slope_dist.parallel.layout import Layout
 from slope_dist.training.build import build_engine, check_engine, count_state
 from slope_dist.training.evaluation import Evaluation, evaluate
 from slope_dist.training.folder import RunFolder, identity
@@ -41,6 +43,8 @@ class Trainer:
         self.config = config
         self.environment = environment
         self.derived: Derived = derive(config, environment.world_size)
+        parallel = config.parallel
+        self.groups = start_groups(Layout(parallel.tensor, self.derived.data_ranks, parallel.pipeline))
         self.folder = RunFolder(config)
         self.last_checkpoint: Path | None = None
         with collectives.together():
@@ -132,7 +136,9 @@ class Trainer:
 
     def _start(self) -> None:
         """Build the engine of the phase the run is in, and load the checkpoint it goes on from."""
-        self._engine = build_engine(self.config, self.derived, adapters=self.adapters, draw=self.resumed_from is None)
+        self._engine = build_engine(
+            self.config, self.derived, self.groups, adapters=self.adapters, draw=self.resumed_from is None
+        )
         if self.resumed_from is not None:
             self._engine.load_state(self.resumed_from)
         with collectives.together():
@@ -183,7 +189,7 @@ class Trainer:
                 global_batch_size=training.global_batch_size,
                 micro_batch_size=training.micro_batch_size,
                 data_ranks=self.derived.data_ranks,
-                data_rank=self.environment.rank,
+                data_rank=self.groups.position.data,
                 micro_index=index,
             )
             batch = self.reader.batch(step, positions)
@@ -227,7 +233,7 @@ class Trainer:
             source = MemorySource.take(fragments, scalars)
             self.engine.close()
             self._engine = None
-            self._engine = build_engine(self.config, self.derived, adapters=True, draw=False)
+            self._engine = build_engine(self.config, self.derived, self.groups, adapters=True, draw=False)
             self._engine.load_state(source, new_adapters=True)
         self.adapters = True
         seconds = time.perf_counter() - start
@@ -265,7 +271,8 @@ class Trainer:
         self.progress.pause()
 
     def _evaluate(self) -> Evaluation:
-        result = evaluate(self.engine, self.valid_corpus, self.config, self.derived.data_ranks, self.environment.rank)
+        data_rank = self.groups.position.data
+        result = evaluate(self.engine, self.valid_corpus, self.config, self.derived.data_ranks, data_rank)
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         self.progress.say(
             f"evaluation after step {self.step}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"

@@ -17,10 +17,10 @@ from slope_dist.sparse import Pattern
 
 def model(**options: Any) -> nn.ModuleDict:
     make = LayerFactory(seed=1, pattern=Pattern(2, 4), dense_layers={"first": "listed"}, **options)
-    table = make.embedding("table", 30, 32, std=0.02)
+    table = make.token_embedding("table", 30, 32, std=0.02)
     return nn.ModuleDict(
         {
-            "head_comes_early": TiedHead(table),
+            "head_comes_early": make.tied_head("table", 30, 32, std=0.02),
             "table": table,
             "inner": nn.ModuleList(
                 [

@@ -24,7 +24,8 @@ FORBIDDEN = re.compile(
 )
 ALLOWED_ROOMS = {
     "sparse": {"errors", "sparse"},
-    "layers": {"errors", "sparse", "layers"},
+    "parallel": {"errors", "parallel"},
+    "layers": {"errors", "sparse", "parallel", "layers"},
     "models": {"errors", "layers", "models"},
 }
 

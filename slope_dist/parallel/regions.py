@@ -1,0 +1,153 @@
+"""How activations pass between tensor ranks: the edges of the region in which layers are split.
+
+Between split layers lies the residual stream. Without sequence parallelism every tensor rank holds all of it; with it,
+each holds a part of the sequence, and the two all-reduces of a block become reduce-scatter and all-gather pairs.
+
+| function       | forward                    | backward                   |
+| enter_split    | as is / all-gather         | all-reduce / reduce-scatter |
+| leave_split    | all-reduce / reduce-scatter | as is / all-gather         |
+| enter_stream   | as is / own part           | as is / all-gather         |
+| whole_parameter | as is                     | all-reduce                 |
+
+Left: without, right: with sequence parallelism. Activations are [B, S, ...] and cut along S. The mappings without it
+are Megatron-core's; its sequence-parallel ones need a GPU, so those are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """This rank among those that share a layer.
+
+    Without a group a share can be laid out, counted and drawn, but not run.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
+
+    def share(self, size: int) -> tuple[int, int]:
+        """This rank's half-open range of a dimension that divides evenly.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        if size % self.ranks:
+            raise ValueError(f"{size} does not divide into {self.ranks} equal parts")
+        part = size // self.ranks
+        return self.rank * part, (self.rank + 1) * part
+
+
+def enter_split(x: Tensor, place: TensorPlace) -> Tensor:
+    """From the stream to the input of column-split layers, one for all that read it: -> [B, S, ...]."""
+    if place.ranks == 1:
+        return x
+    if place.sequence_parallel:
+        return _Gather.apply(x, place)
+    return _copy_to(x, place)
+
+
+def leave_split(x: Tensor, place: TensorPlace) -> Tensor:
+    """From the partial sums of a row-split layer, [B, S, ...], to the stream."""
+    if place.ranks == 1:
+        return x
+    if place.sequence_parallel:
+        return _ReduceScatter.apply(x, place)
+    from megatron.core.tensor_parallel import mappings
+
+    # Megatron-core reduces in place, and loses the result for a tensor that is not contiguous.
+    return mappings.reduce_from_tensor_model_parallel_region(x.contiguous(), group=place.group)
+
+
+def enter_stream(x: Tensor, place: TensorPlace) -> Tensor:
+    """From something that every rank holds whole, [B, S, ...], to the stream."""
+    if place.ranks == 1 or not place.sequence_parallel:
+        return x
+    return _Part.apply(x, place)
+
+
+def whole_parameter(parameter: Tensor, place: TensorPlace) -> Tensor:
+    """A parameter that every tensor rank holds whole, used where each computes a part of its gradient.
+
+    The parts are summed inside autograd, before any engine's hook sees the gradient.
+    """
+    return parameter if place.ranks == 1 else _copy_to(parameter, place)
+
+
+def _copy_to(x: Tensor, place: TensorPlace) -> Tensor:
+    from megatron.core.tensor_parallel import mappings
+
+    # See `leave_split`: what reaches the all-reduce in backward must be contiguous.
+    return _ContiguousGradient.apply(mappings.copy_to_tensor_model_parallel_region(x, group=place.group))
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def _gathered(x: Tensor, place: TensorPlace) -> Tensor:
+    """Every rank's part of the sequence: [B, S / ranks, ...] -> [B, S, ...]."""
+    parts = x.new_empty((place.ranks, *x.shape))
+    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=place.group)
+    return parts.movedim(0, 1).flatten(1, 2)
+
+
+def _reduced_part(x: Tensor, place: TensorPlace) -> Tensor:
+    """This rank's part of the sum over ranks: [B, S, ...] -> [B, S / ranks, ...]."""
+    parts = x.unflatten(1, (place.ranks, -1)).movedim(1, 0).contiguous()
+    out = torch.empty_like(parts[0])
+    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=place.group)
+    return out
+
+
+def _own_part(x: Tensor, place: TensorPlace) -> Tensor:
+    start, stop = place.share(x.shape[1])
+    return x[:, start:stop].contiguous()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: TensorPlace) -> Tensor:
+        ctx.place = place
+        return _gathered(x, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduced_part(grad, ctx.place), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: TensorPlace) -> Tensor:
+        ctx.place = place
+        return _reduced_part(x, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad, ctx.place), None
+
+
+class _Part(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: TensorPlace) -> Tensor:
+        ctx.place = place
+        return _own_part(x, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad, ctx.place), None
