@@ -1,5 +1,6 @@
 # make pretrain   train the small model of configs/tiny.json from nothing to a perplexity and a picture
 # make test       the test suite
+# make test-layouts   every layout up to four ranks against one process; goes on where it was stopped
 # make check      lint, format, types
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test test-slow check style clean
+.PHONY: pretrain test test-slow test-layouts check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
@@ -19,6 +20,10 @@ test: $(INSTALLED)
 # What takes minutes, such as `make pretrain` itself in a fresh clone.
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
+
+# Minutes; results are kept in build/layouts until the sources change.
+test-layouts: $(INSTALLED)
+	$(BIN)/python -m tests.layouts
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,10 +2,14 @@
 
     python tools/benchmark.py layer
     python tools/benchmark.py layer --widths 512 1024 --dtypes bf16 --threads 1 --output layer.json
+    python tools/benchmark.py traffic
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
 it once a step.
+
+traffic: bytes that one block of the model sends through the data-parallel group in a step, counted on two ranks which
+the command starts itself on the CPU. "linears" is the block without its biases and norms, which are dense in every run.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ import argparse
 import json
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from slope_dist.benchmark import layer, machine
+from slope_dist.benchmark import layer, machine, traffic
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -28,6 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 SPARSE = [rival for rival in layer.RIVALS if rival != layer.DENSE]
 EXIT_WRONG_RESULT = 1
+KIB = 2**10
 MIB = 2**20
 TABLE_WIDTH = 120
 
@@ -55,17 +61,52 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
     options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="%(default)s")
     options.add_argument("--seconds", type=float, default=2.0, metavar="S", help="timing of one row (%(default)s)")
-    options.add_argument("--output", type=Path, metavar="FILE", help="write every number as JSON")
+    _add_output(options)
+    options = commands.add_parser("traffic", help="bytes of a block through the data-parallel group")
+    options.add_argument(
+        "--engines", nargs="+", choices=traffic.ENGINES, default=list(traffic.ENGINES), help="ZeRO stages, FSDP2 (all)"
+    )
+    options.add_argument(
+        "--gradient-dtypes",
+        nargs="+",
+        choices=traffic.GRADIENT_DTYPES,
+        default=list(traffic.GRADIENT_DTYPES),
+        help="parallel.gradient_dtype (%(default)s)",
+    )
+    sizes = traffic.Size()
+    options.add_argument("--hidden", type=int, default=sizes.hidden_size, metavar="N", help="width (%(default)s)")
+    options.add_argument("--ffn", type=int, default=sizes.ffn_size, metavar="N", help="inner width (%(default)s)")
+    _add_output(options)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen
 
 
+def _add_output(options: argparse.ArgumentParser) -> None:
+    options.add_argument("--output", type=Path, metavar="FILE", help="write every number as JSON")
+
+
 def _check(options: argparse.Namespace) -> None:
+    {"layer": _check_layer, "traffic": _check_traffic}[options.command](options)
+    # Before the minutes of measuring, not after.
+    if options.output is not None:
+        _check_output(options.output)
+
+
+def _check_traffic(options: argparse.Namespace) -> None:
+    _check_width("hidden", options.hidden)
+    _check_width("ffn", options.ffn)
+
+
+def _check_width(name: str, width: int) -> None:
+    if width < 8 or width % 8:
+        raise UserError(f"--{name} {width} is not a positive multiple of 8")
+
+
+def _check_layer(options: argparse.Namespace) -> None:
     for name in ("widths", "projections"):
         for width in getattr(options, name):
-            if width < 8 or width % 8:
-                raise UserError(f"--{name} {width} is not a positive multiple of 8")
+            _check_width(name, width)
     for name in ("tokens", "threads"):
         number = getattr(options, name)
         if number is not None and number < 1:
@@ -74,9 +115,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--seconds {options.seconds} is not a time of 0 or more")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device; leave the option out")
-    # Before the minutes of measuring, not after.
-    if options.output is not None:
-        _check_output(options.output)
 
 
 def _check_output(path: Path) -> None:
@@ -100,9 +138,6 @@ def run_layer(options: argparse.Namespace) -> None:
     facts = machine.describe(device)
     dtypes = [DTYPES[name] for name in options.dtypes]
     cases = list(layer.cases(options.widths, options.projections, options.tokens, dtypes, device))
-    console = Console()
-    # A file or a pipe has no width; a table cut to 80 columns says nothing.
-    console = console if console.is_terminal else Console(width=TABLE_WIDTH)
     rows = []
     with Console(stderr=True).status("") as status:
         # All of memory first: it forks, which must come before this process has used several threads.
@@ -116,14 +151,55 @@ def run_layer(options: argparse.Namespace) -> None:
             for name, most in peak.items():
                 rivals[name]["peak_bytes"] = most
             rows.append(case.row() | {"rivals": rivals})
-    console.print(layer_table(rows, facts))
-    if options.output is not None:
-        report = {"benchmark": "layer", "machine": facts, "rows": rows}
-        try:
-            options.output.write_text(json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--output {options.output} cannot be written: {error.strerror or error}") from error
-        console.print(f"every number is in {options.output}")
+    _report("layer", rows, facts, layer_table(rows, facts), options.output)
+
+
+def run_traffic(options: argparse.Namespace) -> None:
+    """Count every case on two ranks, print the table and write the numbers."""
+    size = traffic.Size(hidden_size=options.hidden, ffn_size=options.ffn)
+    cases = traffic.cases(options.engines, options.gradient_dtypes)
+    facts = machine.describe(torch.device("cpu")) | {"deepspeed": version("deepspeed")}
+    with Console(stderr=True).status(f"{len(cases)} cases on {traffic.RANKS} ranks"):
+        rows = traffic.measure(cases, size)
+    _report("traffic", rows, facts, traffic_table(rows, size, facts), options.output)
+
+
+def _report(name: str, rows: list[dict], facts: dict[str, object], table: Table, output: Path | None) -> None:
+    console = Console()
+    # A file or a pipe has no width; a table cut to 80 columns says nothing.
+    console = console if console.is_terminal else Console(width=TABLE_WIDTH)
+    console.print(table)
+    if output is None:
+        return
+    try:
+        output.write_text(json.dumps({"benchmark": name, "machine": facts, "rows": rows}, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
+    console.print(f"every number is in {output}")
+
+
+def traffic_table(rows: list[dict], size: traffic.Size, facts: dict[str, object]) -> Table:
+    """The rows for a reader: KiB of a dense block, and 2:4 over dense with and without biases and norms."""
+    table = Table(
+        title=f"one block in one step, width {size.hidden_size}, inner width {size.ffn_size}, {traffic.RANKS} ranks, "
+        f"torch {facts['torch']}, deepspeed {facts['deepspeed']}",
+        caption="x: bytes of 2:4 over those of dense, for the whole block and for its linears alone. Reduced: "
+        "gradients. Gathered: weights, at ZeRO 3 and FSDP2 with metadata.",
+    )
+    for heading in ("engine", "weights", "gradients"):
+        table.add_column(heading)
+    for kind in (traffic.REDUCED, traffic.GATHERED):
+        for heading in (f"{kind} KiB", "block x", "linears x"):
+            table.add_column(heading, justify="right")
+    for row in rows:
+        cells = []
+        for kind in (traffic.REDUCED, traffic.GATHERED):
+            ratios = row[kind]
+            dense = f"{row[traffic.DENSE]['block_bytes'][kind] / KIB:.0f}"
+            cells += ["-"] * 3 if ratios is None else [dense, f"{ratios['block']:.4f}", f"{ratios['linears']:.4f}"]
+        gradients = "fp32" if row["gradient_dtype"] == "fp32" else row["precision"]
+        table.add_row(row["engine"], row["precision"], gradients, *cells)
+    return table
 
 
 def layer_table(rows: list[dict], facts: dict[str, object]) -> Table:
@@ -163,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
         options = parse(arguments)
-        {"layer": run_layer}[options.command](options)
+        {"layer": run_layer, "traffic": run_traffic}[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -70,10 +70,12 @@ def _fp16(config: Config) -> dict[str, Any]:
 
 def _zero(config: Config, overlap_communication: bool) -> dict[str, Any]:
     model = config.model
-    block = 4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_size
+    # Of this rank's part of the layers: both limits are elements that one rank holds.
+    block = (4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_size) // config.parallel.tensor
+    table = model.vocab_size * model.token_embedding_size // config.parallel.tensor
     if config.sparsity.pattern == "2:4":
         block //= 2
-    bucket = min(max(block, model.vocab_size * model.token_embedding_size), _LARGEST_BUCKET)
+    bucket = min(max(block, table), _LARGEST_BUCKET)
     return {
         "stage": zero_stage(config),
         "overlap_comm": overlap_communication,
@@ -86,8 +88,9 @@ def _zero(config: Config, overlap_communication: bool) -> dict[str, Any]:
         "ignore_unused_parameters": True,
         "sub_group_size": 1_000_000_000,
         "stage3_param_persistence_threshold": config.parallel.zero3_persistence_threshold,
-        # Release a block's parameters right after use, and gather at most the next one ahead (two blocks at once).
+        # Release parameters right after use. What is gathered ahead is copied out of its buffer when its turn comes,
+        # and may be too much by one matrix: with these, all of it stays within two blocks.
         "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": 2 * block,
-        "stage3_prefetch_bucket_size": block,
+        "stage3_max_live_parameters": block,
+        "stage3_prefetch_bucket_size": block // 4,
     }

@@ -68,7 +68,11 @@ def data_ranks(config: Config, ranks: int) -> int:
             f"{'was' if ranks == 1 else 'were'} launched; launch {wanted}, or set parallel.data null"
         )
     if ranks % model_ranks:
-        raise UserError(f"{product} = {model_ranks} does not divide the {ranks} ranks launched")
+        below, above = ranks // model_ranks * model_ranks, -(-ranks // model_ranks) * model_ranks
+        raise UserError(
+            f"{product} = {model_ranks} does not divide the {ranks} {'rank' if ranks == 1 else 'ranks'} launched; "
+            f"launch {f'{below} or {above}' if below else above}, or change one of them"
+        )
     return ranks // model_ranks
 
 
@@ -109,19 +113,32 @@ def first_adapter_step(config: Config) -> int:
 def backward_weight(config: Config) -> Literal["derived", "resident"]:
     """Return where the doubly pruned transpose lives, with "auto" decided.
 
-    Only at ZeRO 0 does a rank hold the whole optimizer state, 48 bits an element beside which the 9 of a kept
-    transpose are small; where that state is split over ranks, the transpose would dominate, and is made in backward.
-    A pattern other than 2:4 has no compressed transpose to keep.
+    Only at ZeRO 0 does a rank hold the whole optimizer state of its share, 48 bits an element beside which the 9 of a
+    kept transpose are small; where that state is split over ranks, the transpose would dominate, and is made in
+    backward. A pattern other than 2:4 has no compressed transpose to keep.
     """
+    return _backward_weight(config)[0]
+
+
+def backward_weight_reason(config: Config) -> str:
+    """Return in a few words why the backward weight lives where it does."""
+    return _backward_weight(config)[1]
+
+
+def _backward_weight(config: Config) -> tuple[Literal["derived", "resident"], str]:
     if config.sparsity.backward_weight != "auto":
-        return config.sparsity.backward_weight
-    local = zero_stage(config) == 0 and config.parallel.engine == "deepspeed"
-    keeps = local and config.sparsity.pattern == "2:4"
-    return "resident" if keeps else "derived"
+        return config.sparsity.backward_weight, "as sparsity.backward_weight says"
+    if config.sparsity.pattern != "2:4":
+        return "derived", f"auto: pattern {config.sparsity.pattern} has no compressed transpose to keep"
+    if config.parallel.engine == "fsdp":
+        return "derived", "auto: fsdp splits weights and optimizer state over the data ranks"
+    if zero_stage(config):
+        return "derived", f"auto: ZeRO {zero_stage(config)} splits the optimizer state over the data ranks"
+    return "resident", "auto: at ZeRO 0 each rank holds the optimizer state of its share, beside which it is small"
 
 
 def zero_stage(config: Config) -> int:
-    """Return the ZeRO stage that is run: that of the config, but 1 for stage 0 in bf16 or fp16.
+    """Return the stage DeepSpeed runs: that of the config, but 1 for stage 0 in bf16 or fp16.
 
     DeepSpeed 0.19 has no stage 0 that accumulates fp32 gradients beside narrower parameters, and its stage 0 for bf16
     takes an optimizer step of its own while it is built. Stage 1 gives the numbers stage 0 should.
@@ -142,12 +159,13 @@ def without_effect(config: Config) -> list[str]:
     lines = []
     if config.precision != "fp16" and config.loss_scale != LossScaleConfig():
         lines.append(f'loss_scale is used with precision "fp16" only; precision is "{config.precision}"')
-    if zero_stage(config) != config.parallel.zero_stage:
+    fsdp = config.parallel.engine == "fsdp"
+    if zero_stage(config) != config.parallel.zero_stage and not fsdp:
         lines.append(
             f"parallel.zero_stage {config.parallel.zero_stage} in {config.precision} is run as {zero_stage(config)}, "
             "with the same result: DeepSpeed cannot accumulate fp32 gradients at stage 0"
         )
-    if config.parallel.engine == "fsdp" and "zero_stage" in config.parallel.model_fields_set:
+    if fsdp and "zero_stage" in config.parallel.model_fields_set:
         lines.append(
             f'parallel.zero_stage {config.parallel.zero_stage} is not read: parallel.engine "fsdp" splits optimizer '
             "state, gradients and parameters over the data ranks, as ZeRO 3 does"
@@ -155,11 +173,9 @@ def without_effect(config: Config) -> list[str]:
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         lines.append("parallel.sequence_parallel changes nothing: parallel.tensor is 1")
     threshold = config.parallel.zero3_persistence_threshold
-    if config.parallel.zero_stage != 3 and threshold != ParallelConfig().zero3_persistence_threshold:
-        lines.append(
-            f"parallel.zero3_persistence_threshold {threshold} is used at ZeRO 3 only; parallel.zero_stage is "
-            f"{config.parallel.zero_stage}"
-        )
+    if (fsdp or config.parallel.zero_stage != 3) and threshold != ParallelConfig().zero3_persistence_threshold:
+        here = 'parallel.engine is "fsdp"' if fsdp else f"parallel.zero_stage is {config.parallel.zero_stage}"
+        lines.append(f"parallel.zero3_persistence_threshold {threshold} is used at DeepSpeed's ZeRO 3 only; {here}")
     if config.sparsity.group is None:
         if config.adapters.rank:
             lines.append('no adapters are added: sparsity.pattern is "dense", and adapters stand beside sparse layers')

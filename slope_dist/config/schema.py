@@ -18,6 +18,7 @@ ADAPTER_RANK_MULTIPLE = 16
 Pattern = Literal["dense", "1:2", "2:4", "2:8", "4:8"]
 BackwardWeight = Literal["auto", "derived", "resident"]
 Precision = Literal["bf16", "fp16", "fp32"]
+GPU = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 
 
 def _usable_path(text: str) -> str:
@@ -144,7 +145,8 @@ class SparsityConfig(Section):
     backward_weight: BackwardWeight = Field(
         default="auto",
         description='The doubly pruned transpose is made when backward needs it ("derived") or kept '
-        '("resident"; 2:4 only, not with ZeRO 3); "auto": resident at ZeRO 0 with 2:4, otherwise derived.',
+        '("resident"; 2:4 only, not with ZeRO 3 or "fsdp"). "auto": resident with 2:4 where each rank holds the whole '
+        'optimizer state of its share, which is ZeRO 0 (fp32) on "deepspeed"; otherwise derived.',
     )
     dense_layers: tuple[str, ...] = Field(
         default=(),
@@ -338,12 +340,18 @@ class ParallelConfig(Section):
 
     engine: Literal["deepspeed", "fsdp"] = Field(
         default="deepspeed",
-        description='Training engine: "deepspeed", or "fsdp" for FSDP2 of torch (no pipeline, no fp16).',
+        description='Training engine: "deepspeed", or "fsdp" for torch\'s FSDP2 (no pipeline, no fp16).',
     )
     tensor: Ranks = Field(
-        default=1, description="Ranks that share each layer: heads, features and vocabulary are cut over them."
+        default=1,
+        description="Ranks that share each layer: heads, features and vocabulary are cut over them. Divides "
+        "`model.num_heads`; `model.hidden_size` and `model.ffn_size` are multiples of 8 x this.",
     )
-    pipeline: Ranks = Field(default=1, description="Stages the blocks are spread over; above 1 needs ZeRO 0 or 1.")
+    pipeline: Ranks = Field(
+        default=1,
+        description="Stages the blocks are spread over, at most `model.num_layers`; above 1 needs engine "
+        '"deepspeed" and ZeRO 0 or 1.',
+    )
     data: Ranks | None = Field(
         default=None, description="Data-parallel ranks; null: all ranks divided by `tensor` x `pipeline`."
     )
@@ -352,19 +360,26 @@ class ParallelConfig(Section):
         ge=0,
         le=3,
         description="ZeRO stage: what is split over data ranks. 0 nothing, 1 optimizer state, "
-        "2 and gradients, 3 and parameters. FSDP splits all of it and does not read this.",
+        '2 and gradients, 3 and parameters. "fsdp" splits all of it and does not read this.',
     )
     sequence_parallel: bool = Field(
         default=False,
-        description="Split the activations between split layers along the sequence over the tensor ranks.",
+        description="Split the activations between split layers along the sequence over the tensor ranks; "
+        "`model.sequence_length` is then a multiple of `tensor`.",
     )
     gradient_dtype: Literal["fp32", "model"] = Field(
         default="fp32",
-        description='Dtype in which gradients are accumulated and reduced: "fp32", or "model" for that of `precision`.',
+        description='Dtype in which gradients are accumulated and reduced: "fp32", or "model" for that of '
+        '`precision` ("fsdp" reduces in it and accumulates in fp32).',
     )
     zero3_persistence_threshold: CountOrZero = Field(
         default=100_000,
         description="ZeRO 3 keeps parameters of fewer elements than this whole on every rank.",
+    )
+    gpu: GPU | None = Field(
+        default=None,
+        description="GPU whose memory `--dry-run` compares with the model state of the heaviest rank; null: none. "
+        "Changes nothing in the run, which looks at the memory it finds.",
     )
 
     @property
@@ -376,13 +391,14 @@ class ParallelConfig(Section):
     def _check(self) -> Self:
         if self.pipeline > 1 and self.engine == "fsdp":
             raise ValueError(
-                f'parallel.pipeline {self.pipeline} does not work with parallel.engine "fsdp"; '
-                'use "deepspeed", or parallel.pipeline 1'
+                f'parallel.pipeline {self.pipeline} does not work with parallel.engine "fsdp"; use '
+                'parallel.pipeline 1, or parallel.engine "deepspeed"'
             )
         if self.pipeline > 1 and self.zero_stage > 1:
             raise ValueError(
-                f"parallel.zero_stage {self.zero_stage} does not work with parallel.pipeline {self.pipeline}: a "
-                "pipeline accumulates whole gradients over its micro-batches, which stages 2 and 3 split; use 1 or 0"
+                f"parallel.zero_stage {self.zero_stage} does not work with parallel.pipeline {self.pipeline}: a stage "
+                "accumulates whole gradients over its micro-batches, which ZeRO 2 and 3 split; use parallel.zero_stage "
+                "1 or 0, or parallel.pipeline 1"
             )
         return self
 
@@ -448,42 +464,56 @@ class Config(Section):
                     f"{self.parallel.data} = {together}"
                 )
         if self.sparsity.backward_weight == "resident" and self.parallel.shards_parameters:
-            what = 'parallel.engine "fsdp"' if self.parallel.engine == "fsdp" else "parallel.zero_stage 3"
+            what, instead = "parallel.zero_stage 3", "a stage below 3"
+            if self.parallel.engine == "fsdp":
+                what, instead = 'parallel.engine "fsdp"', 'parallel.engine "deepspeed" with a stage below 3'
             raise ValueError(
                 'sparsity.backward_weight "resident" would keep a full replica on every rank, which '
-                f'{what} is there to avoid; use "auto" or "derived", or a stage below 3'
+                f'{what} is there to avoid; use "auto" or "derived", or {instead}'
             )
         if self.precision == "fp16" and self.parallel.engine == "fsdp":
             raise ValueError(
-                'precision "fp16" does not work with parallel.engine "fsdp", which scales no loss; use "bf16", or '
-                'parallel.engine "deepspeed"'
+                'precision "fp16" does not work with parallel.engine "fsdp", which scales no loss; use precision '
+                '"bf16", or parallel.engine "deepspeed"'
             )
         self._check_tensor_ranks()
         if self.model.num_layers < self.parallel.pipeline:
             raise ValueError(
                 f"parallel.pipeline {self.parallel.pipeline} stages are more than model.num_layers "
-                f"{self.model.num_layers}; every stage needs a layer"
+                f"{self.model.num_layers}, and every stage needs a layer; parallel.pipeline {self.model.num_layers} "
+                "is the most"
             )
         return self
 
     def _check_tensor_ranks(self) -> None:
-        """Every cut must fall between attention heads and on multiples of a byte of metadata (rule R3)."""
-        ranks, model = self.parallel.tensor, self.model
+        ranks = self.parallel.tensor
+        problem = self._wrong_cut(ranks)
+        if problem is None:
+            return
+        # One rank cuts nothing, and more than the heads never fit.
+        fitting = next(
+            size for size in range(min(ranks - 1, self.model.num_heads), 0, -1) if self._wrong_cut(size) is None
+        )
+        raise ValueError(f"{problem}; parallel.tensor {fitting} would fit")
+
+    def _wrong_cut(self, ranks: int) -> str | None:
+        """What `ranks` tensor ranks would cut apart: heads, groups and bytes of metadata (rule R3), or the sequence."""
+        model = self.model
         if model.num_heads % ranks:
-            fitting = max(size for size in range(1, ranks) if model.num_heads % size == 0)
-            raise ValueError(
-                f"model.num_heads {model.num_heads} does not divide over parallel.tensor {ranks}; "
-                f"parallel.tensor {fitting} would fit"
-            )
+            return f"model.num_heads {model.num_heads} does not divide over parallel.tensor {ranks}"
+        unit = ranks * DIMENSION_MULTIPLE
         for name in ("hidden_size", "ffn_size"):
             size = getattr(model, name)
-            if size % (ranks * DIMENSION_MULTIPLE):
-                raise ValueError(
-                    f"model.{name} {size} is cut off the groups of the pattern: over parallel.tensor {ranks} it must "
-                    f"be a multiple of {ranks * DIMENSION_MULTIPLE} ({ranks} x {DIMENSION_MULTIPLE})"
+            if size % unit:
+                below, above = _neighbours(size, unit)
+                return (
+                    f"model.{name} {size} over parallel.tensor {ranks} would be cut inside a group of "
+                    f"{DIMENSION_MULTIPLE}: it must be a multiple of {ranks} x {DIMENSION_MULTIPLE} = {unit}, such as "
+                    + (f"{below} or {above}" if below < size else str(above))
                 )
         if self.parallel.sequence_parallel and model.sequence_length % ranks:
-            raise ValueError(
+            return (
                 f"model.sequence_length {model.sequence_length} does not divide over parallel.tensor {ranks}, which "
-                "parallel.sequence_parallel needs; change one of them, or set sequence_parallel false"
+                "parallel.sequence_parallel true asks for"
             )
+        return None

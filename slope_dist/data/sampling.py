@@ -182,7 +182,8 @@ def read_windows(reader: TokenReader, windows: np.ndarray, sequence_length: int)
     """Inputs and labels of the given windows: int64 [B] to two of int64 [B, S]."""
     rows = np.stack([reader.tokens(int(w) * sequence_length, sequence_length + 1) for w in windows])
     whole = torch.from_numpy(rows)
-    return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+    # Copies: of a single row `contiguous` would give two views, and whoever masks a label would spoil an input.
+    return whole[:, :-1].clone(), whole[:, 1:].clone()
 
 
 def evaluation_batches(

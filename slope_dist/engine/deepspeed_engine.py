@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from slope_dist.engine.interface import MicroBatch, Skip, StepResult
+from slope_dist.engine.loading import index_patterns, load_fragments, load_steps, saved_steps
 from slope_dist.engine.optimizer import AdamW, GuardedAdamW, OptimizerSettings, mean_over_ranks, parameter_groups
 from slope_dist.engine.zero_state import ZeroState, zero_state
 from slope_dist.errors import UserError
-from slope_dist.layers import logical_tensors
-from slope_dist.parallel import collectives
+from slope_dist.layers import LogicalTensor, logical_tensors
 from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.parallel.groups import Groups, ModelParallelUnit
-from slope_dist.sparse import SparseWeight, codec
+from slope_dist.sparse import SparseWeight
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -60,25 +60,47 @@ def check_precision(precision: str) -> None:
         )
 
 
-def _read(source: StateSource, fragment: Fragment) -> Tensor:
-    """A fragment's state from a source whose run may have had another precision."""
-    kind = fragment.kind
-    # An fp32 model's weights are its masters: take the masters of a narrower run, and give its weights for them.
-    if kind == "weight" and source.has(fragment.name, "master"):
-        kind = "master"
-    elif kind == "master" and not source.has(fragment.name, "master"):
-        kind = "weight"
-    try:
-        return source.read(fragment.name, kind, fragment.rectangle, fragment.start, fragment.stop)
-    except KeyError as error:
-        raise UserError(f"the state to resume from lacks {kind} {fragment.name}: {error}") from error
+class _Partitioner:
+    """Casts a layer to the run's dtype and leaves this rank its share of it (ZeRO 3), before the next layer is made."""
+
+    def __init__(
+        self, deepspeed: Any, groups: Groups, unit: ModelParallelUnit | None, settings: dict[str, Any]
+    ) -> None:
+        self._deepspeed = deepspeed
+        self._data = groups.data
+        self._unit = unit
+        self._settings = settings
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self._dtype = next((dtype for name, dtype in narrow.items() if settings[name]["enabled"]), torch.float32)
+
+    def __call__(self, layer: nn.Module) -> None:
+        """Partition the parameters of `layer` that are not yet: the head's table may be the embedding's. Collective."""
+        for parameter in layer.parameters():
+            # Metadata stays uint8; what is partitioned is cast already.
+            if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+                parameter.data = parameter.data.to(self._dtype)
+        # Without the group, global rank 0's values would be those of every tensor rank.
+        self._deepspeed.zero.Init(
+            module=layer, data_parallel_group=self._data, config_dict_or_path=self._settings, mpu=self._unit
+        )
+
+
+def guarded(loss: Tensor) -> Tensor:
+    """The loss, whose gradients are NaN if it is not finite itself: scalar -> scalar.
+
+    A loss that is not finite must not pass with gradients that are: the factor, which needs no host sync, makes them
+    agree, and the global norm carries it to every rank.
+    """
+    factor = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+    return loss * factor.to(loss.dtype)
 
 
 class DeepSpeedEngine:
     """See `Engine`: data ranks and tensor ranks, ZeRO 0 to 3.
 
     Args:
-        make_model: makes the model, called with (tokens, labels), which returns the mean loss.
+        make_model: makes the model, which called with (tokens, labels) returns the mean loss. It is given a function
+            to call with each layer before the next is made, or None.
         groups: process groups of the layout.
         settings: DeepSpeed's dictionary, derived from the config.
         optimizer: AdamW's numbers.
@@ -87,7 +109,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        make_model: Callable[[], nn.Module],
+        make_model: Callable[[Callable[[nn.Module], None] | None], nn.Module],
         groups: Groups,
         settings: dict[str, Any],
         optimizer: OptimizerSettings,
@@ -98,12 +120,16 @@ class DeepSpeedEngine:
         self._deepspeed = deepspeed
         self._interval = column_mask_interval
         self.stage: int = settings["zero_optimization"]["stage"]
-        model = make_model()
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_init_required=False)
+        unit = self._unit(groups)
+        prepare = _Partitioner(deepspeed, groups, unit, settings) if self.stage == 3 else None
+        model = make_model(prepare)
         tensors = list(logical_tensors(model))
         for tensor in tensors:
             # DeepSpeed counts the others' norms on the first tensor rank only.
             tensor.tensor.tensor_model_parallel = tensor.split  # type: ignore[attr-defined]
-        parameters = parameter_groups(tensors, optimizer)
+        parameters = self._parameter_groups(model, tensors, optimizer)
         self._adam: AdamW
         if self.stage == 0:
             # DeepSpeed clips fp32 gradients at stage 0 without asking whether they are finite; ours asks.
@@ -116,9 +142,6 @@ class DeepSpeedEngine:
             settings = settings | {"gradient_clipping": 0.0}
         else:
             self._adam = AdamW(parameters, optimizer)
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(dist_init_required=False)
-        unit = ModelParallelUnit(groups) if groups.layout.tensor > 1 else None
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=settings, mpu=unit)
         self.module: nn.Module = self._engine.module
         self._sparse = [module for module in self.module.modules() if isinstance(module, SparseWeight)]
@@ -156,19 +179,13 @@ class DeepSpeedEngine:
         for tokens, labels in micro_batches:
             loss = self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
             total += loss.detach()
-            # A loss that is not finite must not pass with gradients that are: the factor, which needs no host
-            # sync, makes them agree, and the global norm carries it to every rank.
-            factor = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-            self._engine.backward(loss * factor.to(loss.dtype))
+            self._engine.backward(guarded(loss))
             self._engine.step()
         self._values_changed()
-        skipped: Skip | None = None
-        if self._engine.optimizer.overflow:
-            skipped = "loss scale" if scale_before is not None and scale_before > self._minimum_scale else "non-finite"
         return StepResult(
             mean_over_ranks(total / len(micro_batches), self._groups.data),
             float(self._engine.get_global_grad_norm()),
-            skipped,
+            self._skip(scale_before),
         )
 
     @torch.no_grad()
@@ -176,13 +193,15 @@ class DeepSpeedEngine:
         """Mean loss of this rank's batch. Collective at ZeRO 3: every rank calls it equally often."""
         self._engine.eval()
         tokens, labels = batch
-        return self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
+        loss = self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
+        if self.stage == 3:
+            # It has gathered what the backward pass would begin with, and would keep it until the next one.
+            self._engine.optimizer.empty_partition_cache()
+        return loss
 
     def export_state(self) -> tuple[Iterable[Fragment], dict[str, Any]]:
         """Live fragments of this rank, step counters by parameter group, and fp16's loss scale."""
-        steps = {
-            name: int(self._adam.state[members[0]]["step"]) for name, members in self._state.flat_parameters().items()
-        }
+        steps = saved_steps(self._adam, self._state.flat_parameters())
         scalars: dict[str, Any] = {"optimizer_steps": steps}
         scaler = self._scaler()
         if scaler is not None:
@@ -193,28 +212,16 @@ class DeepSpeedEngine:
     def load_state(self, source: StateSource, *, new_adapters: bool = False) -> None:
         """Take over a state. Collective."""
         adapters = {tensor.name for tensor in self._state.tensors if tensor.adapter}
-        patterns = {id(weight.indices): weight.pattern for weight in self._sparse}
-        checked = {
-            tensor.name: patterns[id(tensor.tensor)] for tensor in self._state.tensors if id(tensor.tensor) in patterns
-        }
         # A piece that is missing or bad on one rank must end all of them, before `sync` waits for it.
-        with collectives.together():
-            for fragment in self._state.fragments():
-                if fragment.derived or (new_adapters and fragment.name in adapters):
-                    continue
-                stored = _read(source, fragment)
-                if fragment.name in checked:
-                    try:
-                        codec.check(stored.view(1, -1), checked[fragment.name])
-                    except ValueError as error:
-                        raise UserError(f"the state to resume from holds bad metadata for {fragment.name}") from error
-                fragment.tensor.copy_(stored)
+        load_fragments(
+            source,
+            self._state.fragments(),
+            index_patterns(self._state.tensors, self._sparse),
+            keep=adapters if new_adapters else (),
+        )
         self._state.sync()
         self._values_changed()
-        for name, members in self._state.flat_parameters().items():
-            steps = source.scalars["optimizer_steps"].get(name, 0)
-            for member in members:
-                self._adam.state[member]["step"].fill_(steps)
+        load_steps(source, self._adam, self._state.flat_parameters())
         scaler = self._scaler()
         if scaler is not None and "loss_scale" in source.scalars:
             for name, value in source.scalars["loss_scale"].items():
@@ -227,15 +234,34 @@ class DeepSpeedEngine:
         # Registered on global tables by DeepSpeed; left in place they keep every engine alive.
         engine.module_forward_pre_hook.remove()
         engine.module_forward_post_hook.remove()
-        # ZeRO 3 hangs itself on every parameter, by ways that the garbage collector cannot follow.
+        # ZeRO 3 hangs itself on every parameter, by ways that the garbage collector cannot follow, and keeps the
+        # modules in a cache for ever: they must hold no memory. What crosses the adapter switch its fragments hold.
+        getattr(engine.module, "ds_inflight_param_registry", {}).clear()
         for parameter in engine.module.parameters():
             vars(parameter).clear()
+            parameter.data = parameter.data.new_empty(0)
         # While a local still names the engine, collecting would leave its state in memory.
         del engine
         del self._engine, self._state, self._adam, self._sparse, self.module
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _unit(self, groups: Groups) -> ModelParallelUnit | None:
+        """What tells DeepSpeed of the groups."""
+        return ModelParallelUnit(groups) if groups.layout.tensor > 1 else None
+
+    def _parameter_groups(
+        self, model: nn.Module, tensors: list[LogicalTensor], optimizer: OptimizerSettings
+    ) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return parameter_groups(tensors, optimizer)
+
+    def _skip(self, scale_before: float | None) -> Skip | None:
+        """Why the step just taken changed nothing, given the loss scale before it; None if it did."""
+        if not self._engine.optimizer.overflow:
+            return None
+        return "loss scale" if scale_before is not None and scale_before > self._minimum_scale else "non-finite"
 
     def _values_changed(self) -> None:
         for weight in self._sparse:

@@ -94,7 +94,13 @@ class GuardedAdamW(AdamW):
         self.counted = counted
         self.norm_group = norm_group
         self.overflow = False
+        # The name DeepSpeed reads.
         self._global_grad_norm = 0.0
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the last step's gradient, before clipping."""
+        return self._global_grad_norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

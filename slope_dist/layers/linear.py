@@ -41,10 +41,16 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], sizes of the shard."""
-        down = self.down if self.split == "row" else whole_parameter(self.down, self.place)
-        up = self.up if self.split == "column" else whole_parameter(self.up, self.place)
+        down = self.down if self.split == "row" else self._whole(self.down)
+        up = self.up if self.split == "column" else self._whole(self.up)
         # Scaled between the factors: down has unit entries, and R of them summed could leave the range of fp16.
         return functional.linear(functional.linear(x, down) * self.scale, up)
+
+    def _whole(self, factor: Tensor) -> Tensor:
+        # Beside a layer that is not cut, ranks that hold the whole stream have the whole gradient each.
+        if self.split == "whole" and not self.place.sequence_parallel:
+            return factor
+        return whole_parameter(factor, self.place)
 
 
 class Linear(nn.Module):
@@ -79,13 +85,16 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        y = self.weight(x)
+        # In the stream, under sequence parallelism, each rank sees the gradient of its own tokens.
+        own_tokens = self.place.sequence_parallel
+        y = self.weight(x, self._summed if own_tokens and self.split == "whole" else None)
         if self.adapter is not None:
             y = y + self.adapter(x)
         if self.split == "row":
             y = leave_split(y, self.place)
         if self.bias is None:
             return y
-        # In the stream, under sequence parallelism, each rank sees the gradient of its own tokens.
-        in_stream = self.split == "row" and self.place.sequence_parallel
-        return y + (whole_parameter(self.bias, self.place) if in_stream else self.bias)
+        return y + (self._summed(self.bias) if own_tokens and self.split != "column" else self.bias)
+
+    def _summed(self, parameter: Tensor) -> Tensor:
+        return whole_parameter(parameter, self.place)

@@ -149,10 +149,11 @@ def start(environment: Environment, threads: int) -> None:
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
     # Every rank of the machine refuses, not only those without a GPU: the others would wait for them.
-    if gpu and environment.local_world_size > torch.cuda.device_count():
+    processes = max(environment.local_world_size, environment.local_rank + 1)
+    if gpu and processes > torch.cuda.device_count():
         shown = "; under srun each task must see all GPUs of its node" if environment.launcher == "srun" else ""
         raise UserError(
-            f"{environment.local_world_size} processes have no GPU each: the machine has {torch.cuda.device_count()}; "
+            f"{processes} processes have no GPU each: the machine has {torch.cuda.device_count()}; "
             f"launch at most so many processes{shown}"
         )
     if gpu:

@@ -155,6 +155,9 @@ class Peers:
             )
             return
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
+        if self._hub is not None:
+            # A rank 0 that died before the others have called would leave them without a word.
+            self._hub.all_called.wait(_CONNECT)
 
     def fail(self, cause: str, *, shared: bool) -> bool:
         """Report this rank's own end.
@@ -314,6 +317,7 @@ class _Hub(threading.Thread):
     def __init__(self, world_size: int) -> None:
         super().__init__(name="peers hub", daemon=True)
         self._world_size = world_size
+        self.all_called = threading.Event()
         self._listener = _listen_on_any_port(world_size)
         self._lines: dict[socket.socket, _Line] = {}
         self._ranks: dict[socket.socket, int] = {}
@@ -345,7 +349,8 @@ class _Hub(threading.Thread):
                         self._ranks.pop(key.fileobj, None)
                 if self._patience() == 0.0:
                     self._verdict = self._decide()
-                    for connection in self._ranks:
+                    # Rank 0 last: once it knows it may leave, and this thread with it.
+                    for connection in sorted(self._ranks, key=self._ranks.__getitem__, reverse=True):
                         self._tell(self._lines[connection])
         self._listener.close()
 
@@ -373,8 +378,10 @@ class _Hub(threading.Thread):
         if connection not in self._ranks:
             if not secrets.compare_digest(message["token"], self.address["token"]):
                 raise ValueError("not one of ours")
-            self._ranks[connection] = message["rank"]
+            self._ranks[connection] = int(message["rank"])
             line.send({"kind": "welcome", "token": self.address["token"]})
+            if len(self._ranks) == self._world_size:
+                self.all_called.set()
             if self._verdict is not None:
                 self._tell(line)
         elif message["kind"] == "part":

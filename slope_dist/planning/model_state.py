@@ -1,4 +1,7 @@
-"""Bytes of model state on one rank: weights, metadata, gradients, optimizer. Activations and buffers are not in it."""
+"""Parameters and bytes of one rank's share of a model: weights, metadata, gradients, optimizer.
+
+Activations and communication buffers are not in it.
+"""
 
 from __future__ import annotations
 
@@ -7,76 +10,167 @@ from dataclasses import dataclass
 from torch import nn
 
 from slope_dist.layers import logical_tensors
+from slope_dist.parallel.fragments import rectangle_size
 from slope_dist.sparse import SparseWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelState:
-    """Parameters of the model, and bytes of one rank.
+class ParameterCount:
+    """Elements, each counted on the one rank that owns it, so that the shares of all ranks add up to the model.
 
     Attributes:
-        total: elements the model's matrices and vectors stand for, pruned ones included.
+        total: what the matrices and vectors stand for, pruned elements included.
         kept: trained elements of the pruned weights.
         dense: trained elements of everything else, adapters included.
-        weights: bytes of the parameters in the model's dtype.
+        adapters: those of `dense` that belong to adapters.
         metadata: bytes of packed indices and held column masks.
-        transposes: bytes of resident (W^{R,C})^T.
-        gradients: bytes of gradients.
-        optimizer: bytes of fp32 masters and Adam's moments.
     """
 
-    total: int
+    total: int = 0
+    kept: int = 0
+    dense: int = 0
+    adapters: int = 0
+    metadata: int = 0
+
+    def __add__(self, other: ParameterCount) -> ParameterCount:
+        """The counts of two shares together."""
+        return ParameterCount(
+            total=self.total + other.total,
+            kept=self.kept + other.kept,
+            dense=self.dense + other.dense,
+            adapters=self.adapters + other.adapters,
+            metadata=self.metadata + other.metadata,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareSize:
+    """What one rank holds before its data ranks divide anything: copies and the vocabulary's padding included.
+
+    Attributes:
+        elements: what the matrices and vectors stand for, pruned elements included.
+        trained: trained elements.
+        metadata: bytes of packed indices and held column masks.
+        kept: trained elements of the pruned weights, which is also how many their transposes have.
+        indices: bytes of packed indices, which is also what their transposes' take.
+    """
+
+    elements: int
+    trained: int
+    metadata: int
     kept: int
-    dense: int
+    indices: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How an engine stores a share.
+
+    Attributes:
+        weight_bytes: bytes of a parameter between steps.
+        gradient_bytes: bytes of an accumulated gradient.
+        master_bytes: bytes of an fp32 copy beside the parameter; 0 where the parameter is itself the fp32 truth.
+        zero_stage: what is split over data ranks: 1 optimizer state, 2 and gradients, 3 and parameters and metadata.
+        resident_transpose: whether every 2:4 weight keeps its transpose.
+    """
+
+    weight_bytes: int
+    gradient_bytes: int
+    master_bytes: int
+    zero_stage: int
+    resident_transpose: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: parameters in the dtype they are stored in.
+        metadata: packed indices and held column masks.
+        transposes: resident (W^{R,C})^T.
+        gradients: accumulated gradients.
+        masters: fp32 copies of the parameters.
+        moments: Adam's two moments.
+    """
+
     weights: int
     metadata: int
     transposes: int
     gradients: int
-    optimizer: int
+    masters: int
+    moments: int
+
+    @classmethod
+    def of(cls, share: ShareSize, storage: Storage, data_ranks: int) -> ModelState:
+        """The state of one of `data_ranks` ranks that divide a share."""
+
+        def split(size: int, from_stage: int) -> int:
+            return -(-size // data_ranks) if storage.zero_stage >= from_stage else size
+
+        return cls(
+            weights=split(share.trained * storage.weight_bytes, 3),
+            metadata=split(share.metadata, 3),
+            transposes=share.kept * storage.weight_bytes + share.indices if storage.resident_transpose else 0,
+            gradients=split(share.trained * storage.gradient_bytes, 2),
+            masters=split(share.trained * storage.master_bytes, 1),
+            moments=split(share.trained * 8, 1),
+        )
+
+    @property
+    def optimizer(self) -> int:
+        """Masters and moments."""
+        return self.masters + self.moments
 
     @property
     def bytes(self) -> int:
         """All of a rank's bytes."""
         return self.weights + self.metadata + self.transposes + self.gradients + self.optimizer
 
+    @property
+    def carried(self) -> int:
+        """What waits in memory at the adapter switch while the new engine is built: the fp32 truth, moments, metadata.
 
-def model_state(
-    model: nn.Module,
-    *,
-    weight_bytes: int,
-    gradient_bytes: int,
-    zero_stage: int,
-    data_ranks: int,
-    resident_transpose: bool,
-) -> ModelState:
-    """Count a model, which may be on the meta device.
+        Where there are no masters the weights are the truth.
+        """
+        return self.optimizer + self.metadata + (0 if self.masters else self.weights)
 
-    Args:
-        model: the model of the phase in question.
-        weight_bytes: bytes of a parameter in the model's dtype.
-        gradient_bytes: bytes of an accumulated gradient.
-        zero_stage: what is split over data ranks: 1 optimizer state, 2 and gradients, 3 and parameters and metadata.
-        data_ranks: how many they are.
-        resident_transpose: whether every 2:4 weight keeps its transpose.
-    """
-    pruned = [module for module in model.modules() if isinstance(module, SparseWeight)]
+
+def count_parameters(share: nn.Module) -> ParameterCount:
+    """Count what a rank owns of its share, which may be on the meta device."""
+    # How many elements each trained element of a pruned weight stands for.
+    expansion = {
+        id(weight.values): weight.shape[1] // weight.values.shape[1]
+        for weight in share.modules()
+        if isinstance(weight, SparseWeight)
+    }
+    total = kept = dense = adapters = metadata = 0
+    for tensor in logical_tensors(share):
+        if not tensor.owned:
+            continue
+        size = rectangle_size(tensor.rectangle)
+        if not tensor.trained:
+            metadata += size
+            continue
+        total += size * expansion.get(id(tensor.tensor), 1)
+        if id(tensor.tensor) in expansion:
+            kept += size
+        else:
+            dense += size
+        adapters += size if tensor.adapter else 0
+    return ParameterCount(total=total, kept=kept, dense=dense, adapters=adapters, metadata=metadata)
+
+
+def measure(share: nn.Module) -> ShareSize:
+    """Measure what a rank holds of its share, which may be on the meta device."""
+    pruned = [module for module in share.modules() if isinstance(module, SparseWeight)]
+    tensors = list(logical_tensors(share))
+    trained = sum(tensor.tensor.numel() for tensor in tensors if tensor.trained)
     kept = sum(weight.values.numel() for weight in pruned)
-    metadata = sum(tensor.tensor.numel() for tensor in logical_tensors(model) if not tensor.trained)
-    trained = sum(tensor.tensor.numel() for tensor in logical_tensors(model) if tensor.trained)
-    expanded = sum(weight.shape[0] * weight.shape[1] for weight in pruned)
-    # fp32 models keep a master apart from the parameters too, unless nothing is partitioned.
-    master_bytes = 0 if zero_stage == 0 else 4
-
-    def split(size: int, from_stage: int) -> int:
-        return -(-size // data_ranks) if zero_stage >= from_stage else size
-
-    return ModelState(
-        total=trained - kept + expanded,
+    return ShareSize(
+        elements=trained - kept + sum(weight.shape[0] * weight.shape[1] for weight in pruned),
+        trained=trained,
+        metadata=sum(tensor.tensor.numel() for tensor in tensors if not tensor.trained),
         kept=kept,
-        dense=trained - kept,
-        weights=split(trained * weight_bytes, 3),
-        metadata=split(metadata, 3),
-        transposes=kept * weight_bytes + sum(weight.indices.numel() for weight in pruned) if resident_transpose else 0,
-        gradients=split(trained * gradient_bytes, 2),
-        optimizer=split(trained * (master_bytes + 8), 1),
+        indices=sum(weight.indices.numel() for weight in pruned),
     )

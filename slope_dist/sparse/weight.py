@@ -16,6 +16,9 @@ from slope_dist.sparse.compressed import CompressedMatrix
 from slope_dist.sparse.function import sparse_product
 from slope_dist.sparse.pattern import Pattern
 
+Use = Callable[[Tensor], Tensor]
+"""What `values` pass through on their way into the product, where each rank has but a part of their gradient."""
+
 
 class Weight(nn.Module):
     """A matrix [O, I] with `forward(x) = x W^T`. `values` is its one trained parameter, whatever the storage."""
@@ -36,9 +39,9 @@ class DenseWeight(Weight):
         self.shape = (dense.shape[0], dense.shape[1])
         self.values = nn.Parameter(dense)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, use: Use | None = None) -> Tensor:
         """[..., I] -> [..., O]."""
-        return functional.linear(x, self.values)
+        return functional.linear(x, self.values if use is None else use(self.values))
 
 
 class SparseWeight(Weight):
@@ -82,11 +85,12 @@ class SparseWeight(Weight):
         if hold_column_mask and matrix.column_mask is None and not matrix.values.is_meta:
             self.refresh_column_mask()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, use: Use | None = None) -> Tensor:
         """[..., I] -> [..., O] over W^R; backward over W^{R,C}."""
+        values = self.values if use is None else use(self.values)
         transpose = self.transpose() if self.resident_transpose and torch.is_grad_enabled() else None
         return sparse_product(
-            x, self.values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
+            x, values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
         )
 
     def matrix(self) -> CompressedMatrix:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -14,12 +15,12 @@ from slope_dist.config.resolve import zero_stage
 from slope_dist.engine import Engine
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
-from slope_dist.layers import LayerFactory, logical_tensors
+from slope_dist.layers import LayerFactory
 from slope_dist.models import LanguageModel, ModelShape, build_model, family
 from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.parallel.regions import TensorPlace
-from slope_dist.planning import ModelState, model_state
+from slope_dist.planning import ModelState, ParameterCount, ShareSize, Storage, count_parameters, measure
 from slope_dist.sparse import Pattern
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -149,7 +150,18 @@ def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: 
 
 
 def stages(config: Config, derived: Derived) -> list[int]:
-    """Bounds of the pipeline stages, by trained parameters without adapters, which would move a layer."""
+    """Bounds of the pipeline stages: by what each layer's matrices stand for, pruned elements included.
+
+    Adapters, which join later, would move a layer, and so would trained elements alone: the few dense linears of the
+    first block weigh double in memory, but a stage waits for the slowest one, not for the largest.
+    """
+    return list(_stages(config, derived))
+
+
+@lru_cache(maxsize=8)
+def _stages(config: Config, derived: Derived) -> tuple[int, ...]:
+    if config.parallel.pipeline == 1:
+        return 0, config.model.num_layers + 2
 
     def builders() -> list[Callable[[], nn.Module]]:
         factory = layer_factory(config, derived, adapters=False, device="meta")
@@ -157,25 +169,99 @@ def stages(config: Config, derived: Derived) -> list[int]:
 
     # The head made by itself counts its own copy of a tied table, as it has where it is on another stage.
     layers = [*builders()[:-1], builders()[-1]]
-    weights = [sum(t.tensor.numel() for t in logical_tensors(make()) if t.trained) for make in layers]
-    return stage_bounds(weights, config.parallel.pipeline)
+    return tuple(stage_bounds([measure(make()).elements for make in layers], config.parallel.pipeline))
 
 
-def count_state(config: Config, derived: Derived, *, adapters: bool) -> tuple[ModelState, str]:
-    """Model state of one rank in one phase, counted on the meta device, and which linears are sparse.
+def build_share(
+    config: Config,
+    derived: Derived,
+    *,
+    adapters: bool,
+    tensor_rank: int = 0,
+    stage: int = 0,
+    device: str = "meta",
+    prepare: Callable[[nn.Module], None] | None = None,
+) -> nn.ModuleList:
+    """The layers of one rank, made without process groups: to be counted or drawn, not run.
+
+    Args:
+        config: the run.
+        derived: its derived values.
+        adapters: whether the low-rank adapters are there.
+        tensor_rank: which of the `parallel.tensor` ranks.
+        stage: which of the `parallel.pipeline` stages.
+        device: "meta" for shapes alone, "cpu" for initial values in fp32.
+        prepare: given each layer before the next is made.
+
+    Raises:
+        ValueError: if the layout has no such rank.
+    """
+    ranks, bounds = config.parallel.tensor, stages(config, derived)
+    if not (0 <= tensor_rank < ranks and 0 <= stage < len(bounds) - 1):
+        raise ValueError(f"tensor rank {tensor_rank} of {ranks}, stage {stage} of {len(bounds) - 1}")
+    factory = layer_factory(config, derived, adapters=adapters, device=device, place=TensorPlace(tensor_rank, ranks))
+    layers = nn.ModuleList()
+    for make in family(config.model.family).layers(factory, model_shape(config))[bounds[stage] : bounds[stage + 1]]:
+        layer = make()
+        if prepare is not None:
+            prepare(layer)
+        layers.append(layer)
+    return layers
+
+
+@dataclass(frozen=True)
+class StateCount:
+    """Model state of a run in one phase.
+
+    Attributes:
+        parameters: of the whole model.
+        summary: which linears are sparse.
+        shares: what a rank of each pipeline stage holds; tensor ranks hold equal amounts.
+        states: its bytes, after the data ranks have divided it.
+    """
+
+    parameters: ParameterCount
+    summary: str
+    shares: tuple[ShareSize, ...]
+    states: tuple[ModelState, ...]
+
+    @property
+    def heaviest_stage(self) -> int:
+        """The stage whose ranks hold most."""
+        return max(range(len(self.states)), key=lambda stage: self.states[stage].bytes)
+
+    @property
+    def heaviest(self) -> ModelState:
+        """The state of one of its ranks."""
+        return self.states[self.heaviest_stage]
+
+
+def storage(config: Config, derived: Derived) -> Storage:
+    """How the config's engine stores a rank's share."""
+    resident = derived.backward_weight == "resident"
+    if config.parallel.engine == "fsdp":
+        # Shards are fp32, gradients included; narrower copies live only while a block is gathered.
+        return Storage(weight_bytes=4, gradient_bytes=4, master_bytes=0, zero_stage=3, resident_transpose=resident)
+    width, stage = _BYTES[config.precision], zero_stage(config)
+    return Storage(
+        weight_bytes=width,
+        gradient_bytes=4 if config.parallel.gradient_dtype == "fp32" else width,
+        # DeepSpeed keeps masters apart from fp32 parameters too, unless nothing is partitioned.
+        master_bytes=4 if stage else 0,
+        zero_stage=stage,
+        resident_transpose=resident,
+    )
+
+
+@lru_cache(maxsize=8)
+def count_state(config: Config, derived: Derived, *, adapters: bool) -> StateCount:
+    """Parameters of the model and model state of its ranks in one phase, counted on the meta device.
 
     Raises:
         UserError: if `sparsity.dense_layers` names a layer that is not there, or all that are.
     """
     factory = layer_factory(config, derived, adapters=adapters, device="meta")
-    state = model_state(
-        build(config, factory),
-        weight_bytes=_BYTES[config.precision],
-        gradient_bytes=4 if config.parallel.gradient_dtype == "fp32" else _BYTES[config.precision],
-        zero_stage=zero_stage(config),
-        data_ranks=derived.data_ranks,
-        resident_transpose=derived.backward_weight == "resident",
-    )
+    parameters = count_parameters(build(config, factory))
     names = [*factory.sparse, *factory.dense]
     for glob in config.sparsity.dense_layers:
         if not any(fnmatchcase(name, glob) for name in names):
@@ -184,4 +270,10 @@ def count_state(config: Config, derived: Derived, *, adapters: bool) -> tuple[Mo
             )
     if factory.pattern is not None and not factory.sparse:
         raise UserError('sparsity.dense_layers leaves no linear sparse; take some out, or set sparsity.pattern "dense"')
-    return state, factory.summary()
+    shares = tuple(
+        measure(build_share(config, derived, adapters=adapters, stage=stage))
+        for stage in range(config.parallel.pipeline)
+    )
+    stored = storage(config, derived)
+    states = tuple(ModelState.of(share, stored, derived.data_ranks) for share in shares)
+    return StateCount(parameters, factory.summary(), shares, states)

@@ -2,44 +2,79 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from slope_dist.config import Config, Derived, run_folder
-from slope_dist.config.resolve import without_effect, zero_stage
-from slope_dist.training.build import count_state
+from slope_dist.config.resolve import backward_weight_reason, without_effect, zero_stage
+from slope_dist.training.build import StateCount, count_state, stages
+from slope_dist.training.memory import fit_on_gpu
 from slope_dist.training.progress import size_text
 
 
 def describe(config: Config, derived: Derived) -> list[str]:
-    """Lines of derived values: model, sparsity, batch, ranks, state before and after the switch."""
-    before, summary = count_state(config, derived, adapters=False)
-    model = config.model
+    """Lines of derived values: model, sparsity, batch, layout, state before and after the switch, what has no effect.
+
+    Raises:
+        UserError: if `sparsity.dense_layers` names a layer that is not there, or all that are.
+    """
+    before = count_state(config, derived, adapters=False)
+    model, parallel, parameters = config.model, config.parallel, before.parameters
+    engine = parallel.engine if parallel.engine == "fsdp" else f"{parallel.engine}, ZeRO {zero_stage(config)}"
+    sequence = " with sequence parallelism" if parallel.sequence_parallel and parallel.tensor > 1 else ""
     lines = [
-        f"model: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {before.total:,} parameters; "
-        f"trained: {before.kept:,} kept in pruned weights + {before.dense:,} dense",
-        summary,
+        f"model: {model.family}, {model.num_layers} layers, hidden {model.hidden_size}, {parameters.total:,} "
+        f"parameters; trained: {parameters.kept:,} kept in pruned weights + {parameters.dense:,} dense",
+        before.summary,
         f"batch: {config.training.global_batch_size} samples x {model.sequence_length} = "
         f"{derived.tokens_per_step:,} tokens a step; micro-batch {config.training.micro_batch_size}, "
         f"accumulation {derived.accumulation_steps}",
-        f"ranks: {derived.world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data "
-        f"{derived.data_ranks}; {config.parallel.engine}, ZeRO {zero_stage(config)}, {config.precision}, "
-        f"backward weight {derived.backward_weight}",
-        f"model state a rank: {size_text(before.bytes)} (weights {size_text(before.weights)}, metadata "
-        f"{size_text(before.metadata)}, transposes {size_text(before.transposes)}, gradients "
-        f"{size_text(before.gradients)}, optimizer {size_text(before.optimizer)})",
+        f"ranks: {derived.world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data "
+        f"{derived.data_ranks}; {engine}, {config.precision}{sequence}",
     ]
+    if parallel.pipeline > 1:
+        lines.append(f"pipeline stages: {stages_text(stages(config, derived))}")
+    if config.sparsity.group is not None:
+        lines.append(f"backward weight: {derived.backward_weight} ({backward_weight_reason(config)})")
+    lines.append(_state_text(before))
     if derived.adapter_steps:
-        after, _ = count_state(config, derived, adapters=True)
+        after = count_state(config, derived, adapters=True)
         lines.append(
             f"adapters: rank {derived.adapter_rank} in the last {derived.adapter_steps} of {config.training.steps} "
-            f"steps (from step {derived.first_adapter_step}), learning rate: "
-            f"{config.adapters.learning_rate_policy}; model state a rank then: {size_text(after.bytes)}"
+            f"steps (from step {derived.first_adapter_step}), {after.parameters.adapters:,} parameters, learning rate: "
+            f"{config.adapters.learning_rate_policy}; model state a rank then: {size_text(after.heaviest.bytes)}"
         )
     else:
         lines.append("adapters: none")
+    lines += fit_on_gpu(config, derived)
     lines.append(f"output: {run_folder(config)}")
     lines += [f"note: {line}" for line in without_effect(config)]
     return lines
+
+
+def stages_text(bounds: list[int]) -> str:
+    """What each pipeline stage holds, from the bounds of `build.stages`.
+
+    "embedding + 8 layers, 8, 8, 7 layers + head".
+    """
+    counts = [stop - start for start, stop in pairwise(bounds)]
+    # The first of all layers is the embedding and the last the head.
+    counts[0] -= 1
+    counts[-1] -= 1
+    parts = [str(count) for count in counts]
+    for index in {0, len(counts) - 1}:
+        parts[index] += " layer" if counts[index] == 1 else " layers"
+    parts[0] = f"embedding + {parts[0]}"
+    parts[-1] += " + head"
+    return ", ".join(parts)
+
+
+def _state_text(count: StateCount) -> str:
+    state = count.heaviest
+    which = f", the most, in pipeline stage {count.heaviest_stage + 1}" if len(count.states) > 1 else ""
+    kinds = ("weights", "metadata", "transposes", "gradients", "optimizer")
+    parts = ", ".join(f"{kind} {size_text(getattr(state, kind))}" for kind in kinds)
+    return f"model state a rank{which}: {size_text(state.bytes)} ({parts})"
 
 
 def corpus_warning(config: Config) -> str | None:

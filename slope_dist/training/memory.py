@@ -1,37 +1,120 @@
-"""Refuses, before the first step, a run that would run out of memory at the adapter switch (rule R6)."""
+"""What a run needs at its worst, said by arithmetic, and the refusal, before the first step, of one that cannot fit.
+
+At the adapter switch the old optimizer's state waits in memory while the new engine is built, so a run that trains may
+still die there (rule R6).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
 from slope_dist.config import Config, Derived
-from slope_dist.config.resolve import zero_stage
 from slope_dist.errors import UserError
 from slope_dist.parallel.environment import Environment
-from slope_dist.training.build import count_state
+from slope_dist.planning import GPU_MEMORY, ModelState
+from slope_dist.training.build import count_state, storage
 from slope_dist.training.progress import size_text
+
+BEYOND_MODEL_STATE = "activations and communication buffers come on top"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of model state on the heaviest rank in each phase.
+
+    Attributes:
+        before: until the adapters join, or for the whole run where there are none.
+        switch: while they join; None where there are none.
+        after: from then on; None where there are none.
+    """
+
+    before: int
+    switch: int | None
+    after: int | None
+
+    def named(self) -> dict[str, int]:
+        """What there is, by a name to put in a sentence."""
+        found = {
+            "the model state": self.before,
+            "the model state with adapters": self.after,
+            "the switch to adapters": self.switch,
+        }
+        return {name: size for name, size in found.items() if size is not None}
+
+    @property
+    def most(self) -> int:
+        """The worst of it."""
+        return max(self.named().values())
+
+
+def needs_of(config: Config, derived: Derived) -> Needs:
+    """What the heaviest rank of a run needs; activations and communication buffers are not counted."""
+    return _needs(config, derived)(derived.data_ranks)
+
+
+def _needs(config: Config, derived: Derived) -> Callable[[int], Needs]:
+    """The needs as a function of the data ranks: the model is counted once."""
+    stored = storage(config, derived)
+    without = count_state(config, derived, adapters=False).shares
+    with_adapters = count_state(config, derived, adapters=True).shares if derived.adapter_steps else None
+
+    def needs(data_ranks: int) -> Needs:
+        before = [ModelState.of(share, stored, data_ranks) for share in without]
+        most = max(state.bytes for state in before)
+        if with_adapters is None:
+            return Needs(most, None, None)
+        after = [ModelState.of(share, stored, data_ranks) for share in with_adapters]
+        switch = max(old.carried + new.bytes for old, new in zip(before, after, strict=True))
+        return Needs(most, switch, max(state.bytes for state in after))
+
+    return needs
+
+
+def fit_on_gpu(config: Config, derived: Derived) -> list[str]:
+    """What to say of the memory of `parallel.gpu`: nothing where none is named."""
+    gpu = config.parallel.gpu
+    if gpu is None:
+        return []
+    memory, needs = GPU_MEMORY[gpu], needs_of(config, derived)
+    phases = f"{size_text(needs.before)} of model state a rank"
+    if needs.switch is not None and needs.after is not None:
+        phases += f" before the adapters, {size_text(needs.switch)} while they join, {size_text(needs.after)} with them"
+    text = f"{gpu} with {size_text(memory)}: {phases}; {BEYOND_MODEL_STATE}"
+    if needs.most <= memory:
+        return [f"fits on {text}"]
+    ranks = f"{derived.data_ranks} data rank{'' if derived.data_ranks == 1 else 's'}"
+    return [f"warning: does not fit, with {ranks}, on {text}; {_what_would_fit(config, derived, memory)}"]
+
+
+def _what_would_fit(config: Config, derived: Derived, memory: int) -> str:
+    needs = _needs(config, derived)
+    for data in _possible_data_ranks(config):
+        if data > derived.data_ranks and needs(data).most <= memory:
+            total = data * config.parallel.tensor * config.parallel.pipeline
+            return f"{data} data ranks ({total} ranks in all) would fit"
+    return "no number of data ranks would fit; raise parallel.tensor, parallel.pipeline or parallel.zero_stage"
+
+
+def _possible_data_ranks(config: Config) -> Iterator[int]:
+    """Those that divide the global batch, fewest first."""
+    most = config.training.global_batch_size // config.training.micro_batch_size
+    return (data for data in range(1, most + 1) if most % data == 0)
 
 
 def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Environment) -> None:
-    """Compare the model state of each phase, and of the switch between them, with the memory of a rank.
+    """Compare what the heaviest rank needs with the memory that is there.
 
-    At the switch the old optimizer's state and the metadata wait in memory while the new engine is built. Activations
-    are not counted: this refuses what is certain to fail, not all that will.
+    This refuses what is certain to fail, not all that will: activations are not counted.
 
     Raises:
         UserError: with the bytes.
     """
-    before, _ = count_state(config, derived, adapters=False)
-    needs = {"the model state": before.bytes}
-    if derived.adapter_steps:
-        after, _ = count_state(config, derived, adapters=True)
-        needs["the model state with adapters"] = after.bytes
-        # At stage 0 the weights are the fp32 truth and wait too.
-        waiting = before.optimizer + before.metadata + (before.weights if zero_stage(config) == 0 else 0)
-        needs["the switch to adapters"] = after.bytes + waiting
+    needs = needs_of(config, derived).named()
     if torch.cuda.is_available():
         _, total = torch.cuda.mem_get_info()
         where = torch.cuda.get_device_name()

@@ -82,7 +82,7 @@ class Trainer:
             first_step=self.step + 1,
             steps=config.training.steps,
             tokens_per_step=self.derived.tokens_per_step,
-            flops_per_token=6.0 * count_state(config, self.derived, adapters=False)[0].total,
+            flops_per_token=6.0 * count_state(config, self.derived, adapters=False).parameters.total,
             ranks=environment.world_size,
             log_interval=config.run.log_interval,
             show=environment.is_first,

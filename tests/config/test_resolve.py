@@ -6,7 +6,13 @@ Run alone: pytest tests/config/test_resolve.py
 import pytest
 
 from slope_dist.config import derive, run_folder
-from slope_dist.config.resolve import threads_per_process, without_effect, world_size, zero_stage
+from slope_dist.config.resolve import (
+    backward_weight_reason,
+    threads_per_process,
+    without_effect,
+    world_size,
+    zero_stage,
+)
 from slope_dist.errors import UserError
 
 
@@ -38,6 +44,31 @@ def test_launched_ranks_must_be_those_of_the_config(minimal, load):
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
+        (1, r"= 4 does not divide the 1 rank launched; launch 4, or change one of them"),
+        (2, r"= 4 does not divide the 2 ranks launched; launch 4, or change one of them"),
+        (6, r"= 4 does not divide the 6 ranks launched; launch 4 or 8, or change one of them"),
+    ],
+)
+def test_ranks_that_are_no_multiple_of_the_layout(minimal, load, ranks, expected):
+    config = load(minimal, ["parallel.tensor=2", "parallel.pipeline=2"])
+    with pytest.raises(UserError, match=r"parallel\.tensor 2 x parallel\.pipeline 2 " + expected):
+        derive(config, ranks=ranks)
+
+
+def test_data_ranks_are_what_the_layout_leaves(minimal, load):
+    config = load(minimal, ["parallel.tensor=2", "parallel.pipeline=2"])
+    assert (world_size(config), derive(config).data_ranks, derive(config, ranks=8).data_ranks) == (4, 1, 2)
+    # Only data ranks divide the batch.
+    assert derive(config, ranks=8).accumulation_steps == 1
+    asked = load(minimal, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.data=2"])
+    assert world_size(asked) == 8
+    with pytest.raises(UserError, match=r"parallel\.data 2 = 8 ranks, but 4 were launched; launch 8, or set parallel"):
+        derive(asked, ranks=4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
         (4, r"micro_batch_size 4 x 4 data ranks = 16; training\.micro_batch_size 2 would fit"),
         (3, r"micro_batch_size 4 x 3 data ranks = 12; set training\.global_batch_size to a multiple of 3"),
         (16, r"micro_batch_size 4 x 16 data ranks = 64; set training\.global_batch_size to a multiple of 16"),
@@ -64,7 +95,17 @@ def test_backward_weight(minimal, load, stage, pattern, asked, expected):
     minimal["sparsity"] = {"pattern": pattern, "backward_weight": asked}
     minimal["parallel"] = {"zero_stage": stage}
     minimal["precision"] = "fp32"
-    assert derive(load(minimal)).backward_weight == expected
+    config = load(minimal)
+    assert derive(config).backward_weight == expected
+    reason = backward_weight_reason(config)
+    assert reason.startswith("auto: " if asked == "auto" else "as sparsity.backward_weight says")
+    assert (f"ZeRO {stage}" in reason) == (asked == "auto" and pattern == "2:4")
+
+
+def test_fsdp_keeps_no_transpose_whatever_the_stage_says(minimal, load):
+    config = load(minimal, ["parallel.engine=fsdp", "parallel.zero_stage=0", "precision=fp32"])
+    assert derive(config).backward_weight == "derived"
+    assert backward_weight_reason(config).startswith("auto: fsdp")
 
 
 @pytest.mark.parametrize(("precision", "runs_as"), [("fp32", 0), ("bf16", 1), ("fp16", 1)])
@@ -92,7 +133,11 @@ def test_run_folder_is_filled_in(minimal, load):
     ("override", "expected"),
     [
         ("loss_scale.window=5", "loss_scale is used with"),
-        ("parallel.zero3_persistence_threshold=0", "parallel.zero3_persistence_threshold 0"),
+        (
+            "parallel.zero3_persistence_threshold=0",
+            "parallel.zero3_persistence_threshold 0 is used at DeepSpeed's ZeRO 3 only; parallel.zero_stage is 1",
+        ),
+        ("parallel.sequence_parallel=true", "parallel.sequence_parallel changes nothing: parallel.tensor is 1"),
         ("sparsity.pattern=dense", "no adapters are added"),
         (
             "training.warmup_steps=100",
@@ -106,3 +151,25 @@ def test_settings_that_change_nothing_are_named(minimal, load, override, expecte
     assert without_effect(quiet) == []
     (line,) = without_effect(load(minimal, ["training.schedule=constant", override]))
     assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        # In bf16 that is none of DeepSpeed's, which would run it as 1.
+        ({"zero_stage": 0}, ["parallel.zero_stage 0 is not read"]),
+        (
+            {"zero_stage": 3, "zero3_persistence_threshold": 0},
+            [
+                "parallel.zero_stage 3 is not read",
+                "parallel.zero3_persistence_threshold 0 is used at DeepSpeed's ZeRO 3 only; parallel.engine is",
+            ],
+        ),
+        ({"gradient_dtype": "model", "tensor": 2, "sequence_parallel": True}, []),
+    ],
+)
+def test_what_fsdp_does_not_read_is_named_once(minimal, load, changes, expected):
+    minimal["parallel"] = {"engine": "fsdp", **changes}
+    lines = without_effect(load(minimal))
+    assert [line.startswith(start) for line, start in zip(lines, expected, strict=True)] == [True] * len(expected)

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from slope_dist.config import derive
 from slope_dist.config.messages import field_at, field_paths
-from slope_dist.config.schema import DIMENSION_MULTIPLE, AdaptersConfig, Config, Pattern
+from slope_dist.config.schema import DIMENSION_MULTIPLE, GPU, AdaptersConfig, Config, Pattern
 from slope_dist.errors import UserError
+from slope_dist.planning import GPU_MEMORY
 from slope_dist.sparse.pattern import CUT_MULTIPLE, SUPPORTED
 
 
@@ -118,10 +119,65 @@ def test_a_dense_model_has_no_adapters(minimal):
         ({"sparsity.dense_layers": ["a", " "]}, "sparsity.dense_layers holds an empty pattern"),
         ({"loss_scale.minimum": 1.5}, "loss_scale.minimum 1.5 must be a whole number"),
         ({"loss_scale.initial_power": 2, "loss_scale.minimum": 8.0}, "is above the first scale 2^2 = 4"),
-        ({"parallel.engine": "fsdp"}, 'parallel.engine "fsdp" is not there yet; use "deepspeed"'),
-        ({"parallel.tensor": 2}, "parallel.tensor 2 is not there yet; use 1"),
-        ({"parallel.pipeline": 4}, "parallel.pipeline 4 is not there yet; use 1"),
-        ({"parallel.sequence_parallel": True}, "parallel.sequence_parallel true is not there yet; use false"),
+        (
+            {"sparsity.backward_weight": "resident", "parallel.engine": "fsdp"},
+            'which parallel.engine "fsdp" is there to avoid; use "auto" or "derived", or parallel.engine "deepspeed"',
+        ),
+        (
+            {"precision": "fp16", "parallel.engine": "fsdp"},
+            'precision "fp16" does not work with parallel.engine "fsdp", which scales no loss; use precision "bf16", '
+            'or parallel.engine "deepspeed"',
+        ),
+        (
+            {"parallel.engine": "fsdp", "parallel.pipeline": 2},
+            'parallel.pipeline 2 does not work with parallel.engine "fsdp"; use parallel.pipeline 1, or '
+            'parallel.engine "deepspeed"',
+        ),
+        (
+            {"parallel.pipeline": 2, "parallel.zero_stage": 2},
+            "parallel.zero_stage 2 does not work with parallel.pipeline 2",
+        ),
+        (
+            {"parallel.pipeline": 2, "parallel.zero_stage": 3},
+            "use parallel.zero_stage 1 or 0, or parallel.pipeline 1",
+        ),
+        (
+            {"parallel.pipeline": 3},
+            "parallel.pipeline 3 stages are more than model.num_layers 2, and every stage needs a layer; "
+            "parallel.pipeline 2 is the most",
+        ),
+        (
+            {"parallel.tensor": 3},
+            "model.num_heads 4 does not divide over parallel.tensor 3; parallel.tensor 2 would fit",
+        ),
+        (
+            {"parallel.tensor": 2**20},
+            "model.num_heads 4 does not divide over parallel.tensor 1048576; parallel.tensor 4 would fit",
+        ),
+        (
+            {"parallel.tensor": 4, "model.hidden_size": 48},
+            "model.hidden_size 48 over parallel.tensor 4 would be cut inside a group of 8: it must be a multiple of "
+            "4 x 8 = 32, such as 32 or 64; parallel.tensor 2 would fit",
+        ),
+        (
+            {"parallel.tensor": 4, "model.ffn_size": 16},
+            "model.ffn_size 16 over parallel.tensor 4 would be cut inside a group of 8: it must be a multiple of "
+            "4 x 8 = 32, such as 32; parallel.tensor 2 would fit",
+        ),
+        (
+            # A legal cut between groups of 4 is still one inside a byte of metadata and a group of 8.
+            {"parallel.tensor": 2, "model.ffn_size": 40, "sparsity.pattern": "4:8"},
+            "model.ffn_size 40 over parallel.tensor 2 would be cut inside a group of 8",
+        ),
+        (
+            {"parallel.tensor": 2, "model.ffn_size": 40, "sparsity.pattern": "2:8", "model.num_heads": 2},
+            "a multiple of 2 x 8 = 16, such as 32 or 48; parallel.tensor 1 would fit",
+        ),
+        (
+            {"parallel.tensor": 4, "parallel.sequence_parallel": True, "model.sequence_length": 30},
+            "model.sequence_length 30 does not divide over parallel.tensor 4, which parallel.sequence_parallel true "
+            "asks for; parallel.tensor 2 would fit",
+        ),
         ({"model.family": "gpt2"}, 'model.family "gpt2" is not there yet; use "opt"'),
         ({"model.family": "llama"}, 'model.family "llama" is not there yet; use "opt"'),
         ({"model.family": "mistral"}, 'model.family "mistral" is not there yet; use "opt"'),
@@ -190,6 +246,26 @@ def test_other_patterns_are_refused_naming_those_that_work(minimal, refusal):
     message = refusal(minimal)
     assert message.startswith("sparsity.pattern: must be one of ")
     assert all(f'"{pattern}"' in message for pattern in ("dense", "1:2", "2:4", "2:8", "4:8"))
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"engine": "fsdp"},
+        {"engine": "fsdp", "tensor": 4, "sequence_parallel": True},
+        {"tensor": 2, "zero_stage": 3},
+        {"tensor": 4, "pipeline": 2, "zero_stage": 1, "sequence_parallel": True, "data": 2},
+        {"pipeline": 2, "zero_stage": 0},
+    ],
+)
+def test_layouts_that_work(minimal, load, parallel):
+    minimal["parallel"] = parallel
+    found = load(minimal).parallel.model_dump()
+    assert found.items() >= parallel.items()
+
+
+def test_the_gpus_are_those_whose_memory_is_known():
+    assert set(get_args(GPU)) == set(GPU_MEMORY)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])

@@ -1,4 +1,4 @@
-"""The entry point under each launcher gives the same run, and bad input gives one line, exit code 2 and no traceback.
+"""Claim: the entry point under each launcher gives the same run; bad input gives one line, exit code 2, no traceback.
 
 Whole processes where a launcher is the claim; elsewhere ranks forked from a warm process, which call the same `main`.
 
@@ -134,6 +134,60 @@ def test_two_processes_are_one(launcher: list[str], finished: Path, corpus: Path
     assert done.returncode == 0, done.stderr
     assert "ranks: 2" in done.stdout
     assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-5)
+
+
+def error_lines(errors: str) -> list[str]:
+    return [line for line in errors.splitlines() if line.startswith("error: ")]
+
+
+def test_too_few_ranks_under_deepspeed_are_told_once_with_the_usual_cause(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus, parallel__data=4)
+    port = ["--master_port", free_port()]
+    done = launch("deepspeed", "--num_gpus", "2", *port, SCRIPT, "--config", str(config))
+    assert done.returncode == 2
+    [line] = error_lines(done.stderr)
+    assert "= 4 ranks, but 2 were launched" in line
+    assert line.endswith("the usual cause: the launcher saw one node; give deepspeed a --hostfile, or start with srun")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_the_launchers_set_what_is_read(launcher: str, tmp_path: Path) -> None:
+    script = tmp_path / "say.py"
+    script.write_text("from slope_dist.parallel import environment\nprint(f'<{environment.discover()}>', flush=True)\n")
+    if launcher == "deepspeed":
+        (tmp_path / "hostfile").write_text("localhost slots=3\n")
+        chosen = ["deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--include", "localhost:0,2"]
+        # Or it would log in to the host by ssh, to see whether it can and to ask for its address.
+        chosen += ["--no_ssh_check", "--master_addr", "127.0.0.1"]
+    else:
+        chosen = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    done = launch(*chosen, str(script))
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        place = f"rank={rank}, world_size=2, local_rank={rank}, local_world_size=2"
+        assert f"<Environment({place}, launcher='deepspeed or torchrun')>" in done.stdout
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_rank_that_raises_under_a_launcher_is_its_first_error(launcher: str, corpus: Path, tmp_path: Path) -> None:
+    skip_without_gpus(2)
+    config = write_config(tmp_path, corpus)
+    script = tmp_path / "fail.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.parallel.test_failure import failing_entry_point\n"
+        f"failing_entry_point({str(config)!r}, 'step', 'raise', [1])\n"
+    )
+    chosen = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+    if launcher == "deepspeed":
+        chosen = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]
+    done = launch(*chosen, str(script))
+    assert done.returncode == 1, done.stderr
+    [line] = error_lines(done.stderr)
+    assert line.startswith("error: rank 1 failed: RuntimeError: boom (tests/parallel/test_failure.py:")
+    assert "gloo" not in done.stderr and "closed by peer" not in done.stderr
 
 
 def test_exit_code_comes_through_the_deepspeed_launcher(finished: Path) -> None:

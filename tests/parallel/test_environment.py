@@ -1,4 +1,6 @@
-"""The rank is read from whatever launched the process, and contradictions are told in one line.
+"""Claim: the rank, and where ranks meet, are read from whatever launched the process; contradictions get one line.
+
+tests/launch runs deepspeed and torchrun themselves; srun is here in the variables that SLURM gives its tasks.
 
 Run: pytest tests/parallel/test_environment.py
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 import pytest
 
 from slope_dist.errors import UserError
-from slope_dist.parallel.environment import Environment, discover
+from slope_dist.parallel.environment import Environment, discover, meeting_point, why_so_few
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
@@ -32,6 +34,102 @@ def test_launchers_that_set_rank(variables: dict[str, str]) -> None:
 
 def test_srun() -> None:
     assert discover(SRUN) == Environment(5, 8, 1, 4, "srun")
+
+
+# What a task of `srun` has: two nodes of an allocation of four, four tasks on the first and three on the second.
+STEP = {
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "7",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4,3",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+    "SLURM_TASKS_PER_NODE": "4,3",
+    "SLURM_JOB_NUM_NODES": "4",
+    "SLURM_JOB_NODELIST": "gpu[001-004]",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.99",
+}
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: value for name, value in STEP.items() if name not in names}
+
+
+@pytest.mark.parametrize(
+    ("variables", "local"),
+    [
+        (STEP, 3),
+        (STEP | {"SLURM_NODEID": "0"}, 4),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}, 2),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": "3"}, 2),
+        (without("SLURM_STEP_TASKS_PER_NODE"), 3),
+        (without("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE") | {"SLURM_NTASKS_PER_NODE": "6"}, 6),
+        (without("SLURM_STEP_TASKS_PER_NODE") | {"SLURM_TASKS_PER_NODE": "4(x2)"}, 4),
+        # Nothing says it: at least those that this one proves.
+        (without("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), 2),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "many", "SLURM_TASKS_PER_NODE": "5"}, 5),
+    ],
+)
+def test_srun_says_the_tasks_of_a_node_in_several_ways(variables: dict[str, str], local: int) -> None:
+    assert discover(variables) == Environment(5, 7, 1, local, "srun")
+
+
+def test_a_step_of_one_task_in_a_larger_job_is_one_process() -> None:
+    one = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    assert discover(STEP | one) == ALONE
+    # The steps of a batch script and of an interactive shell, which have the job's number of tasks.
+    for step in ("4294967291", "4294967290"):
+        assert discover(without("SLURM_STEP_NUM_TASKS") | {"SLURM_STEP_ID": step, "SLURM_PROCID": "0"}) == ALONE
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu[003-004]", "gpu003"),
+        ("gpu[3,7-9],login1", "gpu3"),
+        ("node-a.cluster,node-b.cluster", "node-a.cluster"),
+        ("rack[1-2]node[0-7]-ib", "rack1node0-ib"),
+        ("solo", "solo"),
+    ],
+)
+def test_under_srun_ranks_meet_on_the_first_node_of_the_step(nodes: str, first: str) -> None:
+    assert meeting_point(STEP | {"SLURM_STEP_NODELIST": nodes}) == {"MASTER_ADDR": first, "MASTER_PORT": "23458"}
+
+
+def test_where_ranks_meet_is_not_guessed() -> None:
+    set_by_user = {"MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+    assert meeting_point(STEP | set_by_user) == set_by_user
+    # Rank 0 may then be on any node.
+    assert "MASTER_ADDR" not in meeting_point(STEP | {"SLURM_DISTRIBUTION": "arbitrary"})
+    assert "MASTER_ADDR" not in meeting_point(STEP | {"SLURM_STEP_NODELIST": "gpu[003"})
+    assert meeting_point(SRUN) == {}
+
+
+ONE_NODE = "the usual cause: the launcher saw one node"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        (DEEPSPEED | {"CROSS_SIZE": "1"}, f"{ONE_NODE}; give deepspeed a --hostfile, or start with srun"),
+        (DEEPSPEED | {"CROSS_SIZE": "2"}, ""),
+        (DEEPSPEED | {"CROSS_SIZE": "1", "SLURM_JOB_NUM_NODES": "4"}, f"{ONE_NODE} of the 4 in the SLURM allocation;"),
+        (TORCHRUN | {"GROUP_WORLD_SIZE": "2"}, ""),
+        (TORCHRUN | {"SLURM_JOB_NUM_NODES": "3"}, "the launcher saw 2 nodes of the 3 in the SLURM allocation;"),
+        (STEP, "the launcher saw 2 nodes of the 4 in the SLURM allocation;"),
+        (STEP | {"SLURM_JOB_NUM_NODES": "2"}, ""),
+        ({"SLURM_JOB_NUM_NODES": "2"}, f"{ONE_NODE} of the 2 in the SLURM allocation;"),
+        ({"SLURM_JOB_NUM_NODES": "1"}, ""),
+        ({}, ""),
+    ],
+)
+def test_why_there_are_fewer_ranks_than_wanted(variables: dict[str, str], said: str) -> None:
+    cause = why_so_few(discover(variables), variables)
+    assert said in cause and bool(said) == bool(cause)
 
 
 def test_torchrun_inside_a_slurm_job_is_torchrun() -> None:

@@ -50,6 +50,38 @@ def test_a_refusal_of_one_rank_ends_all_with_its_reason(corpus: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def entry_point_without_a_meeting_point(config: str, slurm_nodes: str) -> None:
+    """What is refused here is refused before ranks would meet: meeting would be refused for another reason."""
+    import os
+
+    os.environ.pop("MASTER_ADDR", None)
+    if slurm_nodes:
+        os.environ["SLURM_JOB_NUM_NODES"] = slurm_nodes
+    entry_point("--config", config)
+
+
+@pytest.mark.parametrize("slurm_nodes", ["", "2"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_are_not_the_layouts_are_refused_before_they_meet(
+    ranks: int, slurm_nodes: str, corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus, parallel__data=4)
+    outcomes = end_ranks(entry_point_without_a_meeting_point, ranks, str(config), slurm_nodes, process_group=False)
+    assert [outcome.code for outcome in outcomes] == [2] * ranks
+    line = one_line(outcomes[0].errors)
+    assert "= 4 ranks, but " in line and f"{ranks} w" in line
+    assert ("the usual cause: the launcher saw one node of the 2 in the SLURM" in line) == bool(slurm_nodes)
+    assert [outcome.errors for outcome in outcomes[1:]] == [""] * (ranks - 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_the_layouts_are_not_put_down_to_a_missing_node(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus, parallel__data=1)
+    outcomes = end_ranks(entry_point_without_a_meeting_point, 2, str(config), "2", process_group=False)
+    assert "= 1 ranks, but 2 were launched" in one_line(outcomes[0].errors)
+    assert "usual cause" not in outcomes[0].errors
+
+
 def test_a_validation_split_too_short_for_a_sample_is_refused_before_training(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus, model__sequence_length=4096)
     [outcome] = end_ranks(entry_point, 1, "--config", str(config), process_group=False)

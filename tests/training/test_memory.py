@@ -17,9 +17,13 @@ import torch
 from slope_dist.config import derive, load_config
 from slope_dist.errors import UserError
 from slope_dist.parallel.environment import Environment, discover
+from slope_dist.parallel.groups import start as start_groups
+from slope_dist.parallel.layout import Layout
+from slope_dist.planning import GPU_MEMORY
 from slope_dist.training.build import count_state
-from slope_dist.training.describe import corpus_warning, describe
-from slope_dist.training.memory import refuse_what_will_not_fit
+from slope_dist.training.describe import corpus_warning, describe, stages_text
+from slope_dist.training.memory import fit_on_gpu, needs_of, refuse_what_will_not_fit
+from slope_dist.training.progress import size_text
 from tests.distributed import run_ranks
 from tests.runs import VOCAB_SIZE, write_config
 
@@ -33,19 +37,24 @@ def weigh(path: str, adapters: bool) -> dict[str, int]:
 
     config = load_config(path)
     derived = derive(config, discover().world_size)
-    engine: Any = build_engine(config, derived, adapters=adapters)
+    parallel = config.parallel
+    groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
+    engine: Any = build_engine(config, derived, groups, adapters=adapters)
     tokens = torch.arange(2 * 17).view(2, 17) % VOCAB_SIZE
     engine.train_step([(tokens[:, :-1], tokens[:, 1:])] * derived.accumulation_steps)
     engine.evaluate((tokens[:, :-1], tokens[:, 1:]))
 
+    fsdp = parallel.engine == "fsdp"
+
     def size(tensor: Any) -> int:
-        held = tensor.ds_tensor if engine.stage == 3 else tensor
+        held = tensor.to_local() if fsdp else tensor.ds_tensor if engine.stage == 3 else tensor
         return held.numel() * held.element_size()
 
     tensors = list(logical_tensors(engine.module))
-    flat = [tensor for members in engine._state.flat_parameters().values() for tensor in members]
+    parameters = engine.optimizer_parameters() if fsdp else engine._state.flat_parameters()
+    flat = [tensor for members in parameters.values() for tensor in members]
     moments = [engine._adam.state[tensor][name] for tensor in flat for name in ("exp_avg", "exp_avg_sq")]
-    masters = [] if engine.stage == 0 else flat
+    masters = [] if fsdp or engine.stage == 0 else flat
     for weight in engine._sparse:
         if weight.resident_transpose:
             weight.transpose()
@@ -54,23 +63,44 @@ def weigh(path: str, adapters: bool) -> dict[str, int]:
         "metadata": sum(size(tensor.tensor) for tensor in tensors if not tensor.trained),
         "transposes": sum(t.numel() * t.element_size() for w in engine._sparse for t in w._transpose or ()),
         "optimizer": sum(t.numel() * t.element_size() for t in [*moments, *masters]),
+        "stage": groups.position.pipeline,
     }
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_promised_bytes_are_there(stage: int, precision: str, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "parallel"),
+    [
+        ("fp32", {"zero_stage": 0}),
+        ("bf16", {"zero_stage": 1}),
+        ("fp32", {"zero_stage": 2}),
+        ("bf16", {"zero_stage": 3}),
+        ("bf16", {"zero_stage": 1, "tensor": 2}),
+        ("fp32", {"zero_stage": 0, "pipeline": 2}),
+        ("bf16", {"zero_stage": 1, "pipeline": 2}),
+        ("bf16", {"engine": "fsdp"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}-{v}" for k, v in value.items()),
+)
+def test_promised_bytes_are_there(precision: str, parallel: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
+    # A vocabulary that does not divide over tensor ranks, and is padded.
     path = write_config(
-        tmp_path, corpus, precision=precision, parallel__zero_stage=stage, sparsity__column_mask_interval=2
+        tmp_path,
+        corpus,
+        model__vocab_size=VOCAB_SIZE + 8,
+        precision=precision,
+        parallel={"zero3_persistence_threshold": 0} | parallel,
+        sparsity__column_mask_interval=2,
     )
     config = load_config(path)
     for adapters in (False, True):
-        state, _ = count_state(config, derive(config, 2), adapters=adapters)
+        count = count_state(config, derive(config, 2), adapters=adapters)
         for found in run_ranks(weigh, 2, str(path), adapters):
+            state = count.states[found.pop("stage")]
             for name, size in found.items():
                 # Shares are padded to equal sizes.
                 assert 0 <= size - getattr(state, name) <= 0.01 * size, name
-    assert state.metadata > 0
-    assert (state.transposes > 0) == (stage == 0)
+            assert state.metadata > 0
+            assert (state.transposes > 0) == (parallel.get("zero_stage") == 0)
 
 
 def test_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +108,7 @@ def test_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         pytest.skip("with a GPU its memory counts, which cannot be set here")
     config = load_config(write_config(tmp_path, tmp_path, model__hidden_size=256, adapters__rank=256))
     derived = derive(config)
-    before, after = (count_state(config, derived, adapters=flag)[0] for flag in (False, True))
+    before, after = (count_state(config, derived, adapters=flag).heaviest for flag in (False, True))
     # What waits while the new engine is built: the old optimizer's state and the metadata, never trained again.
     switch = after.bytes + before.optimizer + before.metadata
 
@@ -108,6 +138,46 @@ def test_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
         refuse_what_will_not_fit(without, derive(without), ALONE)
 
 
+def fit(tmp_path: Path, ranks: int, **changes: Any) -> str:
+    """What a run of two billion parameters says of its GPU; empty where it names none."""
+    sizes = {"model__hidden_size": 4096, "model__ffn_size": 16384, "model__num_layers": 11}
+    path = write_config(tmp_path, tmp_path, precision="bf16", **{**sizes, "adapters__rank": 512} | changes)
+    config = load_config(path)
+    return "".join(fit_on_gpu(config, derive(config, ranks)))
+
+
+def test_a_gpu_that_is_named_is_compared_with(tmp_path: Path) -> None:
+    assert fit(tmp_path, 1) == ""
+    gpu = {"parallel": {"gpu": "a100-40gb", "zero_stage": 1}}
+    said = fit(tmp_path, 1, **gpu)
+    config = load_config(tmp_path / "config.json")
+    needs = needs_of(config, derive(config))
+    assert needs.switch is not None and needs.after is not None
+    # Each phase would fit by itself.
+    assert needs.after < GPU_MEMORY["a100-40gb"] < needs.switch
+    for part in (
+        "warning: does not fit, with 1 data rank, on a100-40gb with 37.25 GiB",
+        f"{size_text(needs.before)} of model state a rank before the adapters",
+        f"{size_text(needs.switch)} while they join",
+        f"{size_text(needs.after)} with them",
+        "activations and communication buffers come on top",
+        "2 data ranks (2 ranks in all) would fit",
+    ):
+        assert part in said
+    assert fit(tmp_path, 2, **gpu).startswith("fits on a100-40gb")
+    assert fit(tmp_path, 1, parallel={"gpu": "a100-80gb"}).startswith("fits on a100-80gb")
+    # What would fit is a whole layout, and one that the batch of 8 in micro-batches of 2 allows.
+    halves = {"parallel": gpu["parallel"] | {"tensor": 2}, "model__num_layers": 40}
+    assert "4 data ranks (8 ranks in all) would fit" in fit(tmp_path, 2, **halves)
+    huge = {"parallel": gpu["parallel"], "model__num_layers": 100}
+    assert "no number of data ranks would fit; raise parallel.tensor" in fit(tmp_path, 1, **huge)
+
+
+def test_without_adapters_there_is_no_switch(tmp_path: Path) -> None:
+    said = fit(tmp_path, 1, adapters__rank=0, parallel={"gpu": "a100-40gb"})
+    assert said.startswith("fits on a100-40gb") and "join" not in said
+
+
 def test_description_names_what_the_run_will_be(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, tmp_path / "nowhere"))
     text = "\n".join(describe(config, derive(config, 2)))
@@ -116,5 +186,46 @@ def test_description_names_what_the_run_will_be(tmp_path: Path) -> None:
     assert "ranks: 2 = tensor 1 x pipeline 1 x data 2" in text
     assert "adapters: rank 8 in the last 5 of 10 steps (from step 6)" in text
     assert str(tmp_path / "run") in text
+    assert "parameters; trained: " in text and "kept in pruned weights" in text
+    assert "deepspeed, ZeRO 1, fp32" in text and "sequence parallel" not in text
+    assert "backward weight: derived (auto: ZeRO 1 splits the optimizer state over the data ranks)" in text
+    assert "pipeline stages" not in text
     warning = corpus_warning(config)
     assert warning is not None and str(tmp_path / "nowhere") in warning
+
+
+def test_description_of_a_layout(tmp_path: Path) -> None:
+    parallel = {"tensor": 2, "pipeline": 2, "sequence_parallel": True, "zero_stage": 0}
+    config = load_config(write_config(tmp_path, tmp_path, model__num_layers=5, parallel=parallel))
+    derived = derive(config, 8)
+    text = "\n".join(describe(config, derived))
+    assert "ranks: 8 = tensor 2 x pipeline 2 x data 2; deepspeed, ZeRO 0, fp32 with sequence parallelism" in text
+    assert "pipeline stages: embedding + 2 layers, 3 layers + head" in text
+    assert "backward weight: resident (auto: at ZeRO 0 each rank holds the optimizer state of its share" in text
+    before, after = (count_state(config, derived, adapters=flag) for flag in (False, True))
+    stage = before.heaviest_stage
+    assert [state.bytes <= before.states[stage].bytes for state in before.states] == [True, True]
+    assert f"in pipeline stage {stage + 1}: {size_text(before.states[stage].bytes)} (weights " in text
+    assert f"model state a rank then: {size_text(max(state.bytes for state in after.states))}" in text
+    # The model is the same whatever its layout.
+    alone = load_config(write_config(tmp_path, tmp_path, model__num_layers=5))
+    assert describe(alone, derive(alone))[0] == text.splitlines()[0]
+
+
+def test_description_of_fsdp_names_no_zero_stage(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, tmp_path, parallel={"engine": "fsdp"}, precision="bf16"))
+    text = "\n".join(describe(config, derive(config, 2)))
+    assert "x data 2; fsdp, bf16" in text and "ZeRO" not in text
+    assert "backward weight: derived (auto: fsdp splits weights and optimizer state over the data ranks)" in text
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ([0, 10, 18, 26, 35], "embedding + 9 layers, 8, 8, 8 layers + head"),
+        ([0, 2, 4], "embedding + 1 layer, 1 layer + head"),
+        ([0, 6], "embedding + 4 layers + head"),
+    ],
+)
+def test_stages_in_words(bounds: list[int], said: str) -> None:
+    assert stages_text(bounds) == said

@@ -1,7 +1,7 @@
 """A run may go on in another precision: its fp32 truth is then the checkpoint's, to the last bit.
 
-What holds the truth is the master in bf16 and the weight itself in fp32. Both directions, into ZeRO 0, 1 and 3, with
-the adapters on; the checkpoints are of ZeRO 1.
+What holds the truth is the master in bf16 and the weight itself in fp32. Both directions, into ZeRO 0, 1 and 3 and
+FSDP, with the adapters on; the checkpoints are of ZeRO 1.
 
 Run: pytest tests/training/test_precision_change.py
 """
@@ -60,15 +60,20 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "stage"),
+    ("before", "after", "into"),
     # ZeRO 0 in bf16 is ZeRO 1.
-    [*(("bf16", "fp32", stage) for stage in (0, 1, 3)), *(("fp32", "bf16", stage) for stage in (1, 3))],
+    [
+        *(("bf16", "fp32", into) for into in ("zero 0", "zero 1", "zero 3", "fsdp")),
+        *(("fp32", "bf16", into) for into in ("zero 1", "zero 3", "fsdp")),
+    ],
 )
 def test_the_fp32_truth_crosses_a_change_of_precision(
-    before: str, after: str, stage: int, trained: Callable, corpus: Path, tmp_path: Path
+    before: str, after: str, into: str, trained: Callable, corpus: Path, tmp_path: Path
 ) -> None:
-    changes = {"precision": after, "parallel__zero_stage": stage, "training__steps": STEPS + 1}
-    path = write_config(tmp_path, corpus, **changes)
+    parallel: dict[str, Any] = {"engine": "fsdp"}
+    if into != "fsdp":
+        parallel = {"zero_stage": int(into.removeprefix("zero ")), "zero3_persistence_threshold": 0}
+    path = write_config(tmp_path, corpus, precision=after, parallel=parallel, training__steps=STEPS + 1)
     shutil.copytree(trained(before), tmp_path / "run")
     checkpoint = newest(tmp_path / "run")
     there = {kind: read_all(checkpoint, kind) for kind in (TRUTH[before], "exp_avg", "exp_avg_sq", "metadata")}

@@ -1,0 +1,81 @@
+"""Taking over a stored state, into whatever memory an engine keeps its own in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from slope_dist.engine.optimizer import AdamW
+from slope_dist.errors import UserError
+from slope_dist.layers import LogicalTensor
+from slope_dist.parallel import collectives
+from slope_dist.parallel.fragments import Fragment, StateSource
+from slope_dist.sparse import Pattern, SparseWeight, codec
+
+
+def index_patterns(tensors: Iterable[LogicalTensor], weights: Iterable[SparseWeight]) -> dict[str, Pattern]:
+    """The pattern that the packed indices of each sparse weight must follow, by logical name."""
+    patterns = {id(weight.indices): weight.pattern for weight in weights}
+    return {tensor.name: patterns[id(tensor.tensor)] for tensor in tensors if id(tensor.tensor) in patterns}
+
+
+@torch.no_grad()
+def load_fragments(
+    source: StateSource,
+    fragments: Iterable[Fragment],
+    patterns: Mapping[str, Pattern],
+    *,
+    keep: Collection[str] = (),
+) -> None:
+    """Write a stored state into an engine's live fragments, except derived ones. Collective over all ranks.
+
+    Args:
+        source: where it is; its run may have had another precision.
+        fragments: this rank's.
+        patterns: of `index_patterns`.
+        keep: names of tensors that stay as they are.
+
+    Raises:
+        UserError: on every rank, if on any a piece is missing or its metadata names no entries of the pattern.
+    """
+    with collectives.together():
+        for fragment in fragments:
+            if fragment.derived or fragment.name in keep:
+                continue
+            stored = _read(source, fragment)
+            if fragment.name in patterns:
+                try:
+                    codec.check(stored.view(1, -1), patterns[fragment.name])
+                except ValueError as error:
+                    raise UserError(f"the state to resume from holds bad metadata for {fragment.name}") from error
+            fragment.tensor.copy_(stored)
+
+
+def _read(source: StateSource, fragment: Fragment) -> Tensor:
+    """A fragment's state from a source whose run may have had another precision."""
+    kind = fragment.kind
+    # An fp32 model's weights are its masters: take the masters of a narrower run, and give its weights for them.
+    if kind == "weight" and source.has(fragment.name, "master"):
+        kind = "master"
+    elif kind == "master" and not source.has(fragment.name, "master"):
+        kind = "weight"
+    try:
+        return source.read(fragment.name, kind, fragment.rectangle, fragment.start, fragment.stop)
+    except KeyError as error:
+        raise UserError(f"the state to resume from lacks {kind} {fragment.name}: {error}") from error
+
+
+def saved_steps(adam: AdamW, parameters: Mapping[str, Sequence[Tensor]]) -> dict[str, int]:
+    """Adam's step counter of each group, which all of its `parameters` share."""
+    return {name: int(adam.state[members[0]]["step"]) for name, members in parameters.items()}
+
+
+@torch.no_grad()
+def load_steps(source: StateSource, adam: AdamW, parameters: Mapping[str, Sequence[Tensor]]) -> None:
+    """Set Adam's step counters of each group's `parameters`; those of a group the source does not know to 0."""
+    for name, members in parameters.items():
+        steps = source.scalars["optimizer_steps"].get(name, 0)
+        for member in members:
+            adam.state[member]["step"].fill_(steps)
