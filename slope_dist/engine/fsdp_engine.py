@@ -230,8 +230,8 @@ class FSDPEngine:
             torch.cuda.empty_cache()
 
     def _shard(self, tensor: LogicalTensor) -> RowShard:
-        live = cast(DTensor, tensor.tensor)
-        rows = live.detach().to_local()
+        live = tensor.tensor
+        rows = cast(DTensor, live.detach()).to_local()
         rank, ranks = dist.get_rank(self._groups.data), dist.get_world_size(self._groups.data)
         # FSDP cuts as torch.chunk does: equal parts, of which the last ones may be short or empty.
         part = -(-live.shape[0] // ranks)
@@ -251,8 +251,9 @@ class FSDPEngine:
                 yield self._fragment(shard, "metadata", flat)
                 continue
             state = self._adam.state[shard.rows]
-            for kind in ("exp_avg", "exp_avg_sq"):
-                yield self._fragment(shard, cast(Kind, kind), state[kind].view(-1)[: stop - start])
+            moments: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+            for kind in moments:
+                yield self._fragment(shard, kind, state[kind].view(-1)[: stop - start])
             if self._dtype == torch.float32:
                 yield self._fragment(shard, "weight", flat)
             else:

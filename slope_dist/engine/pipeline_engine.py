@@ -65,8 +65,7 @@ class PipelineEngine(DeepSpeedEngine):
         """All micro-batches through all stages, and one guarded update."""
         scale_before = self._loss_scale()
         loss = self._engine.train_batch(iter(micro_batches))
-        # It keeps every time it has taken until somebody asks, which nobody does.
-        self._engine.timers(_TIMER).reset()
+        self._forget()
         self._values_changed()
         return StepResult(float(loss), float(self._engine.get_global_grad_norm()), self._skip(scale_before))
 
@@ -75,6 +74,7 @@ class PipelineEngine(DeepSpeedEngine):
         """Mean loss of the batch, the same on every rank of the replica: fp32 scalar, NaN where no label counts."""
         # DeepSpeed's own mean over data ranks would let one whose labels are all ignored spoil the others.
         losses = self._engine.eval_batch(iter([batch]), reduce_output=None, bcast_loss=False, num_micro_batches=1)
+        self._forget()
         last = self._groups.layout.pipeline - 1
         position = self._groups.position
         loss = torch.zeros((), device=self._engine.device)
@@ -86,9 +86,21 @@ class PipelineEngine(DeepSpeedEngine):
 
     def close(self) -> None:
         """Release parameters, optimizer, hooks and process groups."""
-        stage = self._engine.module
+        groups = self._engine.module.made_groups()
         super().close()
-        stage.release_groups()
+        for group in groups:
+            dist.destroy_process_group(group)
+
+    def _forget(self) -> None:
+        """Drop what DeepSpeed leaves behind: times that nobody asks for, and on the last stage its logits.
+
+        These have a graph, by whose hooks, out of sight of the garbage collector, they keep the engine alive.
+        """
+        engine = self._engine
+        engine.timers(_TIMER).reset()
+        engine.loss = None
+        for slots in engine.pipe_buffers.values():
+            slots[:] = [None] * len(slots)
 
     def _unit(self, groups: Groups) -> None:
         """DeepSpeed takes the groups of a pipeline from its module."""

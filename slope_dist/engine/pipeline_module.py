@@ -127,13 +127,12 @@ class StageModule(PipelineModule):
             pairs.append((_TiedGradient(gradient), group))
         return pairs
 
-    def release_groups(self) -> None:
-        """Give back the process groups that DeepSpeed has made for this module."""
+    def made_groups(self) -> list[dist.ProcessGroup]:
+        """The process groups of this rank that DeepSpeed has made for this module alone."""
         grid = self._grid
         groups = [self.world_group, grid.ds_model_proc_group, grid.dp_proc_group, grid.pp_proc_group]
         groups += [grid.slice_proc_group, *(tied["group"] for tied in self.tied_comms.values())]
-        for group in groups:
-            dist.destroy_process_group(group)
+        return groups
 
     def _partition_layers(self, method: str = "") -> None:
         stage = self._topo.get_coord(self.global_rank).pipe

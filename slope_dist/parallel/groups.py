@@ -68,15 +68,6 @@ def start(layout: Layout) -> Groups:
     )
 
 
-def stop() -> None:
-    """Release Megatron-core's groups, if there are any, before the default group goes."""
-    import sys
-
-    # Not imported means not started.
-    if "megatron.core.parallel_state" in sys.modules:
-        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
-
-
 class ModelParallelUnit:
     """What DeepSpeed calls an mpu: Megatron-core's groups under the names it asks for. For tensor ranks only."""
 

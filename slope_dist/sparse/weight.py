@@ -89,9 +89,7 @@ class SparseWeight(Weight):
         """[..., I] -> [..., O] over W^R; backward over W^{R,C}."""
         values = self.values if use is None else use(self.values)
         transpose = self.transpose() if self.resident_transpose and torch.is_grad_enabled() else None
-        return sparse_product(
-            x, values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
-        )
+        return sparse_product(x, values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose)
 
     def matrix(self) -> CompressedMatrix:
         """The weight as plain data, sharing memory: for cutting, joining, expanding."""

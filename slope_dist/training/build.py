@@ -116,6 +116,7 @@ def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: 
     if config.parallel.engine == "fsdp":
         from slope_dist.engine.fsdp_engine import FSDPEngine
 
+        assert config.precision != "fp16", "refused by the schema"
         return FSDPEngine(
             partial(build, config, factory),
             groups,

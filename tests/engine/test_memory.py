@@ -21,6 +21,7 @@ from torch import Tensor
 
 from slope_dist.config import derive, load_config
 from slope_dist.layers import logical_tensors
+from slope_dist.parallel.layout import Layout
 from slope_dist.sparse import SparseWeight
 from tests.distributed import run_ranks
 from tests.models.test_memory import SHAPE, StorageLog, live_tensors, of_pruned_size, pruned_sizes
@@ -41,11 +42,13 @@ class Training:
     """An engine, and what it may keep between steps."""
 
     def __init__(self, path: str) -> None:
+        from slope_dist.parallel.groups import start
         from slope_dist.training.build import build_engine
 
         config = load_config(path)
-        derived = derive(config, torch.distributed.get_world_size())
-        self.engine: Any = build_engine(config, derived, adapters=False)
+        ranks = torch.distributed.get_world_size()
+        derived = derive(config, ranks)
+        self.engine: Any = build_engine(config, derived, start(Layout(data=ranks)), adapters=False)
         self.engine.set_learning_rates({"base": config.training.learning_rate})
         self.micro_batches = derived.accumulation_steps
         self.shape = (config.training.micro_batch_size, SHAPE.sequence_length + 1)

@@ -19,196 +19,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slope_dist.config import deepspeed_dict, derive, load_config
+from slope_dist.config import derive, load_config
 from slope_dist.data.sampling import IGNORED_LABEL
-from slope_dist.engine.optimizer import OptimizerSettings, parameter_groups
-from slope_dist.layers import Linear, NextTokenLoss, logical_tensors
-from slope_dist.models import family
-from slope_dist.parallel.environment import discover
-from slope_dist.parallel.fragments import MemorySource
-from slope_dist.parallel.groups import start as start_groups
+from slope_dist.layers import NextTokenLoss, logical_tensors
 from slope_dist.parallel.layout import Layout
-from slope_dist.sparse import SparseWeight
-from slope_dist.training.build import build, build_engine, layer_factory, model_shape, stages
-from tests.distributed import end_ranks, run_ranks
+from slope_dist.training.build import build, layer_factory
+from tests.distributed import run_ranks
+from tests.engine.pipelines import (
+    EXACT,
+    FP16,
+    PP2,
+    SEQUENCE,
+    SMALL,
+    TP2,
+    assert_same_run,
+    assert_same_run_rounded,
+    assert_same_samples,
+    assert_tied,
+    batches_of,
+    engine_of,
+    maker_of_runs,
+    plain_groups,
+    relative,
+)
 from tests.runs import (
     FIRST_ADAPTER_STEP,
-    SECTIONS,
     STEPS,
-    VOCAB_SIZE,
     Poison,
     newest,
     read_all,
-    same_bits,
     state_hash,
     step_rows,
     train,
     watch_engines,
     write_config,
 )
-
-EXACT = 1e-5
-"""Relative bound in fp32: ten steps of rounding in another order of summation."""
-
-NORM = 1e-4
-"""Of gradient norms, which a ReLU or a column mask that rounding tips over would move by more."""
-
-BF16 = 2.0**-8
-"""Relative spacing of bf16: what one rounding of a weight to the other side changes."""
-
-TABLE = "decoder.embed_tokens.weight"
-GLOBAL_BATCH = SECTIONS["training"]["global_batch_size"]
-
-# With this seed no unit of a ReLU is so near its kink that the rounding of one layout puts it on the other side.
-SMALL: dict[str, Any] = {"model__num_layers": 3, "run__seed": 1}
-PP2: dict[str, Any] = {"parallel__pipeline": 2}
-TP2: dict[str, Any] = {"parallel__tensor": 2}
-SEQUENCE: dict[str, Any] = {"parallel__sequence_parallel": True}
-FP16: dict[str, Any] = {"precision": "fp16", "loss_scale__initial_power": 3, "loss_scale__window": 1000}
-
-
-def allow_fp16() -> None:
-    """Give DeepSpeed a CPU that says it can do fp16; torch's can."""
-    from deepspeed.accelerator import set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    class Willing(CPU_Accelerator):
-        def is_fp16_supported(self) -> bool:
-            return True
-
-    set_accelerator(Willing())
-
-
-def observed_run(config: str) -> dict[str, Any]:
-    """Train; returns what this rank read, held and cut."""
-    from slope_dist.training.trainer import Trainer
-
-    loaded = load_config(config)
-    if loaded.precision == "fp16":
-        allow_fp16()
-    parts: list[list[int]] = []
-    sparse: set[str] = set()
-    tables: list[Tensor] = []
-    process_groups: list[int] = []
-
-    def watch(event: str, engine: Any, _: Any) -> None:
-        if event == "built":
-            parts.append(list(getattr(engine.module, "parts", [])))
-            process_groups.append(len(dist.distributed_c10d._world.pg_map))
-            linears = [module for module in engine.module.modules() if isinstance(module, Linear)]
-            sparse.update(linear.name for linear in linears if isinstance(linear.weight, SparseWeight))
-        if event == "before close":
-            tables[:] = [t.tensor.detach().clone() for t in engine._state.tensors if t.name == TABLE]
-
-    watch_engines(watch)
-    trainer = Trainer(loaded, discover())
-    batch = trainer.reader.batch
-    samples: list[list[int]] = []
-
-    def recorded(step: int, positions: Any) -> Any:
-        made = batch(step, positions)
-        samples.append([step, *made.samples.tolist()])
-        return made
-
-    trainer.reader.batch = recorded  # type: ignore[method-assign]
-    trainer.run()
-    return {
-        "samples": samples,
-        "parts": parts,
-        "sparse": sorted(sparse),
-        "table": tables[0] if tables else None,
-        "process groups": process_groups,
-        "expected parts": stages(loaded, trainer.derived),
-    }
+from tests.training.test_finite_check import allow_fp16
 
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Any]]]:
-    """Make a run once for all tests that ask for it; returns its folder and what its ranks saw."""
-    made: dict[str, tuple[Path, list[Any]]] = {}
-
-    def make(ranks: int, **changes: Any) -> tuple[Path, list[Any]]:
-        key = f"{ranks} {sorted(changes.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("run")
-            path = write_config(folder, corpus, **SMALL | changes)
-            made[key] = (folder / "run", run_ranks(observed_run, ranks, str(path)))
-        return made[key]
-
-    return make
-
-
-def relative(a: float, b: float) -> float:
-    return abs(a - b) / abs(b)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    difference = float((a.double() - b.double()).norm())
-    return difference / float(b.double().norm()) if difference else 0.0
-
-
-def far(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> dict[str, float]:
-    """Tensors further than `bound` from what they should be, but for key biases, whose gradients are rounding."""
-    assert found.keys() == expected.keys()
-    distances = {name: distance(found[name], expected[name]) for name in expected if not name.endswith("k_proj.bias")}
-    return {name: value for name, value in distances.items() if not value <= bound}
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    """In fp32."""
-    assert_same_rows(found, expected, EXACT, NORM)
-    assert far(read_all(newest(found), "weight"), read_all(newest(expected), "weight"), EXACT) == {}
-    assert_same_masks(found, expected)
-
-
-def assert_same_run_rounded(found: Path, expected: Path) -> None:
-    """In bf16 or fp16: each layout rounds the sums of gradients that it makes itself."""
-    assert_same_rows(found, expected, 1e-4, BF16)
-    weights, masters = (read_all(newest(found), kind) for kind in ("weight", "master"))
-    assert all(torch.equal(weights[name], masters[name].to(weights[name].dtype)) for name in masters)
-    others = read_all(newest(expected), "master")
-    assert masters.keys() == others.keys()
-    # All together: Adam magnifies the rounding of what has hardly any gradient.
-    assert distance(*(torch.cat([group[name].view(-1) for name in others]) for group in (masters, others))) <= BF16 / 4
-    assert distance(masters[TABLE], others[TABLE]) <= BF16
-    assert_same_masks(found, expected)
-
-
-def assert_same_rows(found: Path, expected: Path, bound: float, norm_bound: float) -> None:
-    for mine, other in zip(step_rows(found), step_rows(expected), strict=True):
-        assert (mine["step"], mine["lr"], mine["phase"]) == (other["step"], other["lr"], other["phase"])
-        assert relative(mine["loss"], other["loss"]) <= bound, mine
-        assert relative(mine["grad_norm"], other["grad_norm"]) <= norm_bound, mine
-        assert mine["grad_norm"] > 1.2 * SECTIONS["training"]["gradient_clipping"], "clipping is meant to be active"
-
-
-def assert_same_masks(found: Path, expected: Path) -> None:
-    """And step counters."""
-    mine, other = newest(found), newest(expected)
-    masks = read_all(other, "metadata")
-    assert read_all(mine, "metadata").keys() == masks.keys()
-    assert all(torch.equal(tensor, masks[name]) for name, tensor in read_all(mine, "metadata").items())
-    assert mine.scalars["optimizer_steps"] == other.scalars["optimizer_steps"]
-
-
-def assert_same_samples(ranks: list[Any], layout: Layout) -> None:
-    """Each replica's ranks read the same; the replicas together, the global batch."""
-    replicas: dict[int, list[list[int]]] = {}
-    for rank, seen in enumerate(ranks):
-        assert replicas.setdefault(layout.position(rank).data, seen["samples"]) == seen["samples"]
-    assert len(replicas) == layout.data
-    for step in range(1, STEPS + 1):
-        read = [sample for rows in replicas.values() for at, *samples in rows if at == step for sample in samples]
-        assert sorted(read) == list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
-
-
-def assert_tied(ranks: list[Any], layout: Layout) -> None:
-    """The first stage's table and the last one's copy are the same bits; stages between have none."""
-    first = ranks[: layout.tensor * layout.data]
-    last = ranks[-len(first) :]
-    for seen, copy in zip(first, last, strict=True):
-        assert same_bits(seen["table"], copy["table"])
-    assert all(seen["table"] is None for seen in ranks[len(first) : -len(first)])
+    return maker_of_runs(corpus, tmp_path_factory)
 
 
 CASES = [
@@ -255,31 +106,6 @@ def test_later_stages_blocks_are_all_sparse(run: Callable) -> None:
     assert len(last["sparse"]) == 2 * 6
 
 
-def test_recomputing_blocks_changes_no_bit(run: Callable) -> None:
-    kept, _ = run(2, **PP2, parallel__zero_stage=0)
-    again, _ = run(2, **PP2, parallel__zero_stage=0, training__recompute="blocks")
-    assert [row["loss"] for row in step_rows(again)] == [row["loss"] for row in step_rows(kept)]
-
-
-def forwards_of_a_step(config: str) -> dict[str, int]:
-    """Train a step; how often layers of each kind ran forwards on this rank."""
-    engine, _, _ = engine_of(config)
-    counts: dict[str, int] = {}
-    for layer in engine.module.forward_funcs:
-        name = type(layer).__name__
-        layer.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
-    engine.train_step(batches_of(4))
-    return counts
-
-
-@pytest.mark.parametrize(("recompute", "times"), [("none", 1), ("blocks", 2)])
-def test_only_blocks_are_recomputed(recompute: str, times: int, corpus: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path, corpus, **SMALL, **PP2, training__recompute=recompute)
-    first, last = run_ranks(forwards_of_a_step, 2, str(path))
-    assert first == {"OPTEmbedding": 4, "OPTBlock": 4 * times}
-    assert last == {"OPTBlock": 2 * 4 * times, "OPTHead": 4}
-
-
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [(Layout(pipeline=2, data=2), {}), (Layout(pipeline=2, tensor=2), SEQUENCE)],
@@ -305,16 +131,6 @@ def test_narrow_gradients_of_both_tables_are_summed(precision: str, gradient_dty
     assert_same_run_rounded(found, expected)
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_tied_tables_stay_equal_with_many_data_ranks(stage: int, run: Callable) -> None:
-    """Sums of more than two terms depend on their order."""
-    changes = {"training__global_batch_size": 16, "parallel__zero_stage": stage}
-    expected, _ = run(1, **changes)
-    found, ranks = run(8, **PP2, **changes)
-    assert_tied(ranks, Layout(pipeline=2, data=4))
-    assert_same_run(found, expected)
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"parallel__zero_stage": 0}, {"parallel__zero_stage": 1}, {"precision": "bf16", "parallel__zero_stage": 1}],
@@ -329,13 +145,6 @@ def test_stage_without_a_sparse_layer(dense: int, changes: dict[str, Any], run: 
     assert [bool(seen["sparse"]) for seen in ranks] == [dense != 0, dense == 0]
     (assert_same_run_rounded if "precision" in changes else assert_same_run)(found, expected)
     assert newest(found).scalars["optimizer_steps"]["adapters"] == STEPS - FIRST_ADAPTER_STEP + 1
-
-
-def test_switch_gives_its_process_groups_back(run: Callable) -> None:
-    _, ranks = run(8, **PP2, **TP2, **SEQUENCE, parallel__zero_stage=1)
-    for seen in ranks:
-        before, after = seen["process groups"]
-        assert after == before
 
 
 def cut_off(run_folder: Path, last: int) -> None:
@@ -461,23 +270,6 @@ def test_overflow_above_the_smallest_scale_is_the_scalers_affair(corpus: Path, t
     assert newest(tmp_path / "run").scalars["loss_scale"]["cur_scale"] == 2.0
 
 
-def engine_of(config: str, adapters: bool = False) -> tuple[Any, Any, Any]:
-    """The engine of a config on the ranks that are there, its groups and the config."""
-    loaded = load_config(config)
-    derived = derive(loaded, dist.get_world_size())
-    groups = start_groups(Layout(loaded.parallel.tensor, derived.data_ranks, loaded.parallel.pipeline))
-    engine = build_engine(loaded, derived, groups, adapters=adapters)
-    engine.set_learning_rates({"base": 0.01, "adapters": 0.01})
-    return engine, groups, loaded
-
-
-def batches_of(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Micro-batches of random tokens."""
-    draw = torch.Generator().manual_seed(seed)
-    windows = torch.randint(VOCAB_SIZE, (count, 2, 17), generator=draw)
-    return [(window[:, :-1], window[:, 1:]) for window in windows]
-
-
 def evaluations(config: str) -> dict[str, Any]:
     """Losses of three batches; of the second, half of the labels are ignored on data rank 0 and all on data rank 1."""
     engine, groups, _ = engine_of(config)
@@ -499,8 +291,6 @@ def test_evaluation_is_each_replicas_own(changes: dict[str, Any], corpus: Path, 
     layout = Layout(tensor=changes.get("parallel__tensor", 1), data=2, pipeline=2)
     path = write_config(tmp_path, corpus, **SMALL, **PP2, **changes, parallel__zero_stage=0)
     ranks = run_ranks(evaluations, layout.world_size, str(path))
-    alone, [(_, first_labels), (_, labels), _] = evaluation_batches(0), evaluation_batches(1)
-    assert not (first_labels == IGNORED_LABEL).any() and (labels == IGNORED_LABEL).all()
     # The first batch is evaluated after one step: held against the model in plain torch.
     config = load_config(str(path))
     model = build(config, layer_factory(config, derive(config, 4), adapters=False))
@@ -515,88 +305,3 @@ def test_evaluation_is_each_replicas_own(changes: dict[str, Any], corpus: Path, 
         expected = float(model(*evaluation_batches(data)[0]))
         assert relative(seen["losses"][0], expected) <= EXACT
         assert seen["losses"][2] == ranks[layout.tensor * data]["losses"][2]
-    assert len(alone) == 3
-
-
-def plain_groups(tensors: list[Any]) -> list[dict[str, Any]]:
-    settings = OptimizerSettings((0.9, 0.95), 1e-5, 0.1, 0.1, 0.0)
-    return [
-        {key: value for key, value in group.items() if key != "name"} for group in parameter_groups(tensors, settings)
-    ]
-
-
-def build_and_say_nothing(config: str) -> None:
-    """Build an engine, train a step, evaluate."""
-    engine, _, _ = engine_of(config)
-    engine.train_step(batches_of(4))
-    engine.evaluate(batches_of(1)[0])
-    engine.close()
-
-
-def test_nothing_is_printed(corpus: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path, corpus, **SMALL, **PP2)
-    for outcome in end_ranks(build_and_say_nothing, 2, str(path)):
-        assert (outcome.code, outcome.output, outcome.errors) == (0, "", "")
-
-
-class UntiedHead(nn.Module):
-    """A head with a table of its own."""
-
-    def __init__(self, make: Any, shape: Any) -> None:
-        super().__init__()
-        self.norm = make.layer_norm("final_norm", shape.hidden_size)
-        self.logits = make.linear("lm_head", shape.hidden_size, shape.vocab_size, split="whole", std=0.02, bias=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.logits(self.norm(hidden))
-
-
-def untied_run(config: str) -> dict[str, Any]:
-    """Three steps of a model whose head has its own table; the same in plain torch on this rank."""
-    from slope_dist.engine.pipeline_engine import PipelineEngine
-
-    loaded = load_config(config)
-    derived = derive(loaded, dist.get_world_size())
-    groups = start_groups(Layout(1, derived.data_ranks, 2))
-    shape = model_shape(loaded)
-
-    def builders() -> list[Callable[[], nn.Module]]:
-        make = layer_factory(loaded, derived, adapters=False)
-        make.dense_layers["lm_head"] = "the head"
-        return [*family("opt").layers(make, shape)[:-1], lambda: UntiedHead(make, shape)]
-
-    numbers = OptimizerSettings((0.9, 0.95), 1e-5, 0.1, 0.1, 0.5)
-    settings = deepspeed_dict(loaded, micro_batch_size=2, accumulation_steps=4, data_ranks=derived.data_ranks)
-    engine = PipelineEngine(
-        builders(), NextTokenLoss(), [0, 3, 5], groups, settings, numbers, column_mask_interval=1, recompute=False
-    )
-    engine.set_learning_rates({"base": 0.01})
-    model = nn.Sequential(*(builder() for builder in builders()))
-    optimizer = torch.optim.AdamW(plain_groups(list(logical_tensors(model))), lr=0.01, betas=(0.9, 0.95), eps=1e-5)
-    rows = []
-    for step in range(3):
-        result = engine.train_step(batches_of(4, seed=step))
-        losses = [NextTokenLoss()(model(tokens), labels) / 4 for tokens, labels in batches_of(4, seed=step)]
-        sum(losses).backward()  # type: ignore[union-attr]
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        rows.append([result.loss, float(sum(losses)), result.grad_norm, float(norm)])
-    source = MemorySource.take(*engine.export_state())
-    expected = {tensor.name: tensor.tensor.detach() for tensor in logical_tensors(model)}
-    held = {name for name, kind in source.pieces if kind == "weight"}
-    found = {name: torch.cat([piece.tensor for piece in source.pieces[name, "weight"]]) for name in held}
-    return {"rows": rows, "found": found, "expected": {name: expected[name].flatten() for name in held}}
-
-
-@pytest.mark.parametrize("stage", [0, 1])
-def test_head_with_its_own_table(stage: int, corpus: Path, tmp_path: Path) -> None:
-    path = write_config(tmp_path, corpus, **SMALL, **PP2, parallel__zero_stage=stage)
-    first, last = run_ranks(untied_run, 2, str(path))
-    assert first["rows"] == last["rows"]
-    for loss, expected_loss, norm, expected_norm in first["rows"]:
-        assert relative(loss, expected_loss) <= EXACT
-        assert relative(norm, expected_norm) <= NORM
-    assert TABLE in first["found"] and TABLE not in last["found"] and "lm_head.weight.values" in last["found"]
-    for seen in (first, last):
-        assert far(seen["found"], seen["expected"], EXACT) == {}
