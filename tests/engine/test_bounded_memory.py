@@ -64,7 +64,7 @@ class WholeLog(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.phase = "start"
+        self.phase = "between"
         self.shares: set[int] = set()
         self._numbers: dict[int, tuple[StorageWeakRef, int]] = {}
         self._made = 0
@@ -182,6 +182,7 @@ def watched_run(path: str, spoil: str | None = None) -> dict[str, Any]:
             result = function(*arguments, **keywords)
             log.sample()
             log.phase = before
+            log.sample()
             return result
 
         return wrapped
@@ -241,7 +242,7 @@ def test_no_rank_ever_holds_two_blocks_whole(name: str, corpus: Path, tmp_path: 
     for rank in run_ranks(watched_run, ranks, str(path)):
         peaks, block = rank["peaks"], rank["blocks"]["adapters"]
         assert set(peaks) == {
-            "start",
+            "between",
             *(f"{what} {phase}" for what in ("build", "train") for phase in ("sparse", "adapters")),
             *("load", "evaluate", "save", "end"),
         }
@@ -250,7 +251,8 @@ def test_no_rank_ever_holds_two_blocks_whole(name: str, corpus: Path, tmp_path: 
         for moving in ("build", "train"):
             assert peaks[f"{moving} sparse"] > block / 2, "the watch has seen blocks"
         # What goes to disk, or comes from it, is what the rank owns; nothing outlives the engine that gathered it.
-        assert peaks["save"] == peaks["load"] == peaks["end"] == 0
+        # (A table of 256 bytes by which metadata is read is made once, in the build.)
+        assert all(peaks[phase] <= 256 for phase in ("save", "load", "between", "end")), peaks
 
 
 @pytest.mark.parametrize(("spoil", "phase"), [("no prepare", "build sparse"), ("gather far ahead", "train sparse")])
@@ -260,8 +262,8 @@ def test_the_watch_would_see_more_than_two_blocks(spoil: str, phase: str, corpus
         assert rank["peaks"][phase] > 2.5 * rank["blocks"]["sparse"], rank
 
 
-def kept_state(path: str) -> dict[str, int]:
-    """Two steps; bytes of this rank between steps: by kind of state, and of all that is alive."""
+def engine_of(path: str) -> Any:
+    """An engine of data ranks, and its micro-batches of one step."""
     from slope_dist.config import derive
     from slope_dist.parallel.groups import start
     from slope_dist.parallel.layout import Layout
@@ -270,14 +272,42 @@ def kept_state(path: str) -> dict[str, int]:
     config = load_config(path)
     ranks = torch.distributed.get_world_size()
     derived = derive(config, ranks)
+    engine: Any = build_engine(config, derived, start(Layout(data=ranks)), adapters=False)
+    tokens = torch.arange(derived.accumulation_steps * 3).view(-1, 1, 3)
+    return engine, [(window[:, :-1], window[:, 1:]) for window in tokens]
+
+
+def closed_engine(path: str) -> dict[str, int]:
+    """Most whole bytes before and after an engine is closed that keeps small tensors whole."""
+    log = WholeLog()
+    with log:
+        engine, micro_batches = engine_of(path)
+        for phase in ("warm", "warm", "open"):
+            log.phase = phase
+            engine.train_step(micro_batches)
+            log.share(shares_of(engine))
+        engine.close()
+        log.phase = "closed"
+        log.sample()
+    return log.peaks()
+
+
+def test_a_closed_engine_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = write_config(tmp_path, tmp_path, **CHANGES | {"parallel__zero3_persistence_threshold": 10**6})
+    for peaks in run_ranks(closed_engine, 2, str(path)):
+        # The whole model: every tensor is small enough to be kept.
+        assert peaks["open"] > 10 * 2**20
+        assert peaks["closed"] <= 256
+
+
+def kept_state(path: str) -> dict[str, int]:
+    """Two steps; bytes of this rank between steps: by kind of state, and of all that is alive."""
     log = EverythingLog()
     with log:
-        engine: Any = build_engine(config, derived, start(Layout(data=ranks)), adapters=False)
-        tokens = torch.arange(derived.accumulation_steps * 3).view(-1, 1, 3)
+        engine, micro_batches = engine_of(path)
         for step in (1, 2):
             engine.begin_step(step)
-            result = engine.train_step([(window[:, :-1], window[:, 1:]) for window in tokens])
-            assert result.skipped is None
+            assert engine.train_step(micro_batches).skipped is None
     optimizer = engine._engine.optimizer
     truths = [truth for group in engine._state.flat_parameters().values() for truth in group]
     metadata = {id(parameter.ds_tensor) for parameter in engine.module.parameters() if not parameter.requires_grad}

@@ -171,6 +171,8 @@ def watched_phases(path: str, keep_whole: bool = False) -> dict[str, Any]:
         with watch.during("step"):
             training.step()
         assert abs(watch.live_bytes() - state) < LOOSE, f"a step leaves {watch.live_bytes() - state} bytes behind"
+        if keep_whole:
+            return {"blocks": watch.blocks, "bytes": watch.bytes, "state": state, "block": training.block_bytes()}
         with watch.during("refresh"):
             engine.begin_step(3)
         with watch.during("evaluate"):
@@ -230,7 +232,7 @@ def test_no_more_than_two_blocks_are_ever_whole(ranks: int, changes: dict[str, A
     # One in use, one on its way. Neither saving nor loading gathers.
     most = {"first step": 2, "step": 2, "step with adapters": 2, "evaluate": 2, "refresh": 1, "save": 0, "load": 0}
     for seen in (shallow, deep):
-        assert {phase: min(seen["blocks"][phase], count) for phase, count in most.items()} == seen["blocks"]
+        assert {phase: seen["blocks"][phase] for phase in most if seen["blocks"][phase] > most[phase]} == {}
         assert seen["blocks"]["step"] == 2 and seen["blocks"]["evaluate"] >= 1 and seen["blocks"]["refresh"] == 1
     for phase in ("refresh", "evaluate", "load"):
         assert growth(shallow, deep, phase) < 0.02, phase
@@ -240,6 +242,9 @@ def test_no_more_than_two_blocks_are_ever_whole(ranks: int, changes: dict[str, A
         assert 0 < growth(shallow, deep, phase) < sharded + 0.1, phase
     # In bf16 a save makes this rank's weights of its masters: half as large as those.
     assert growth(shallow, deep, "save") < (0.55 * sharded if changes.get("precision") == "bf16" else 0.02)
+    if data_ranks == 4:
+        # All that is whole while the model is made is less than the moments that follow, and gone by then.
+        assert deep["bytes"]["build"] < deep["state"] + LOOSE
     # At the switch the old state waits while the new one is built.
     old = (deep["state"] - shallow["state"]) / shallow["block"] / (DEPTHS[1] - DEPTHS[0])
     assert growth(shallow, deep, "switch", "state after") < old + 0.02
