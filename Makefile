@@ -1,6 +1,6 @@
 # make pretrain   train the small model of configs/tiny.json from nothing to a perplexity and a picture
 # make test       the test suite
-# make test-layouts   every layout up to four ranks against one process; goes on where it was stopped
+# make test-layouts   many layouts of up to eight ranks against one process; goes on where it was stopped
 # make check      lint, format, types
 PYTHON ?= python3
 VENV := .venv

@@ -191,9 +191,10 @@ def step_bytes(config: Config, groups: Groups) -> dict[str, int]:
     counted = found[_WARM_STEPS:]
     if any(other != counted[0] for other in counted):
         raise RuntimeError(f"steps send different amounts: {found}")
-    gradients = sum(tensor.tensor.numel() for tensor in _tensors_of(config) if tensor.trained)
+    width = 4 if "fp32" in (config.precision, config.parallel.gradient_dtype) else 2
+    gradients = width * sum(tensor.tensor.numel() for tensor in _tensors_of(config) if tensor.trained)
     if counted[0][REDUCED] < gradients:
-        raise RuntimeError(f"{counted[0][REDUCED]} bytes were reduced, too few for {gradients} gradients")
+        raise RuntimeError(f"{counted[0][REDUCED]} bytes were reduced, too few for {gradients} bytes of gradients")
     return counted[0]
 
 
@@ -281,17 +282,21 @@ def measure(chosen: Sequence[Case], size: Size) -> list[dict[str, Any]]:
 
 def _wait(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
     """Until all have ended; the first that fails, or the time that is up, ends the others."""
-    deadline = time.monotonic() + _TIMEOUT
+    deadline, late = time.monotonic() + _TIMEOUT, False
     try:
         while any(process.poll() is None for process in running):
             failed = [rank for rank, process in enumerate(running) if process.poll()]
-            if failed or time.monotonic() > deadline:
+            late = time.monotonic() > deadline
+            if failed or late:
                 break
             time.sleep(0.05)
     finally:
         for process in running:
             process.kill()
         codes = [process.wait() for process in running]
+    if late:
+        ends = "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(len(codes)))
+        raise RuntimeError(f"not done within {_TIMEOUT:.0f} s:\n{ends}")
     for rank, code in enumerate(codes):
         # Those that were ended here say nothing of the reason.
         if code > 0 or (code < 0 and not any(other > 0 for other in codes)):

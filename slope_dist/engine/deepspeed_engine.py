@@ -236,7 +236,6 @@ class DeepSpeedEngine:
         engine.module_forward_post_hook.remove()
         # ZeRO 3 hangs itself on every parameter, by ways that the garbage collector cannot follow, and keeps the
         # modules in a cache for ever: they must hold no memory. What crosses the adapter switch its fragments hold.
-        getattr(engine.module, "ds_inflight_param_registry", {}).clear()
         for parameter in engine.module.parameters():
             vars(parameter).clear()
             parameter.data = parameter.data.new_empty(0)

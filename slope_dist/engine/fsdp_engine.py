@@ -51,15 +51,15 @@ class RowShard:
     @property
     def range(self) -> tuple[int, int]:
         """Elements [start, stop) of the tensor's rectangle; rows that pad a vocabulary lie beyond it."""
-        size, row = rectangle_size(self.tensor.rectangle), self.rows[:1].numel()
+        size, row = rectangle_size(self.tensor.rectangle), self.rows.shape[1:].numel()
         return min(self.first_row * row, size), min(self.last_row * row, size)
 
 
 class LayerSharder:
-    """Shards a model's layers as they are made, so that never two are whole.
+    """Shards a model's layers as they are made, so that no two blocks are ever whole.
 
-    The first layer, and those that use one of its parameters, stay whole until `finish`: the engine's unit is a
-    parameter's, and cannot be closed before all users of the parameter are known.
+    The first layer, and those that use a parameter of it, stay whole until `finish`: they are one unit, so that the
+    parameter is gathered once for all who use it, and the last of them is not made before then.
 
     Args:
         mesh: the data ranks.

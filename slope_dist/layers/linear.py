@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slope_dist.parallel.regions import TensorPlace, leave_split, whole_parameter
+from slope_dist.parallel.regions import TensorPlace, leave_split, whole_parameter, whole_product
 from slope_dist.sparse import Weight
 
 Split = Literal["column", "row", "whole"]
@@ -41,16 +41,14 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], sizes of the shard."""
-        down = self.down if self.split == "row" else self._whole(self.down)
-        up = self.up if self.split == "column" else self._whole(self.up)
-        # Scaled between the factors: down has unit entries, and R of them summed could leave the range of fp16.
-        return functional.linear(functional.linear(x, down) * self.scale, up)
-
-    def _whole(self, factor: Tensor) -> Tensor:
         # Beside a layer that is not cut, ranks that hold the whole stream have the whole gradient each.
-        if self.split == "whole" and not self.place.sequence_parallel:
-            return factor
-        return whole_parameter(factor, self.place)
+        parts = self.split != "whole" or self.place.sequence_parallel
+        # Scaled between the factors: down has unit entries, and R of them summed could leave the range of fp16.
+        inner = self._product(x, self.down, summed=parts and self.split != "row") * self.scale
+        return self._product(inner, self.up, summed=parts and self.split != "column")
+
+    def _product(self, x: Tensor, factor: Tensor, *, summed: bool) -> Tensor:
+        return whole_product(x, factor, self.place) if summed else functional.linear(x, factor)
 
 
 class Linear(nn.Module):

@@ -192,13 +192,14 @@ class Peers:
         if self._line is not None:
             self._line.send({"kind": "part"})
         if self._hub is not None:
-            self._hub.join(_PARTING)
+            # One that never called will not say goodbye either.
+            self._hub.join(_PARTING if self._hub.all_called.is_set() else GRACE)
 
     def leave(self, code: int) -> int:
         """Let go of the process group after a failure; returns `code`, or ends the process with it."""
         self._code = code
         if dist.is_initialized():
-            if self._line is not None and dist.get_backend() == "nccl":
+            if dist.get_world_size() > 1 and dist.get_backend() == "nccl":
                 # A communicator with a dead rank cannot be destroyed, nor left to the interpreter's end: both wait.
                 self._end()
             dist.destroy_process_group()
@@ -340,9 +341,11 @@ class _Hub(threading.Thread):
                 for key, _ in selector.select(self._patience()):
                     assert isinstance(key.fileobj, socket.socket)
                     if key.fileobj is self._listener:
-                        connection, _ = self._listener.accept()
-                        self._lines[connection] = _Line(connection)
-                        selector.register(connection, selectors.EVENT_READ)
+                        # A caller that has gone already, or one too many, must not end the watch over the others.
+                        with contextlib.suppress(OSError):
+                            connection, _ = self._listener.accept()
+                            self._lines[connection] = _Line(connection)
+                            selector.register(connection, selectors.EVENT_READ)
                     elif not self._hear(key.fileobj):
                         selector.unregister(key.fileobj)
                         self._lines.pop(key.fileobj).socket.close()

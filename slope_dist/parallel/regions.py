@@ -7,7 +7,7 @@ each holds a part of the sequence, and the two all-reduces of a block become red
 | enter_split    | as is / all-gather         | all-reduce / reduce-scatter |
 | leave_split    | all-reduce / reduce-scatter | as is / all-gather         |
 | enter_stream   | as is / own part           | as is / all-gather         |
-| whole_parameter | as is                     | all-reduce                 |
+| whole_parameter, whole_product | as is      | all-reduce                 |
 
 Left: without, right: with sequence parallelism. Activations are [B, S, ...] and cut along S. The mappings without it
 are Megatron-core's; its sequence-parallel ones need a GPU, so those are ours.
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,15 @@ def whole_parameter(parameter: Tensor, place: TensorPlace) -> Tensor:
     return parameter if place.ranks == 1 else _copy_to(parameter, place)
 
 
+def whole_product(x: Tensor, parameter: Tensor, place: TensorPlace) -> Tensor:
+    """X W^T for a matrix W as in `whole_parameter`: [..., I] by [O, I] -> [..., O].
+
+    What autograd keeps of W is the parameter itself. Through `whole_parameter` it would keep the memory of now, which
+    where W is sharded over data ranks is a gathered copy, of every block until its backward.
+    """
+    return functional.linear(x, parameter) if place.ranks == 1 else _WholeProduct.apply(x, parameter, place)
+
+
 def _copy_to(x: Tensor, place: TensorPlace) -> Tensor:
     from megatron.core.tensor_parallel import mappings
 
@@ -98,6 +108,21 @@ class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
+
+
+class _WholeProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, place: TensorPlace) -> Tensor:
+        ctx.save_for_backward(x, parameter)
+        ctx.place = place
+        return functional.linear(x, parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, parameter = ctx.saved_tensors
+        grad_parameter = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        dist.all_reduce(grad_parameter, group=ctx.place.group)
+        return grad @ parameter, grad_parameter, None
 
 
 def _gathered(x: Tensor, place: TensorPlace) -> Tensor:

@@ -48,8 +48,7 @@ class SparseWeight(Weight):
     """Stored as N:M values plus packed metadata; the pair is the only truth (rules R1, R2).
 
     State: `values` [O, K], an ordinary parameter; `indices` uint8 [O, I / 8]; with `hold_column_mask`, `column_mask`
-    uint8
-    [O, I / 8], one bit an element. Metadata is a buffer where the weight is whole on its data rank, and a frozen
+    uint8 [O, I / 8], one bit an element. Metadata is a buffer where the weight is whole on its data rank, and a frozen
     parameter with `metadata_as_parameter`, for engines that shard parameters over data ranks.
 
     A resident (W^{R,C})^T is a cache: no buffer, no parameter, rebuilt at first use after `values_changed()`.

@@ -36,7 +36,7 @@ def describe(config: Config, derived: Derived) -> list[str]:
         lines.append(f"pipeline stages: {stages_text(stages(config, derived))}")
     if config.sparsity.group is not None:
         lines.append(f"backward weight: {derived.backward_weight} ({backward_weight_reason(config)})")
-    lines.append(_state_text(before))
+    lines.append(_state_text(before, derived.data_ranks > 1))
     if derived.adapter_steps:
         after = count_state(config, derived, adapters=True)
         lines.append(
@@ -69,12 +69,13 @@ def stages_text(bounds: list[int]) -> str:
     return ", ".join(parts)
 
 
-def _state_text(count: StateCount) -> str:
+def _state_text(count: StateCount, divided: bool) -> str:
     state = count.heaviest
+    undivided = "" if divided else ", with one data rank and so not divided"
     which = f", the most, in pipeline stage {count.heaviest_stage + 1}" if len(count.states) > 1 else ""
     kinds = ("weights", "metadata", "transposes", "gradients", "optimizer")
     parts = ", ".join(f"{kind} {size_text(getattr(state, kind))}" for kind in kinds)
-    return f"model state a rank{which}: {size_text(state.bytes)} ({parts})"
+    return f"model state a rank{which}: {size_text(state.bytes)} ({parts}){undivided}"
 
 
 def corpus_warning(config: Config) -> str | None:

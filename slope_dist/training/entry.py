@@ -67,9 +67,13 @@ def pretrain(request: Request) -> int:
         place = environment.discover()
         config = load_config(request.config, request.changes)
         summary = describe(config, _derive(config, place))
-        environment.start(place, threads_per_process(config, place.local_world_size))
+        try:
+            environment.start(place, threads_per_process(config, place.local_world_size))
+        except UserError as error:
+            environment.stop()
+            # What is wrong may be wrong on one machine alone, so one rank of each says it.
+            return _refused(error, None if place.local_rank == 0 else place)
     except UserError as error:
-        environment.stop()
         return _refused(error, place)
     except KeyboardInterrupt:
         environment.stop()

@@ -97,7 +97,19 @@ def _what_would_fit(config: Config, derived: Derived, memory: int) -> str:
         if data > derived.data_ranks and needs(data).most <= memory:
             total = data * config.parallel.tensor * config.parallel.pipeline
             return f"{data} data ranks ({total} ranks in all) would fit"
-    return "no number of data ranks would fit; raise parallel.tensor, parallel.pipeline or parallel.zero_stage"
+    return f"no number of data ranks would fit; raise {_larger_splits(config)}, or take a smaller model"
+
+
+def _larger_splits(config: Config) -> str:
+    """The keys that still make a rank's share smaller."""
+    parallel = config.parallel
+    keys = ["parallel.tensor"]
+    if parallel.engine == "deepspeed":
+        if parallel.zero_stage <= 1:
+            keys.append("parallel.pipeline")
+        if parallel.zero_stage < (1 if parallel.pipeline > 1 else 3):
+            keys.append("parallel.zero_stage")
+    return " or ".join(keys)
 
 
 def _possible_data_ranks(config: Config) -> Iterator[int]:
@@ -125,7 +137,7 @@ def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Envi
     if needs[what] > total:
         raise UserError(
             f"the run does not fit: {what} takes {size_text(needs[what])} on a rank, and there are {size_text(total)} "
-            f"({where}); use more ranks with a higher parallel.zero_stage, or a smaller model"
+            f"({where}); use more ranks with a higher {_larger_splits(config)}, or a smaller model"
         )
 
 

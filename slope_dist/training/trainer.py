@@ -116,18 +116,26 @@ class Trainer:
                 if self._due(self.config.evaluation.interval):
                     self._evaluate()
             self._report()
-        finally:
-            self.close()
+        except BaseException:
+            self._close_files()
+            # Releasing an engine of several ranks may wait for the others, who have yet to hear of the error.
+            if self.environment.world_size == 1:
+                self.close()
+            raise
+        self.close()
 
     def close(self) -> None:
         """Release the engine and the files; harmless to call again."""
+        self._close_files()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _close_files(self) -> None:
         self.progress.close()
         if self.journal is not None:
             self.journal.close()
             self.journal = None
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
 
     @property
     def phase(self) -> str:

@@ -250,6 +250,8 @@ def test_no_rank_ever_holds_two_blocks_whole(name: str, corpus: Path, tmp_path: 
         assert all(size < 2 * block for size in peaks.values()), peaks
         for moving in ("build", "train"):
             assert peaks[f"{moving} sparse"] > block / 2, "the watch has seen blocks"
+        # Nothing adds up from block to block: what the forward pass has used of adapters, too, is let go.
+        assert peaks["train adapters"] < 1.3 * block, peaks
         # What goes to disk, or comes from it, is what the rank owns; nothing outlives the engine that gathered it.
         # (A table of 256 bytes by which metadata is read is made once, in the build.)
         assert all(peaks[phase] <= 256 for phase in ("save", "load", "between", "end")), peaks

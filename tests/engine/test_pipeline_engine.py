@@ -302,6 +302,6 @@ def test_evaluation_is_each_replicas_own(changes: dict[str, Any], corpus: Path, 
     for rank, seen in enumerate(ranks):
         data = layout.position(rank).data
         assert math.isnan(seen["losses"][1]) == (data == 1)
-        expected = float(model(*evaluation_batches(data)[0]))
+        expected = model(*evaluation_batches(data)[0]).item()
         assert relative(seen["losses"][0], expected) <= EXACT
         assert seen["losses"][2] == ranks[layout.tensor * data]["losses"][2]

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from slope_dist.parallel.layout import Layout
-from slope_dist.parallel.regions import TensorPlace, enter_split, enter_stream, leave_split, whole_parameter
+from slope_dist.parallel.regions import (
+    TensorPlace,
+    enter_split,
+    enter_stream,
+    leave_split,
+    whole_parameter,
+    whole_product,
+)
 from tests.distributed import run_ranks
 
 B, S, H = 3, 8, 5
@@ -128,3 +135,41 @@ def test_shares_tile_a_dimension() -> None:
     assert shares == [(0, 6), (6, 12), (12, 18), (18, 24)]
     with pytest.raises(ValueError, match="26 does not divide into 4 equal parts"):
         TensorPlace(0, 4).share(26)
+
+
+def product(sequence_parallel: bool) -> dict[str, Any]:
+    """One rank's output and gradients of `whole_product`, and whether autograd keeps the parameter itself."""
+    from slope_dist.parallel.groups import start
+
+    ranks = torch.distributed.get_world_size()
+    groups = start(Layout(tensor=ranks))
+    place = TensorPlace(groups.position.tensor, ranks, groups.tensor, sequence_parallel)
+    x = numbers((B, S, H), "transposed", place.rank).requires_grad_()
+    parameter = torch.nn.Parameter(numbers((4, H), "contiguous", 50))
+    y = whole_product(x, parameter, place)
+    grad_y = numbers((B, S, 4), "transposed", 100 + place.rank)
+    kept = y.grad_fn.saved_tensors  # type: ignore[union-attr]
+    y.backward(grad_y)
+    assert x.grad is not None and parameter.grad is not None
+    return {
+        "x": x.detach(),
+        "parameter": parameter.detach(),
+        "grad_y": grad_y,
+        "y": y.detach(),
+        "grad_x": x.grad,
+        "grad_parameter": parameter.grad,
+        "keeps the parameter": any(tensor is parameter for tensor in kept),
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_product_with_a_replicated_matrix_sums_its_gradient(ranks: int) -> None:
+    for sequence_parallel in (False, True):
+        found = run_ranks(product, ranks, sequence_parallel)
+        parameter = found[0]["parameter"]
+        total = sum(torch.einsum("bso,bsi->oi", rank["grad_y"], rank["x"]) for rank in found)
+        for rank in found:
+            assert torch.equal(rank["y"], rank["x"] @ parameter.t())
+            assert torch.equal(rank["grad_x"], rank["grad_y"] @ parameter)
+            assert torch.equal(rank["grad_parameter"], total)
+            assert rank["keeps the parameter"] is True

@@ -17,6 +17,8 @@ import torch
 
 from slope_dist.config import derive, load_config
 from slope_dist.parallel.fragments import MemorySource
+from slope_dist.parallel.groups import start as start_groups
+from slope_dist.parallel.layout import Layout
 from tests.distributed import run_ranks
 from tests.runs import (
     FIRST_ADAPTER_STEP,
@@ -120,7 +122,8 @@ def memory_of_rebuilds(config: str, rebuilds: int) -> list[list[int]]:
 
     loaded = load_config(config)
     derived = derive(loaded)
-    engine = build_engine(loaded, derived, adapters=True)
+    groups = start_groups(Layout(data=derived.data_ranks))
+    engine = build_engine(loaded, derived, groups, adapters=True)
     tokens = torch.arange(2 * 17).view(2, 17) % VOCAB_SIZE
     batches = [(tokens[:, :-1], tokens[:, 1:])] * derived.accumulation_steps
     found = []
@@ -129,7 +132,7 @@ def memory_of_rebuilds(config: str, rebuilds: int) -> list[list[int]]:
         fragments, scalars = engine.export_state()
         source = MemorySource.take(fragments, scalars)
         engine.close()
-        engine = build_engine(loaded, derived, adapters=True, draw=False)
+        engine = build_engine(loaded, derived, groups, adapters=True, draw=False)
         engine.load_state(source)
         del source, fragments
         gc.collect()
