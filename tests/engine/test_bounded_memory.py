@@ -6,7 +6,7 @@ and copies of either, whoever keeps them (a module, an autograd graph, a buffer)
 and at every layer made, those alive are added up. Sequences are short, so a copy of a weight could not hide among
 activations: it is the lineage that counts, not the size.
 
-Run: pytest tests/engine/test_bounded_memory.py
+Run: pytest -m slow tests/engine/test_bounded_memory.py
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from slope_dist.layers import logical_tensors
 from slope_dist.parallel.environment import discover
 from tests.distributed import run_ranks
 from tests.runs import write_config
+
+# Minutes on two cores.
+pytestmark = pytest.mark.slow
 
 BLOCKS = 6
 STEPS = 6

@@ -5,7 +5,7 @@ things are looked at: which blocks FSDP holds gathered, and the bytes of all liv
 first must never be more than two blocks; what the second says beside the state must be the same for three blocks and
 for six. Beside the blocks, what the embedding and the head hold is whole while a step or an evaluation lasts.
 
-Run: pytest tests/engine/test_fsdp_memory.py
+Run: pytest -m slow tests/engine/test_fsdp_memory.py
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from tests.distributed import run_ranks
 from tests.runs import VOCAB_SIZE, write_config
+
+# Minutes on two cores.
+pytestmark = pytest.mark.slow
 
 SIZES: dict[str, Any] = {
     "parallel__engine": "fsdp",

@@ -199,6 +199,7 @@ def replicas(path: str) -> list[Any]:
     return [trainer.groups.position.data, trainer.adapters, hashes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tensor", "data", "stage"), [(2, 2, 3), (4, 1, 1)])
 def test_replicas_are_equal_to_the_bit_after_fifty_steps(
     tensor: int, data: int, stage: int, corpus: Path, tmp_path: Path
