@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,8 +29,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120.0
-GRACE = 5.0
-"""Seconds that the other ranks are given to end by themselves once one has failed."""
+GRACE = 20.0
+"""Seconds that the other ranks are given to end by themselves once one has failed.
+
+On a busy machine that takes more than the 3 s that slope_dist gives a rank in a collective. test_failure.py relies on a
+rank that overstays this being killed and seen so: it is to be less than the time after which its stuck rank wakes.
+"""
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_ID")
@@ -149,9 +153,15 @@ class _Server:
         return json.loads(reply)
 
     def close(self) -> None:
-        """End it; ranks that still run are its to kill."""
-        with contextlib.suppress(OSError):
+        """End it, and with it the ranks that still run."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=10)
+        # It still waits for ranks, which would outlive it if it were killed at once.
+        for end in (self._process.terminate, self._process.kill):
+            if self._process.poll() is None:
+                end()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=10)
 
 
 @cache
@@ -165,6 +175,8 @@ def _serve() -> None:
     # Whatever an import prints must not be taken for a reply.
     os.dup2(2, 1)
     _warm_up()
+    # So that ranks are killed on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     for line in requests:
         request = SimpleNamespace(**json.loads(line))
         codes = _fork_ranks(request, [requests.fileno(), replies.fileno()])
@@ -196,27 +208,34 @@ def _fork_ranks(request: SimpleNamespace, close: list[int]) -> list[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running: dict[int, int] = {}
-    for rank in range(request.world_size):
-        process = os.fork()
-        if process == 0:
-            _run_rank(request, rank, port, close)
-        running[process] = rank
     codes = [0] * request.world_size
-    deadline = time.monotonic() + request.timeout
-    while running:
-        process, status = os.waitpid(-1, os.WNOHANG)
-        if process:
-            code = os.waitstatus_to_exitcode(status)
-            codes[running.pop(process)] = code
-            if code != 0:
-                deadline = min(deadline, time.monotonic() + GRACE)
-        elif time.monotonic() > deadline:
-            for process in running:
-                os.kill(process, signal.SIGKILL)
-            deadline = float("inf")
-        else:
-            time.sleep(0.005)
+    try:
+        for rank in range(request.world_size):
+            process = os.fork()
+            if process == 0:
+                _run_rank(request, rank, port, close)
+            running[process] = rank
+        deadline = time.monotonic() + request.timeout
+        while running:
+            process, status = os.waitpid(-1, os.WNOHANG)
+            if process:
+                code = os.waitstatus_to_exitcode(status)
+                codes[running.pop(process)] = code
+                if code != 0:
+                    deadline = min(deadline, time.monotonic() + GRACE)
+            elif time.monotonic() > deadline:
+                _kill(running)
+                deadline = float("inf")
+            else:
+                time.sleep(0.005)
+    finally:
+        _kill(running)
     return codes
+
+
+def _kill(processes: Iterable[int]) -> None:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
 
 
 def _run_rank(request: SimpleNamespace, rank: int, port: int, close: list[int]) -> None:
@@ -224,6 +243,7 @@ def _run_rank(request: SimpleNamespace, rank: int, port: int, close: list[int]) 
     code = _CODE_RAISED
     folder = Path(request.folder)
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for descriptor in close:
             os.close(descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

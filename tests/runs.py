@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ SECTIONS: dict[str, Any] = {
     "parallel": {"zero_stage": 1, "zero3_persistence_threshold": 0},
     "checkpoint": {"interval": 0},
 }
+FP16: dict[str, Any] = {"precision": "fp16", "loss_scale__initial_power": 3, "loss_scale__window": 1000}
 
 
 def small_corpus(base: Path) -> Path:
@@ -161,6 +165,25 @@ def watch_engines(watcher: Watcher) -> None:
     trainer.build_engine = build
 
 
+def watch_batches(trainer: Any, watcher: Callable[[int, Any, Any], None]) -> None:
+    """Let a trainer report each batch that it reads for training to `watcher`(step, positions, batch)."""
+    batch = trainer.reader.batch
+
+    def watched(step: int, positions: Any) -> Any:
+        made = batch(step, positions)
+        watcher(step, positions, made)
+        return made
+
+    trainer.reader.batch = watched
+
+
+def samples_of(trainer: Any) -> list[list[int]]:
+    """A list that fills while a trainer runs: a step and the numbers of its samples, for each batch that is read."""
+    samples: list[list[int]] = []
+    watch_batches(trainer, lambda step, _, batch: samples.append([step, *batch.samples.tolist()]))
+    return samples
+
+
 def state_of(engine: Any) -> dict[str, Tensor]:
     """A copy of a rank's whole state, by kind, name and place; step counters under "steps/<group>"."""
     fragments, scalars = engine.export_state()
@@ -184,11 +207,35 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
+def relative(a: float, b: float) -> float:
+    """|a - b| / |b|."""
+    return abs(a - b) / abs(b)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference relative to that of `b`; infinite where they cannot be compared."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return inf
+    difference, size = float((a.double() - b.double()).norm()), float(b.double().norm())
+    if difference == 0.0:
+        return 0.0
+    # Not 0/0, and NaN is as far off as can be.
+    return difference / size if size > 0.0 and difference == difference else inf
+
+
 def newest(run: Path) -> Checkpoint:
     """The newest checkpoint of a run folder."""
     found = find_newest(run / "checkpoints").checkpoint
     assert found is not None
     return found
+
+
+def cut_off(run: Path, last: int) -> None:
+    """Make a run one that was killed after the checkpoint of step `last`."""
+    for folder in (run / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > last:
+            shutil.rmtree(folder)
+    assert newest(run).step == last
 
 
 def read_all(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
@@ -256,3 +303,40 @@ def heal(engine: Any) -> None:
     if getattr(engine, "spoiling", None) is not None:
         engine.spoiling.remove()
         engine.spoiling = None
+
+
+def spoilt_run(config: str, how: str, steps: list[int]) -> dict[str, Any]:
+    """Train, with the given steps of this process spoilt on the last rank; which steps left the state as it was."""
+    if load_config(config).precision == "fp16":
+        allow_fp16()
+    unchanged: list[int] = []
+    scales: list[float] = []
+    before = ""
+
+    def watch(event: str, engine: Any, step: Any) -> None:
+        nonlocal before
+        if event == "before step":
+            before = state_hash(engine)
+            if step in steps and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
+                spoil(engine, how)
+        if event == "after step":
+            heal(engine)
+            scales.append(engine.export_state()[1].get("loss_scale", {}).get("cur_scale"))
+            if state_hash(engine) == before:
+                unchanged.append(step)
+
+    watch_engines(watch)
+    train(config)
+    return {"unchanged": unchanged, "scales": scales}
+
+
+def allow_fp16() -> None:
+    """Give DeepSpeed a CPU that says it can do fp16; torch's can."""
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Willing(CPU_Accelerator):
+        def is_fp16_supported(self) -> bool:
+            return True
+
+    set_accelerator(Willing())

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from slope_dist.config.schema import Config, LossScaleConfig, ParallelConfig
+from slope_dist.config.schema import Config
+from slope_dist.config.sections import LossScaleConfig, ParallelConfig
 from slope_dist.errors import UserError
 
 

@@ -60,25 +60,35 @@ def check_precision(precision: str) -> None:
         )
 
 
-class _Partitioner:
-    """Casts a layer to the run's dtype and leaves this rank its share of it (ZeRO 3), before the next layer is made."""
+class LayerCaster:
+    """Casts a layer to the run's dtype before the next layer is made, so that no model is ever whole in fp32."""
 
-    def __init__(
-        self, deepspeed: Any, groups: Groups, unit: ModelParallelUnit | None, settings: dict[str, Any]
-    ) -> None:
-        self._deepspeed = deepspeed
-        self._data = groups.data
-        self._unit = unit
-        self._settings = settings
+    def __init__(self, settings: dict[str, Any]) -> None:
         narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
         self._dtype = next((dtype for name, dtype in narrow.items() if settings[name]["enabled"]), torch.float32)
 
     def __call__(self, layer: nn.Module) -> None:
-        """Partition the parameters of `layer` that are not yet: the head's table may be the embedding's. Collective."""
+        """Cast the parameters of `layer`; metadata stays uint8, and what ZeRO 3 has partitioned is cast already."""
         for parameter in layer.parameters():
-            # Metadata stays uint8; what is partitioned is cast already.
             if parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
                 parameter.data = parameter.data.to(self._dtype)
+
+
+class _Partitioner(LayerCaster):
+    """Also leaves this rank only its share of the layer (ZeRO 3)."""
+
+    def __init__(
+        self, deepspeed: Any, groups: Groups, unit: ModelParallelUnit | None, settings: dict[str, Any]
+    ) -> None:
+        super().__init__(settings)
+        self._deepspeed = deepspeed
+        self._data = groups.data
+        self._unit = unit
+        self._settings = settings
+
+    def __call__(self, layer: nn.Module) -> None:
+        """Partition the parameters of `layer` that are not yet: the head's table may be the embedding's. Collective."""
+        super().__call__(layer)
         # Without the group, global rank 0's values would be those of every tensor rank.
         self._deepspeed.zero.Init(
             module=layer, data_parallel_group=self._data, config_dict_or_path=self._settings, mpu=self._unit
@@ -100,7 +110,7 @@ class DeepSpeedEngine:
 
     Args:
         make_model: makes the model, which called with (tokens, labels) returns the mean loss. It is given a function
-            to call with each layer before the next is made, or None.
+            to call with each layer before the next is made.
         groups: process groups of the layout.
         settings: DeepSpeed's dictionary, derived from the config.
         optimizer: AdamW's numbers.
@@ -109,7 +119,7 @@ class DeepSpeedEngine:
 
     def __init__(
         self,
-        make_model: Callable[[Callable[[nn.Module], None] | None], nn.Module],
+        make_model: Callable[[Callable[[nn.Module], None]], nn.Module],
         groups: Groups,
         settings: dict[str, Any],
         optimizer: OptimizerSettings,
@@ -123,8 +133,8 @@ class DeepSpeedEngine:
         if not deepspeed.comm.is_initialized():
             deepspeed.init_distributed(dist_init_required=False)
         unit = self._unit(groups)
-        prepare = _Partitioner(deepspeed, groups, unit, settings) if self.stage == 3 else None
-        model = make_model(prepare)
+        partitions = self.stage == 3
+        model = make_model(_Partitioner(deepspeed, groups, unit, settings) if partitions else LayerCaster(settings))
         tensors = list(logical_tensors(model))
         for tensor in tensors:
             # DeepSpeed counts the others' norms on the first tensor rank only.

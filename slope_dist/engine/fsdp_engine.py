@@ -217,7 +217,7 @@ class FSDPEngine:
     def load_state(self, source: StateSource, *, new_adapters: bool = False) -> None:
         """Take over a state. Collective."""
         adapters = {shard.tensor.name for shard in self._shards if shard.tensor.adapter}
-        load_fragments(source, self._fragments(), self._patterns, keep=adapters if new_adapters else ())
+        load_fragments(source, self._fragments(derived=False), self._patterns, keep=adapters if new_adapters else ())
         load_steps(source, self._adam, self.optimizer_parameters())
         self._values_changed()
 
@@ -241,7 +241,7 @@ class FSDPEngine:
         )
         return RowShard(tensor, nn.Parameter(rows, requires_grad=tensor.trained), first)
 
-    def _fragments(self) -> Iterator[Fragment]:
+    def _fragments(self, *, derived: bool = True) -> Iterator[Fragment]:
         for shard in self._shards:
             start, stop = shard.range
             if start == stop:
@@ -258,8 +258,9 @@ class FSDPEngine:
                 yield self._fragment(shard, "weight", flat)
             else:
                 yield self._fragment(shard, "master", flat)
-                # Not kept: made of the master whenever a block is gathered, and now for those who read the state.
-                yield self._fragment(shard, "weight", flat.to(self._dtype), derived=True)
+                if derived:
+                    # Not kept: made of the master whenever a block is gathered, and now for those who read the state.
+                    yield self._fragment(shard, "weight", flat.to(self._dtype), derived=True)
 
     @staticmethod
     def _fragment(shard: RowShard, kind: Kind, memory: Tensor, derived: bool = False) -> Fragment:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from slope_dist.engine.deepspeed_engine import DeepSpeedEngine, guarded, import_deepspeed
+from slope_dist.engine.deepspeed_engine import DeepSpeedEngine, LayerCaster, guarded, import_deepspeed
 from slope_dist.engine.interface import MicroBatch, StepResult
 from slope_dist.engine.optimizer import OptimizerSettings, parameter_groups
 from slope_dist.layers import LogicalTensor
@@ -18,6 +19,12 @@ from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import Position
 
 _TIMER = "train_batch"
+
+
+def _cast(make: Callable[[], nn.Module], caster: LayerCaster) -> nn.Module:
+    layer = make()
+    caster(layer)
+    return layer
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -54,7 +61,11 @@ class PipelineEngine(DeepSpeedEngine):
         from slope_dist.engine.pipeline_module import StageModule
 
         stage = StageModule(
-            builders, lambda logits, labels: guarded(loss(logits, labels)), bounds, groups, recompute=recompute
+            [partial(_cast, make, LayerCaster(settings)) for make in builders],
+            lambda logits, labels: guarded(loss(logits, labels)),
+            bounds,
+            groups,
+            recompute=recompute,
         )
         # DeepSpeed sends the first tensor rank's part of what it takes to be equal on all of them, the second's, ...
         partitioned = not stage.sequence_parallel

@@ -58,9 +58,9 @@ class LayerFactory:
     ) -> Linear:
         """A linear layer I = in_features -> O = out_features (of the whole layer), cut as `split` says.
 
-        A layer that is "whole" computes in the residual stream, on every tensor rank.
+        A layer that is "whole" computes in the residual stream, on every tensor rank, and is dense: no block has one.
         """
-        reason = self._dense_reason(name)
+        reason = self._dense_reason(name) or ("outside the blocks" if split == "whole" else None)
         shape = (out_features, in_features)
         rows = self.place.share(out_features) if split == "column" else (0, out_features)
         columns = self.place.share(in_features) if split == "row" else (0, in_features)
@@ -84,6 +84,7 @@ class LayerFactory:
                 metadata_as_parameter=self.shard_metadata,
             )
             if self.adapter_rank:
+                assert split != "whole"
                 factor = (self.adapter_rank, in_features)
                 down = self._normal(f"{name}.adapter.down", factor, 1.0, (0, self.adapter_rank), columns, always=True)
                 with torch.device(self.device):

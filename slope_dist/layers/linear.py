@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from slope_dist.parallel.regions import TensorPlace, leave_split, whole_paramete
 from slope_dist.sparse import Weight
 
 Split = Literal["column", "row", "whole"]
-"""How a layer is cut over tensor ranks: "column" its outputs, "row" its inputs, "whole" not at all."""
+"""How a layer is cut over tensor ranks: "column" its outputs, "row" its inputs, "whole" (always dense) not at all."""
 
 _SPLIT_DIMS: dict[Split, dict[str, int]] = {
     "column": {"weight": 0, "bias": 0, "adapter.up": 0},
@@ -30,7 +31,7 @@ class LowRankAdapter(nn.Module):
     """
 
     def __init__(
-        self, down: Tensor, out_features: int, *, split: Split = "whole", place: TensorPlace | None = None
+        self, down: Tensor, out_features: int, *, split: Literal["column", "row"], place: TensorPlace | None = None
     ) -> None:
         super().__init__()
         self.scale = 1.0 / down.shape[0]
@@ -41,14 +42,10 @@ class LowRankAdapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], sizes of the shard."""
-        # Beside a layer that is not cut, ranks that hold the whole stream have the whole gradient each.
-        parts = self.split != "whole" or self.place.sequence_parallel
         # Scaled between the factors: down has unit entries, and R of them summed could leave the range of fp16.
-        inner = self._product(x, self.down, summed=parts and self.split != "row") * self.scale
-        return self._product(inner, self.up, summed=parts and self.split != "column")
-
-    def _product(self, x: Tensor, factor: Tensor, *, summed: bool) -> Tensor:
-        return whole_product(x, factor, self.place) if summed else functional.linear(x, factor)
+        if self.split == "column":
+            return functional.linear(whole_product(x, self.down, self.place) * self.scale, self.up)
+        return whole_product(functional.linear(x, self.down) * self.scale, self.up, self.place)
 
 
 class Linear(nn.Module):
@@ -85,14 +82,14 @@ class Linear(nn.Module):
         """[..., I] -> [..., O]."""
         # In the stream, under sequence parallelism, each rank sees the gradient of its own tokens.
         own_tokens = self.place.sequence_parallel
-        y = self.weight(x, self._summed if own_tokens and self.split == "whole" else None)
+        if own_tokens and self.split == "whole":
+            y = self.weight(x, partial(whole_product, place=self.place))
+        else:
+            y = self.weight(x)
         if self.adapter is not None:
             y = y + self.adapter(x)
         if self.split == "row":
             y = leave_split(y, self.place)
         if self.bias is None:
             return y
-        return y + (self._summed(self.bias) if own_tokens and self.split != "column" else self.bias)
-
-    def _summed(self, parameter: Tensor) -> Tensor:
-        return whole_parameter(parameter, self.place)
+        return y + (whole_parameter(self.bias, self.place) if own_tokens and self.split != "column" else self.bias)

@@ -23,15 +23,11 @@ POSITION_OFFSET = 2
 TOKEN_TABLE = "decoder.embed_tokens"
 
 FIRST_LINEARS = (
-    "decoder.project_in",
     "decoder.layers.0.self_attn.q_proj",
     "decoder.layers.0.self_attn.k_proj",
     "decoder.layers.0.self_attn.v_proj",
 )
 """The first linears after the input."""
-
-OUTSIDE_BLOCKS = ("decoder.project_out",)
-"""Linears that belong to the head."""
 
 
 class OPTEmbedding(nn.Module):

@@ -30,8 +30,7 @@ class Family:
 _FAMILIES = {
     "opt": Family(
         opt.layers,
-        {name: "first after the input" for name in opt.FIRST_LINEARS}
-        | {name: "part of the head" for name in opt.OUTSIDE_BLOCKS},
+        {name: "first after the input" for name in opt.FIRST_LINEARS},
     )
 }
 

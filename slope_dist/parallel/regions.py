@@ -15,6 +15,7 @@ are Megatron-core's; its sequence-parallel ones need a GPU, so those are ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def enter_split(x: Tensor, place: TensorPlace) -> Tensor:
     if place.ranks == 1:
         return x
     if place.sequence_parallel:
-        return _Gather.apply(x, place)
+        return _Mapping.apply(x, place, _gathered, _reduced_part)
     return _copy_to(x, place)
 
 
@@ -62,7 +63,7 @@ def leave_split(x: Tensor, place: TensorPlace) -> Tensor:
     if place.ranks == 1:
         return x
     if place.sequence_parallel:
-        return _ReduceScatter.apply(x, place)
+        return _Mapping.apply(x, place, _reduced_part, _gathered)
     from megatron.core.tensor_parallel import mappings
 
     # Megatron-core reduces in place, and loses the result for a tensor that is not contiguous.
@@ -73,13 +74,14 @@ def enter_stream(x: Tensor, place: TensorPlace) -> Tensor:
     """From something that every rank holds whole, [B, S, ...], to the stream."""
     if place.ranks == 1 or not place.sequence_parallel:
         return x
-    return _Part.apply(x, place)
+    return _Mapping.apply(x, place, _own_part, _gathered)
 
 
 def whole_parameter(parameter: Tensor, place: TensorPlace) -> Tensor:
     """A parameter that every tensor rank holds whole, used where each computes a part of its gradient.
 
-    The parts are summed inside autograd, before any engine's hook sees the gradient.
+    The parts are summed inside autograd, before any engine's hook sees the gradient. For vectors; a matrix takes
+    `whole_product`.
     """
     return parameter if place.ranks == 1 else _copy_to(parameter, place)
 
@@ -125,6 +127,9 @@ class _WholeProduct(torch.autograd.Function):
         return grad @ parameter, grad_parameter, None
 
 
+_Way = Callable[[Tensor, TensorPlace], Tensor]
+
+
 def _gathered(x: Tensor, place: TensorPlace) -> Tensor:
     """Every rank's part of the sequence: [B, S / ranks, ...] -> [B, S, ...]."""
     parts = x.new_empty((place.ranks, *x.shape))
@@ -145,34 +150,14 @@ def _own_part(x: Tensor, place: TensorPlace) -> Tensor:
     return x[:, start:stop].contiguous()
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: TensorPlace) -> Tensor:
-        ctx.place = place
-        return _gathered(x, place)
+class _Mapping(torch.autograd.Function):
+    """One of the three ways between a sequence and its parts in forward, another in backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduced_part(grad, ctx.place), None
-
-
-class _ReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: TensorPlace) -> Tensor:
-        ctx.place = place
-        return _reduced_part(x, place)
+    def forward(ctx: Any, x: Tensor, place: TensorPlace, there: _Way, back: _Way) -> Tensor:
+        ctx.place, ctx.back = place, back
+        return there(x, place)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad, ctx.place), None
-
-
-class _Part(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: TensorPlace) -> Tensor:
-        ctx.place = place
-        return _own_part(x, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad, ctx.place), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.place), None, None, None

@@ -16,8 +16,8 @@ from slope_dist.sparse.compressed import CompressedMatrix
 from slope_dist.sparse.function import sparse_product
 from slope_dist.sparse.pattern import Pattern
 
-Use = Callable[[Tensor], Tensor]
-"""What `values` pass through on their way into the product, where each rank has but a part of their gradient."""
+Product = Callable[[Tensor, Tensor], Tensor]
+"""X [..., I] and W [O, I] -> X W^T [..., O]."""
 
 
 class Weight(nn.Module):
@@ -39,9 +39,9 @@ class DenseWeight(Weight):
         self.shape = (dense.shape[0], dense.shape[1])
         self.values = nn.Parameter(dense)
 
-    def forward(self, x: Tensor, use: Use | None = None) -> Tensor:
-        """[..., I] -> [..., O]."""
-        return functional.linear(x, self.values if use is None else use(self.values))
+    def forward(self, x: Tensor, product: Product = functional.linear) -> Tensor:
+        """[..., I] -> [..., O], by another `product` where each rank has but a part of the weight's gradient."""
+        return product(x, self.values)
 
 
 class SparseWeight(Weight):
@@ -84,11 +84,12 @@ class SparseWeight(Weight):
         if hold_column_mask and matrix.column_mask is None and not matrix.values.is_meta:
             self.refresh_column_mask()
 
-    def forward(self, x: Tensor, use: Use | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] over W^R; backward over W^{R,C}."""
-        values = self.values if use is None else use(self.values)
         transpose = self.transpose() if self.resident_transpose and torch.is_grad_enabled() else None
-        return sparse_product(x, values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose)
+        return sparse_product(
+            x, self.values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
+        )
 
     def matrix(self) -> CompressedMatrix:
         """The weight as plain data, sharing memory: for cutting, joining, expanding."""

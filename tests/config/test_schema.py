@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from slope_dist.config import derive
 from slope_dist.config.messages import field_at, field_paths
-from slope_dist.config.schema import DIMENSION_MULTIPLE, GPU, AdaptersConfig, Config, Pattern
+from slope_dist.config.schema import Config
+from slope_dist.config.sections import DIMENSION_MULTIPLE, GPU, AdaptersConfig, Pattern
 from slope_dist.errors import UserError
 from slope_dist.planning import GPU_MEMORY
 from slope_dist.sparse.pattern import CUT_MULTIPLE, SUPPORTED

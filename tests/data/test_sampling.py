@@ -131,6 +131,19 @@ def test_no_input_is_left_out_but_the_tail(num_tokens, length):
         assert torch.equal(labels, tokens + 1)
 
 
+def test_an_input_is_kept_when_the_label_it_also_is_gets_ignored():
+    """Of a single row both might be views of one memory; with three ranks for one window, two rows are padding."""
+    tokens, labels = read_windows(counting(6), np.array([0]), 5)
+    labels.fill_(IGNORED_LABEL)
+    assert tokens.tolist() == [[0, 1, 2, 3, 4]]
+    for rank in (1, 2):
+        [(tokens, labels)] = evaluation_batches(
+            counting(6), sequence_length=5, micro_batch_size=1, data_ranks=3, data_rank=rank
+        )
+        assert labels.eq(IGNORED_LABEL).all()
+        assert tokens.tolist() == [[0, 1, 2, 3, 4]]
+
+
 def test_steps_walk_through_the_epochs():
     """10 windows, 4 samples a step: step 3 crosses into the second epoch."""
     reader = BatchReader(counting(31), sequence_length=3, global_batch_size=4, seed=5)

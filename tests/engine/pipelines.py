@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,46 +13,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slope_dist.config import derive, load_config
+from slope_dist.config import load_config
 from slope_dist.engine.optimizer import OptimizerSettings, parameter_groups
 from slope_dist.layers import Linear
 from slope_dist.parallel.environment import discover
-from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.sparse import SparseWeight
-from slope_dist.training.build import build_engine, stages
-from tests.distributed import run_ranks
+from slope_dist.training.build import stages
+from tests import same_run
 from tests.runs import (
-    SECTIONS,
-    STEPS,
     VOCAB_SIZE,
+    allow_fp16,
+    distance,
     newest,
     read_all,
     same_bits,
+    samples_of,
     step_rows,
     watch_engines,
-    write_config,
 )
-from tests.training.test_finite_check import allow_fp16
 
-EXACT = 1e-5
-"""Relative bound in fp32: ten steps of rounding in another order of summation."""
-
-NORM = 1e-4
-"""Of gradient norms, which a ReLU or a column mask that rounding tips over would move by more."""
-
-BF16 = 2.0**-8
-"""Relative spacing of bf16: what one rounding of a weight to the other side changes."""
+# What is not used here test_pipeline_module.py takes from here.
+from tests.same_run import (
+    BF16,
+    EXACT,  # noqa: F401
+    NORM,
+    assert_rounded_masters,
+    assert_same_masks,
+    assert_same_rows,
+    engine_of,  # noqa: F401
+    far,  # noqa: F401
+    masters_apart,
+    relative,  # noqa: F401
+)
 
 TABLE = "decoder.embed_tokens.weight"
-GLOBAL_BATCH = SECTIONS["training"]["global_batch_size"]
 
 # With this seed no unit of a ReLU is so near its kink that the rounding of one layout puts it on the other side.
 SMALL: dict[str, Any] = {"model__num_layers": 3, "run__seed": 1}
 PP2: dict[str, Any] = {"parallel__pipeline": 2}
 TP2: dict[str, Any] = {"parallel__tensor": 2}
 SEQUENCE: dict[str, Any] = {"parallel__sequence_parallel": True}
-FP16: dict[str, Any] = {"precision": "fp16", "loss_scale__initial_power": 3, "loss_scale__window": 1000}
 
 
 def observed_run(config: str) -> dict[str, Any]:
@@ -81,15 +83,7 @@ def observed_run(config: str) -> dict[str, Any]:
 
     watch_engines(watch)
     trainer = Trainer(loaded, discover())
-    batch = trainer.reader.batch
-    samples: list[list[int]] = []
-
-    def recorded(step: int, positions: Any) -> Any:
-        made = batch(step, positions)
-        samples.append([step, *made.samples.tolist()])
-        return made
-
-    trainer.reader.batch = recorded  # type: ignore[method-assign]
+    samples = samples_of(trainer)
     trainer.run()
     return {
         "samples": samples,
@@ -105,82 +99,22 @@ def observed_run(config: str) -> dict[str, Any]:
 def maker_of_runs(
     corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., tuple[Path, list[dict[str, Any]]]]:
-    """What makes a run once for all that ask for it; it returns the run's folder and what the ranks saw."""
-    made: dict[str, tuple[Path, list[Any]]] = {}
-
-    def make(ranks: int, **changes: Any) -> tuple[Path, list[Any]]:
-        key = f"{ranks} {sorted(changes.items())}"
-        if key not in made:
-            folder = tmp_path_factory.mktemp("run")
-            path = write_config(folder, corpus, **SMALL | changes)
-            made[key] = (folder / "run", run_ranks(observed_run, ranks, str(path)))
-        return made[key]
-
-    return make
+    """What makes `observed_run`s of the small pipeline."""
+    return same_run.maker_of_runs(observed_run, corpus, tmp_path_factory, **SMALL)
 
 
-def relative(a: float, b: float) -> float:
-    return abs(a - b) / abs(b)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    difference = float((a.double() - b.double()).norm())
-    return difference / float(b.double().norm()) if difference else 0.0
-
-
-def far(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> dict[str, float]:
-    """Tensors further than `bound` from what they should be, but for key biases, whose gradients are rounding."""
-    assert found.keys() == expected.keys()
-    distances = {name: distance(found[name], expected[name]) for name in expected if not name.endswith("k_proj.bias")}
-    return {name: value for name, value in distances.items() if not value <= bound}
-
-
-def assert_same_run(found: Path, expected: Path) -> None:
-    """In fp32."""
-    assert_same_rows(found, expected, EXACT, NORM)
-    assert far(read_all(newest(found), "weight"), read_all(newest(expected), "weight"), EXACT) == {}
-    assert_same_masks(found, expected)
+# In fp32.
+assert_same_run = partial(same_run.assert_same_run, norm=NORM, clipped=1.2)
 
 
 def assert_same_run_rounded(found: Path, expected: Path) -> None:
     """In bf16 or fp16: each layout rounds the sums of gradients that it makes itself."""
-    assert_same_rows(found, expected, 1e-4, BF16)
-    weights, masters = (read_all(newest(found), kind) for kind in ("weight", "master"))
-    assert all(torch.equal(weights[name], masters[name].to(weights[name].dtype)) for name in masters)
-    others = read_all(newest(expected), "master")
-    assert masters.keys() == others.keys()
-    # All together: Adam magnifies the rounding of what has hardly any gradient.
-    assert distance(*(torch.cat([group[name].view(-1) for name in others]) for group in (masters, others))) <= BF16 / 4
+    assert_same_rows(step_rows(found), step_rows(expected), loss=1e-4, norm=BF16, clipped=1.2)
+    assert_rounded_masters(found)
+    assert masters_apart(found, expected) <= BF16 / 4
+    masters, others = (read_all(newest(run), "master") for run in (found, expected))
     assert distance(masters[TABLE], others[TABLE]) <= BF16
     assert_same_masks(found, expected)
-
-
-def assert_same_rows(found: Path, expected: Path, bound: float, norm_bound: float) -> None:
-    for mine, other in zip(step_rows(found), step_rows(expected), strict=True):
-        assert (mine["step"], mine["lr"], mine["phase"]) == (other["step"], other["lr"], other["phase"])
-        assert relative(mine["loss"], other["loss"]) <= bound, mine
-        assert relative(mine["grad_norm"], other["grad_norm"]) <= norm_bound, mine
-        assert mine["grad_norm"] > 1.2 * SECTIONS["training"]["gradient_clipping"], "clipping is meant to be active"
-
-
-def assert_same_masks(found: Path, expected: Path) -> None:
-    """And step counters."""
-    mine, other = newest(found), newest(expected)
-    masks = read_all(other, "metadata")
-    assert read_all(mine, "metadata").keys() == masks.keys()
-    assert all(torch.equal(tensor, masks[name]) for name, tensor in read_all(mine, "metadata").items())
-    assert mine.scalars["optimizer_steps"] == other.scalars["optimizer_steps"]
-
-
-def assert_same_samples(ranks: list[Any], layout: Layout) -> None:
-    """Each replica's ranks read the same; the replicas together, the global batch."""
-    replicas: dict[int, list[list[int]]] = {}
-    for rank, seen in enumerate(ranks):
-        assert replicas.setdefault(layout.position(rank).data, seen["samples"]) == seen["samples"]
-    assert len(replicas) == layout.data
-    for step in range(1, STEPS + 1):
-        read = [sample for rows in replicas.values() for at, *samples in rows if at == step for sample in samples]
-        assert sorted(read) == list(range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH))
 
 
 def assert_tied(ranks: list[Any], layout: Layout) -> None:
@@ -190,16 +124,6 @@ def assert_tied(ranks: list[Any], layout: Layout) -> None:
     for seen, copy in zip(first, last, strict=True):
         assert same_bits(seen["table"], copy["table"])
     assert all(seen["table"] is None for seen in ranks[len(first) : -len(first)])
-
-
-def engine_of(config: str, adapters: bool = False) -> tuple[Any, Any, Any]:
-    """The engine of a config on the ranks that are there, its groups and the config."""
-    loaded = load_config(config)
-    derived = derive(loaded, dist.get_world_size())
-    groups = start_groups(Layout(loaded.parallel.tensor, derived.data_ranks, loaded.parallel.pipeline))
-    engine = build_engine(loaded, derived, groups, adapters=adapters)
-    engine.set_learning_rates({"base": 0.01, "adapters": 0.01})
-    return engine, groups, loaded
 
 
 def batches_of(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:

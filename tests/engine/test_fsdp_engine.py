@@ -23,22 +23,30 @@ from slope_dist.checkpoint import Checkpoint
 from slope_dist.config import derive, load_config
 from slope_dist.errors import UserError
 from slope_dist.parallel.fragments import MemorySource
-from slope_dist.parallel.groups import start as start_groups
-from slope_dist.parallel.layout import Layout
 from tests.distributed import run_ranks
-from tests.engine.test_deepspeed_engine import BF16, EXACT, assert_same_run, distance, relative
 from tests.runs import (
     FIRST_ADAPTER_STEP,
     STEPS,
+    cut_off,
     newest,
     read_all,
     same_bits,
+    spoilt_run,
     state_of,
     step_rows,
     train,
     write_config,
 )
-from tests.training.test_finite_check import spoilt_run
+from tests.same_run import (
+    BF16,
+    EXACT,
+    assert_rounded_masters,
+    assert_same_rows,
+    assert_same_run,
+    engine_of,
+    maker_of_runs,
+    masters_apart,
+)
 from tests.training.test_switch import LAST_SPARSE_STEP, state_around_switch
 
 FSDP: dict[str, Any] = {"parallel__engine": "fsdp"}
@@ -55,18 +63,8 @@ RAGGED: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a run once for all tests that ask for it; returns its folder."""
-    made: dict[tuple, Path] = {}
-
-    def make(ranks: int, **changes: Any) -> Path:
-        key = (ranks, *sorted(changes.items()))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("run")
-            run_ranks(train, ranks, str(write_config(folder, corpus, **changes)))
-            made[key] = folder / "run"
-        return made[key]
-
-    return make
+    make = maker_of_runs(train, corpus, tmp_path_factory)
+    return lambda ranks, **changes: make(ranks, **changes)[0]
 
 
 def alone(run: Callable, **changes: Any) -> Path:
@@ -75,23 +73,13 @@ def alone(run: Callable, **changes: Any) -> Path:
     return run(1, parallel__zero_stage=stage, **changes)
 
 
-def build(config_path: str) -> Any:
-    """The engine of a config's first phase, on this rank."""
-    from slope_dist.training.build import build_engine
-
-    config = load_config(config_path)
-    derived = derive(config, torch.distributed.get_world_size())
-    groups = start_groups(Layout(config.parallel.tensor, derived.data_ranks, config.parallel.pipeline))
-    return build_engine(config, derived, groups, adapters=False)
-
-
 @pytest.mark.parametrize("pattern", ["2:4", "dense"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_data_ranks_are_the_single_process(ranks: int, pattern: str, run: Callable) -> None:
     # On four ranks one sample at a time, so that there is still something to accumulate.
     micro = {"training__micro_batch_size": 1} if ranks == 4 else {}
     found = run(ranks, **FSDP, **micro, sparsity__pattern=pattern)
-    assert_same_run(found, alone(run, sparsity__pattern=pattern), bound=EXACT)
+    assert_same_run(found, alone(run, sparsity__pattern=pattern))
     masks = sum(name.endswith("weight.indices") for name in read_all(newest(found), "metadata"))
     assert masks == (12 - 3 if pattern == "2:4" else 0)
 
@@ -104,13 +92,13 @@ def test_tensor_ranks_are_the_single_process(
 ) -> None:
     layout = {"parallel__tensor": 2, "parallel__sequence_parallel": sequence_parallel}
     found = run(2 * data_ranks, **FSDP, **layout, sparsity__pattern=pattern)
-    assert_same_run(found, alone(run, sparsity__pattern=pattern), bound=EXACT)
+    assert_same_run(found, alone(run, sparsity__pattern=pattern))
 
 
 def test_rows_that_pad_the_vocabulary_belong_to_no_state(run: Callable) -> None:
     # Cut over two tensor ranks, 520 rows are 264 and 256, padded to 264; and 264 over two data ranks are 132 and 132.
     found = run(4, **FSDP, parallel__tensor=2, model__vocab_size=520)
-    assert_same_run(found, alone(run, model__vocab_size=520), bound=EXACT)
+    assert_same_run(found, alone(run, model__vocab_size=520))
     for kind in ("weight", "exp_avg"):
         assert read_all(newest(found), kind)["decoder.embed_tokens.weight"].shape == (520, 32)
 
@@ -125,16 +113,16 @@ def test_rows_that_pad_the_vocabulary_belong_to_no_state(run: Callable) -> None:
 )
 def test_recomputed_blocks_change_nothing(ranks: int, changes: dict[str, Any], run: Callable) -> None:
     found = run(ranks, **FSDP, **changes, training__recompute="blocks")
-    assert_same_run(found, alone(run, sparsity__pattern="2:4"), bound=EXACT)
+    assert_same_run(found, alone(run, sparsity__pattern="2:4"))
 
 
 def test_held_column_masks_and_ragged_shards_are_the_single_process(run: Callable) -> None:
     found = run(4, **FSDP, **RAGGED)
-    assert_same_run(found, alone(run, **RAGGED), bound=EXACT)
+    assert_same_run(found, alone(run, **RAGGED))
     assert sum(name.endswith("column_mask") for name in read_all(newest(found), "metadata")) == 9
     held = {"sparsity__column_mask_interval": 4}
     found = run(4, **FSDP, **held, parallel__tensor=2)
-    assert_same_run(found, alone(run, **held), bound=EXACT)
+    assert_same_run(found, alone(run, **held))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -142,11 +130,7 @@ def test_data_ranks_are_the_single_process_in_bf16(ranks: int, run: Callable) ->
     expected = alone(run, precision="bf16", sparsity__column_mask_interval=4)
     found = run(ranks, **FSDP, precision="bf16", sparsity__column_mask_interval=4)
     assert_same_run(found, expected, bound=BF16, weights="master")
-    checkpoint = newest(found)
-    weights, masters = read_all(checkpoint, "weight"), read_all(checkpoint, "master")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-    assert all(torch.equal(weights[name], masters[name].bfloat16()) for name in masters)
+    assert_rounded_masters(found)
 
 
 @pytest.mark.parametrize(
@@ -157,18 +141,12 @@ def test_data_ranks_are_the_single_process_in_bf16(ranks: int, run: Callable) ->
 def test_sums_in_bf16_are_another_rounding_of_the_same_run(ranks: int, changes: dict[str, Any], run: Callable) -> None:
     expected = run(2, **FSDP, precision="bf16")
     found = run(ranks, **FSDP, precision="bf16", **changes)
-    for mine, other in zip(step_rows(found), step_rows(expected), strict=True):
-        assert relative(mine["loss"], other["loss"]) <= BF16, mine
-        assert relative(mine["grad_norm"], other["grad_norm"]) <= 2 * BF16, mine
-    masters, others = read_all(newest(found), "master"), read_all(newest(expected), "master")
-    assert masters.keys() == others.keys()
-    # All together: Adam magnifies the rounding of what has hardly any gradient.
-    off = distance(*(torch.cat([group[name].view(-1) for name in others]) for group in (masters, others)))
-    assert 0 < off <= BF16, "0 would mean that the setting has no effect"
+    assert_same_rows(step_rows(found), step_rows(expected), loss=BF16, norm=2 * BF16)
+    assert 0 < masters_apart(found, expected) <= BF16, "0 would mean that the setting has no effect"
 
 
 def first_state(config: str) -> dict[str, Tensor]:
-    return state_of(build(config))
+    return state_of(engine_of(config)[0])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -184,7 +162,7 @@ def test_the_first_state_is_deepspeeds_to_the_last_bit(precision: str, corpus: P
 
 def gathered_weights(config: str) -> list[dict[str, Any]]:
     """What each sparse weight of the second block looks like while the block is whole, and when it is not."""
-    engine = build(config)
+    engine, _, _ = engine_of(config)
     block = engine.module.layers[2]
     found = []
     for name in ("q", "k", "v", "out", "up", "down"):
@@ -253,10 +231,7 @@ def test_a_resumed_run_is_the_whole_one_to_the_last_bit(
     rows = [(row["loss"], row["grad_norm"]) for row in step_rows(run)]
     # Before the switch, which is then made again, and after it.
     for step in (3, 6):
-        for folder in (run / "checkpoints").glob("step-*"):
-            if int(folder.name.removeprefix("step-")) > step:
-                shutil.rmtree(folder)
-        assert newest(run).step == step
+        cut_off(run, step)
         run_ranks(train, ranks, str(path))
         assert [(row["loss"], row["grad_norm"]) for row in step_rows(run)] == rows
         again = newest(run).manifest
@@ -269,7 +244,7 @@ def test_a_resumed_run_is_the_whole_one_to_the_last_bit(
 
 def loaded_bits(config: str, checkpoint: str) -> list[str]:
     """Load a checkpoint; the states of this rank that are then not the checkpoint's, bit for bit, and how many are."""
-    engine = build(config)
+    engine, _, _ = engine_of(config)
     stored = Checkpoint.open(Path(checkpoint))
     engine.load_state(stored)
     fragments, scalars = engine.export_state()
@@ -303,10 +278,8 @@ def test_engines_go_on_from_each_others_checkpoints(
     rows = step_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == list(range(5, STEPS + 1)), "it is meant to have resumed"
     expected = step_rows(alone(run, precision=precision, sparsity__column_mask_interval=4))
-    bound = EXACT if precision == "fp32" else BF16
-    for mine, other in zip(rows, expected[4:], strict=True):
-        assert relative(mine["loss"], other["loss"]) <= bound
-        assert relative(mine["grad_norm"], other["grad_norm"]) <= (bound if precision == "fp32" else 2 * bound)
+    loss, norm = (EXACT, EXACT) if precision == "fp32" else (BF16, 2 * BF16)
+    assert_same_rows(rows, expected[4:], loss=loss, norm=norm)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +307,7 @@ def test_bad_step_of_one_rank_changes_nothing_anywhere(
 
 def spoilt_load(config: str, what: str) -> str:
     """Load a state of which rank 1's part is spoilt; the error."""
-    engine = build(config)
+    engine, _, _ = engine_of(config)
     fragments, scalars = engine.export_state()
     source = MemorySource.take(fragments, scalars)
     if torch.distributed.get_rank() == 1:
@@ -359,10 +332,9 @@ def test_a_bad_piece_on_one_rank_ends_the_load_on_all(what: str, words: str, cor
 
 def evaluated(config: str) -> list[float]:
     """Losses of one batch: by evaluation before, between and after two steps, and by the second step itself."""
-    engine = build(config)
+    engine, _, _ = engine_of(config)
     tokens = torch.arange(2 * 17).view(2, 17) * 7 % 512
     batch = tokens[:, :-1], tokens[:, 1:]
-    engine.set_learning_rates({"base": 0.01})
     losses = [float(engine.evaluate(batch))]
     losses.append(engine.train_step([batch]).loss)
     losses.append(float(engine.evaluate(batch)))

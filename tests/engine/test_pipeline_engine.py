@@ -9,7 +9,6 @@ Run: pytest tests/engine/test_pipeline_engine.py
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,35 +25,34 @@ from slope_dist.parallel.layout import Layout
 from slope_dist.training.build import build, layer_factory
 from tests.distributed import run_ranks
 from tests.engine.pipelines import (
-    EXACT,
-    FP16,
     PP2,
     SEQUENCE,
     SMALL,
     TP2,
     assert_same_run,
     assert_same_run_rounded,
-    assert_same_samples,
     assert_tied,
     batches_of,
-    engine_of,
     maker_of_runs,
     plain_groups,
-    relative,
 )
 from tests.runs import (
     FIRST_ADAPTER_STEP,
+    FP16,
     STEPS,
     Poison,
+    allow_fp16,
+    cut_off,
     newest,
     read_all,
+    relative,
     state_hash,
     step_rows,
     train,
     watch_engines,
     write_config,
 )
-from tests.training.test_finite_check import allow_fp16
+from tests.same_run import EXACT, assert_same_samples, engine_of
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +122,7 @@ def test_pipeline_is_the_single_process_in_bf16(layout: Layout, changes: dict[st
 def test_narrow_gradients_of_both_tables_are_summed(precision: str, gradient_dtype: str, run: Callable) -> None:
     """DeepSpeed keeps them in another place in each of these cases."""
     changes = {"precision": precision, "parallel__zero_stage": 1, "parallel__gradient_dtype": gradient_dtype}
-    changes |= {"loss_scale__initial_power": 3, "loss_scale__window": 1000} if precision == "fp16" else {}
+    changes |= FP16 if precision == "fp16" else {}
     expected, _ = run(1, **changes)
     found, ranks = run(2, **PP2, **changes)
     assert_tied(ranks, Layout(pipeline=2))
@@ -145,14 +143,6 @@ def test_stage_without_a_sparse_layer(dense: int, changes: dict[str, Any], run: 
     assert [bool(seen["sparse"]) for seen in ranks] == [dense != 0, dense == 0]
     (assert_same_run_rounded if "precision" in changes else assert_same_run)(found, expected)
     assert newest(found).scalars["optimizer_steps"]["adapters"] == STEPS - FIRST_ADAPTER_STEP + 1
-
-
-def cut_off(run_folder: Path, last: int) -> None:
-    """Make a run one that was killed after the checkpoint of step `last`."""
-    for folder in (run_folder / "checkpoints").glob("step-*"):
-        if int(folder.name.removeprefix("step-")) > last:
-            shutil.rmtree(folder)
-    assert newest(run_folder).step == last
 
 
 SAVING = {"checkpoint__interval": 4, "checkpoint__keep": 9}

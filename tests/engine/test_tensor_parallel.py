@@ -19,12 +19,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from slope_dist.config import derive, load_config
+from slope_dist.config import load_config
 from slope_dist.layers import logical_tensors
 from slope_dist.parallel.environment import discover
 from tests.distributed import run_ranks
-from tests.engine.test_deepspeed_engine import BF16, EXACT, assert_same_run, distance, far, relative
-from tests.runs import STEPS, newest, read_all, same_bits, step_rows, train, watch_engines, write_config
+from tests.runs import (
+    STEPS,
+    cut_off,
+    distance,
+    newest,
+    read_all,
+    relative,
+    same_bits,
+    step_rows,
+    train,
+    watch_engines,
+    write_config,
+)
+from tests.same_run import (
+    BF16,
+    EXACT,
+    assert_same_masks,
+    assert_same_rows,
+    assert_same_run,
+    engine_of,
+    far,
+    maker_of_runs,
+    masters_apart,
+)
 
 VOCABULARY = 515
 
@@ -33,31 +55,13 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Make a run of the trainer once for all tests that ask for it; its folder."""
-    made: dict[tuple, Path] = {}
-
-    def make(tensor: int, data: int, **changes: Any) -> Path:
-        key = (tensor, data, *sorted(changes.items()))
-        if key not in made:
-            folder = tmp_path_factory.mktemp("run")
-            changes = {"model__vocab_size": VOCABULARY, "checkpoint__keep": 20, "parallel__tensor": tensor} | changes
-            run_ranks(train, tensor * data, str(write_config(folder, corpus, **changes)))
-            made[key] = folder / "run"
-        return made[key]
-
-    return make
+    make = maker_of_runs(train, corpus, tmp_path_factory, model__vocab_size=VOCABULARY, checkpoint__keep=20)
+    return lambda tensor, data, **changes: make(tensor * data, **{"parallel__tensor": tensor} | changes)[0]
 
 
 def initial_state(path: str) -> list[list[Any]]:
     """The pieces that this rank would save of an engine that was just built."""
-    from slope_dist.parallel.groups import start
-    from slope_dist.parallel.layout import Layout
-    from slope_dist.training.build import build_engine
-
-    config = load_config(path)
-    derived = derive(config, torch.distributed.get_world_size())
-    groups = start(Layout(config.parallel.tensor, derived.data_ranks))
-    engine = build_engine(config, derived, groups, adapters=True)
+    engine, _, _ = engine_of(path, adapters=True)
     fragments, _ = engine.export_state()
     pieces = [
         [f.name, f.kind, list(f.shape), [list(bounds) for bounds in f.rectangle], f.start, f.stop, f.tensor.clone()]
@@ -109,7 +113,7 @@ def test_tensor_ranks_are_the_single_process(
 ) -> None:
     expected = run(1, 1, parallel__zero_stage=0)
     found = run(tensor, data, parallel__zero_stage=stage, parallel__sequence_parallel=sequence_parallel)
-    assert_same_run(found, expected, bound=EXACT)
+    assert_same_run(found, expected)
 
 
 @pytest.mark.parametrize(("stage", "sequence_parallel"), [(0, False), (1, True), (3, True)])
@@ -121,23 +125,21 @@ def test_layers_that_every_tensor_rank_holds_whole(stage: int, sequence_parallel
     expected = run(1, 1, parallel__zero_stage=0, **form)
     found = run(2, 1, parallel__zero_stage=stage, parallel__sequence_parallel=sequence_parallel, **form)
     assert "decoder.project_in.weight.values" in read_all(newest(found), "weight")
-    assert_same_run(found, expected, bound=EXACT)
+    assert_same_run(found, expected)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_held_column_masks_are_those_of_one_process(stage: int, run: Run) -> None:
     expected = run(1, 1, parallel__zero_stage=0, sparsity__column_mask_interval=4)
     found = run(2, 2, parallel__zero_stage=stage, sparsity__column_mask_interval=4)
-    assert_same_run(found, expected, bound=EXACT)
+    assert_same_run(found, expected)
     assert sum(name.endswith("column_mask") for name in read_all(newest(found), "metadata")) == 9
 
 
 def test_a_kept_transpose_gives_the_gradients_of_a_derived_one(run: Run) -> None:
     kept = run(2, 2, parallel__zero_stage=1, sparsity__backward_weight="resident")
     derived = run(2, 2, parallel__zero_stage=1, sparsity__backward_weight="derived")
-    for mine, other in zip(step_rows(kept), step_rows(derived), strict=True):
-        assert relative(mine["loss"], other["loss"]) <= 1e-6
-        assert relative(mine["grad_norm"], other["grad_norm"]) <= 1e-6
+    assert_same_rows(step_rows(kept), step_rows(derived), loss=1e-6, norm=1e-6)
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         assert far(read_all(newest(kept), kind), read_all(newest(derived), kind), EXACT) == {}
 
@@ -146,16 +148,9 @@ def test_a_kept_transpose_gives_the_gradients_of_a_derived_one(run: Run) -> None
 def test_tensor_ranks_are_the_single_process_in_bf16(stage: int, run: Run) -> None:
     expected = run(1, 1, precision="bf16", parallel__zero_stage=1)
     found = run(2, 2, precision="bf16", parallel__zero_stage=stage, parallel__sequence_parallel=stage != 2)
-    for mine, other in zip(step_rows(found), step_rows(expected), strict=True):
-        assert relative(mine["loss"], other["loss"]) <= BF16, mine
-        assert relative(mine["grad_norm"], other["grad_norm"]) <= 2 * BF16, mine
-    masters, others = read_all(newest(found), "master"), read_all(newest(expected), "master")
-    assert masters.keys() == others.keys()
-    # All together: Adam magnifies the rounding of what has hardly any gradient.
-    off = distance(*(torch.cat([group[name].view(-1) for name in others]) for group in (masters, others)))
-    assert off <= BF16
-    masks, all_masks = read_all(newest(found), "metadata"), read_all(newest(expected), "metadata")
-    assert all(same_bits(masks[name], mask) for name, mask in all_masks.items())
+    assert_same_rows(step_rows(found), step_rows(expected), loss=BF16, norm=2 * BF16)
+    assert masters_apart(found, expected) <= BF16
+    assert_same_masks(found, expected)
 
 
 @pytest.mark.parametrize(("tensor", "data", "stage"), [(2, 2, 0), (4, 1, 1), (2, 2, 3)])
@@ -220,10 +215,7 @@ def test_replicas_are_equal_to_the_bit_after_fifty_steps(
 def kept_up_to(folder: Path, step: int, new: Path) -> Path:
     """A copy of a run folder as it was after `step`; its config is to be written beside it."""
     shutil.copytree(folder, new / "run")
-    for path in (new / "run" / "checkpoints").glob("step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
-    assert newest(new / "run").step == step
+    cut_off(new / "run", step)
     return new
 
 
@@ -254,4 +246,4 @@ def test_a_run_moves_from_tensor_ranks_to_one_process_and_back(run: Run, corpus:
     run_ranks(train, 4, str(write_config(back, corpus, **layout | SAVED)))
     assert newest(back / "run").step == STEPS
     for folder in (alone, back):
-        assert_same_run(folder / "run", whole, bound=EXACT)
+        assert_same_run(folder / "run", whole)

@@ -44,7 +44,7 @@ def make_linear(
 ) -> Linear:
     dense = torch.randn(OUT, IN)
     weight = DenseWeight(dense) if pattern is None else SparseWeight(CompressedMatrix.prune(dense, pattern), **options)
-    factors = LowRankAdapter(torch.randn(RANK, IN), OUT) if adapter else None
+    factors = LowRankAdapter(torch.randn(RANK, IN), OUT, split="column") if adapter else None
     linear = Linear("layer", weight, bias=bias, split="column", adapter=factors)
     with torch.no_grad():
         if linear.adapter is not None:
@@ -97,7 +97,7 @@ def test_output_and_every_gradient_equal_the_written_out_formula(sparse: bool, b
 
 
 def test_a_new_adapter_scales_by_one_over_rank_and_starts_at_zero() -> None:
-    adapter = LowRankAdapter(torch.randn(RANK, IN), OUT)
+    adapter = LowRankAdapter(torch.randn(RANK, IN), OUT, split="column")
     assert adapter.scale == 1 / RANK
     assert adapter.up.shape == (OUT, RANK) and not adapter.up.any()
     assert not adapter(torch.randn(5, IN)).any()
@@ -105,7 +105,7 @@ def test_a_new_adapter_scales_by_one_over_rank_and_starts_at_zero() -> None:
 
 def test_fp16_adapter_does_not_overflow_between_its_factors() -> None:
     down = torch.full((RANK, IN), 100.0)
-    adapter = LowRankAdapter(down, OUT).half()
+    adapter = LowRankAdapter(down, OUT, split="column").half()
     with torch.no_grad():
         adapter.up.fill_(1.0)
     # Each entry of X down^T is 40 * 100 * 8 = 32000; the sum of 16 of them would pass 65504, their mean does not.

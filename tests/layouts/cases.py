@@ -1,8 +1,8 @@
 """The cases of the layout matrix: which layouts, engines, patterns and precisions are held against one process.
 
-All ways to place up to four ranks, and one of eight: tensor ranks 1, 2, 4; pipeline stages 1, 2; data ranks 1, 2, and 4
-where there is no other axis; ZeRO 0 to 3 and FSDP2 (a pipeline: ZeRO 0 and 1, on DeepSpeed); sequence parallelism on
-and off where there are tensor ranks; 2:4 and dense.
+All ways to place up to four ranks, and one of eight: tensor ranks 1, 2, 4; pipeline stages 1, 2, and 3 alone; data
+ranks 1, 2, and 4 where there is no other axis; ZeRO 0 to 3 and FSDP2 (a pipeline: ZeRO 0 and 1, on DeepSpeed); sequence
+parallelism on and off where there are tensor ranks; 2:4 and dense.
 
 A short list runs in bf16. There, weights drift apart: sums are made in another order and rounded to 8 bits, and Adam
 magnifies the rounding of elements that have hardly any gradient. Column masks, which follow from the weights, drift
@@ -162,6 +162,9 @@ def _layouts() -> Iterator[tuple[Layout, Engine, bool]]:
                 for engine in engines:
                     for sequence_parallel in (False, True) if tensor > 1 else (False,):
                         yield layout, engine, sequence_parallel
+    # A stage that is neither the first nor the last.
+    yield Layout(pipeline=3), "zero0", False
+    yield Layout(pipeline=3), "zero1", False
     yield Layout(tensor=2, data=2, pipeline=2), "zero1", True
 
 

@@ -17,7 +17,7 @@ from slope_dist.config import load_config
 from slope_dist.parallel.environment import discover
 from tests.distributed import run_ranks
 from tests.layouts.cases import CLIPPING, FAMILIES, Case
-from tests.runs import STEPS, evaluation_rows, read_all, step_rows, write_config
+from tests.runs import STEPS, distance, evaluation_rows, read_all, relative, step_rows, watch_batches, write_config
 
 State = dict[str, Tensor]
 
@@ -69,17 +69,14 @@ def observed_run(config: str) -> list[list[Any]]:
     from slope_dist.training.trainer import Trainer
 
     trainer = Trainer(load_config(config), discover())
-    batch = trainer.reader.batch
     samples: list[list[Any]] = []
 
-    def recorded(step: int, positions: Any) -> Any:
-        made = batch(step, positions)
+    def record(step: int, positions: Any, made: Any) -> None:
         for row, position in enumerate(positions):
             text = torch.cat([made.tokens[row], made.labels[row]]).numpy().tobytes()
             samples.append([step, int(position), int(made.samples[row]), hashlib.sha256(text).hexdigest()[:16]])
-        return made
 
-    trainer.reader.batch = recorded  # type: ignore[method-assign]
+    watch_batches(trainer, record)
     trainer.run()
     return samples
 
@@ -124,22 +121,6 @@ def _samples(case: Case, seen: list[list[list[Any]]]) -> list[list[Any]]:
         data_rank = case.layout.position(rank).data
         assert by_data_rank.setdefault(data_rank, samples) == samples, f"rank {rank} read other samples than its peers"
     return sorted(sample for samples in by_data_rank.values() for sample in samples)
-
-
-def relative(a: float, b: float) -> float:
-    """|a - b| / |b|."""
-    return abs(a - b) / abs(b)
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    """Norm of the difference relative to that of `b`; infinite where they cannot be compared."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return inf
-    difference, size = float((a.double() - b.double()).norm()), float(b.double().norm())
-    if difference == 0.0:
-        return 0.0
-    # Not 0/0, and NaN is as far off as can be.
-    return difference / size if size > 0.0 and difference == difference else inf
 
 
 def compare(case: Case, found: Run, expected: Run) -> Deviation:

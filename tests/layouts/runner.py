@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from fnmatch import fnmatchcase
@@ -96,9 +97,9 @@ class Runner:
         except pytest.skip.Exception as reason:
             result |= {"state": "skipped", "problems": [str(reason)]}
         except Exception as error:
-            # Whatever it is, the other cases go on; the text has the ranks' tracebacks.
+            # Whatever it is, the other cases go on; an error of the ranks' has their tracebacks in its text.
             log.parent.mkdir(exist_ok=True)
-            log.write_text(f"{case.name}\n{type(error).__name__}: {error}\n")
+            log.write_text(f"{case.name}\n{traceback.format_exc()}")
             result["problems"] = [f"did not run: {_last_line(str(error))}; see {log}"]
         return result | {"seconds": round(time.perf_counter() - start, 1)}
 

@@ -159,8 +159,8 @@ def test_the_first_linears_after_the_input_are_dense() -> None:
 def test_the_350m_projections_are_dense_too() -> None:
     make = LayerFactory(seed=1, pattern=Pattern(2, 4), dense_layers=family("opt").dense_layers)
     build_model("opt", FORM_OF_350M, make)
-    assert make.dense["decoder.project_in"] == "first after the input"
-    assert make.dense["decoder.project_out"] == "part of the head"
+    assert make.dense["decoder.project_in"] == "outside the blocks"
+    assert make.dense["decoder.project_out"] == "outside the blocks"
     assert len(make.sparse) == 6 * 3 - 3
 
 

@@ -1,0 +1,416 @@
+"""The sections of a run's config: one frozen, strict model each, with every default, unit and check within it.
+
+Messages of the checks start with the dotted path of the key they are about, the same path that `--set` takes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+# Cuts, metadata bytes and initialisation blocks all lie on multiples of 8 in both dimensions (rule R3).
+DIMENSION_MULTIPLE = 8
+ADAPTER_RANK_MULTIPLE = 16
+
+Pattern = Literal["dense", "1:2", "2:4", "2:8", "4:8"]
+BackwardWeight = Literal["auto", "derived", "resident"]
+Precision = Literal["bf16", "fp16", "fp32"]
+GPU = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
+
+
+def _usable_path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError("must be a path: not empty, no NUL character")
+    return text
+
+
+# Upper limits keep an absurd value, most often a slip of the finger, from hanging or crashing what counts and allocates
+# by it; no real run comes near them.
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Layers = Annotated[int, Field(ge=1, le=10_000)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Tokens = Annotated[int, Field(ge=1, le=2**24)]
+Samples = Annotated[int, Field(ge=1, le=2**20)]
+Ranks = Annotated[int, Field(ge=1, le=2**20)]
+Threads = Annotated[int, Field(ge=1, le=4096)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=1e30)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_usable_path)]
+
+
+class Section(BaseModel):
+    """Base of every section: strict types, no unknown keys, no change after loading, no NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _not_there_yet(path: str, value: object, works: str) -> ValueError:
+    shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
+    return ValueError(f"{path} {shown} is not there yet; {works}")
+
+
+class RunConfig(Section):
+    """Where the run writes, and what it is seeded with."""
+
+    folder: PathText | None = Field(
+        default=None,
+        description="Folder of all output of the run; null: `runs/<config file's name without .json>`.",
+    )
+    seed: int = Field(
+        default=1234,
+        ge=0,
+        le=2**63 - 1,
+        description="Seed of the initial values, the masks, the adapters and the order of samples.",
+    )
+    threads: Threads | None = Field(
+        default=None,
+        description="CPU threads of each process; null: the machine's cores divided by its local ranks.",
+    )
+    log_interval: Count = Field(default=1, description="Steps between two progress lines (metrics have every step).")
+
+
+class ModelConfig(Section):
+    """The shape of the model and the size of its initial values."""
+
+    family: Literal["opt", "gpt2", "llama", "mistral"] = Field(
+        default="opt", description='Model family; "opt" works, the others are not there yet.'
+    )
+    hidden_size: Width = Field(description="Width of the residual stream; a multiple of 8 and of `num_heads`.")
+    num_layers: Layers = Field(description="Transformer blocks.")
+    num_heads: Width = Field(description="Attention heads.")
+    ffn_size: Width = Field(description="Width inside the feed-forward block; a multiple of 8.")
+    vocab_size: Tokens = Field(description="Rows of the embedding; also the size of a tokenizer trained for the run.")
+    sequence_length: Tokens = Field(description="Tokens of a sample, and learned positions of the model.")
+    embedding_size: Width | None = Field(
+        default=None,
+        description="Width of the token embedding, projected to `hidden_size` where they differ "
+        "(OPT-350M: 512); a multiple of 8; null: `hidden_size`.",
+    )
+    norm_position: Literal["pre", "post"] = Field(
+        default="pre", description='LayerNorm before ("pre") or after ("post", OPT-350M) each sub-block.'
+    )
+    init_std: PositiveFloat = Field(default=0.02, description="Standard deviation of the initial weights.")
+    scale_residual_init: bool = Field(
+        default=True,
+        description="Divide the standard deviation of the attention and feed-forward output projections by "
+        "sqrt(2 `num_layers`).",
+    )
+
+    @property
+    def token_embedding_size(self) -> int:
+        """Width of the token embedding with the null of `embedding_size` filled in."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.family != "opt":
+            raise _not_there_yet("model.family", self.family, 'use "opt"')
+        for name in ("hidden_size", "ffn_size", "embedding_size"):
+            size = getattr(self, name)
+            if size is not None and size % DIMENSION_MULTIPLE:
+                below, above = neighbours(size, DIMENSION_MULTIPLE)
+                raise ValueError(
+                    f"model.{name} {size} is not a multiple of {DIMENSION_MULTIPLE}; nearest: {below} or {above}"
+                )
+        if self.hidden_size % self.num_heads:
+            fitting = [heads for heads in range(1, min(self.num_heads, 4096)) if self.hidden_size % heads == 0]
+            raise ValueError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads} "
+                f"(remainder {self.hidden_size % self.num_heads}); {fitting[-1]} heads would fit"
+            )
+        return self
+
+
+def neighbours(size: int, multiple: int) -> tuple[int, int]:
+    """The multiples nearest to `size` that a user may write, below and above."""
+    below = size - size % multiple
+    return max(below, multiple), below + multiple
+
+
+class SparsityConfig(Section):
+    """Which weights are kept sparse, and how."""
+
+    pattern: Pattern = Field(
+        default="2:4",
+        description='N of every M entries of a row are kept; "2:4" is stored compressed, "1:2", "2:8" '
+        'and "4:8" run on the reference, "dense" prunes nothing.',
+    )
+    column_mask_interval: Count = Field(
+        default=1,
+        description="Optimizer steps between two choices of the column mask of the backward weight.",
+    )
+    backward_weight: BackwardWeight = Field(
+        default="auto",
+        description='The doubly pruned transpose is made when backward needs it ("derived") or kept '
+        '("resident"; 2:4 only, not with ZeRO 3 or "fsdp"). "auto": resident with 2:4 where each rank holds the whole '
+        'optimizer state of its share, which is ZeRO 0 (fp32) on "deepspeed"; otherwise derived.',
+    )
+    dense_layers: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="Glob patterns over global layer names that stay dense besides the built-in skip list.",
+    )
+
+    @property
+    def group(self) -> tuple[int, int] | None:
+        """(N, M) of the pattern, or None where nothing is pruned."""
+        if self.pattern == "dense":
+            return None
+        kept, of = self.pattern.split(":")
+        return int(kept), int(of)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pattern == "dense" and self.column_mask_interval > 1:
+            raise ValueError(
+                f"sparsity.column_mask_interval {self.column_mask_interval} needs a sparse pattern, but "
+                'sparsity.pattern is "dense"; use interval 1 or a pattern such as "2:4"'
+            )
+        if self.backward_weight == "resident" and self.pattern != "2:4":
+            raise ValueError(
+                f'sparsity.backward_weight "resident" needs sparsity.pattern "2:4", not "{self.pattern}"; '
+                'use "auto" or "derived"'
+            )
+        if not all(pattern.strip() for pattern in self.dense_layers):
+            raise ValueError("sparsity.dense_layers holds an empty pattern; remove it or name a layer")
+        return self
+
+
+class AdaptersConfig(Section):
+    """The low-rank adapters that join the sparse layers at the end of the run."""
+
+    fraction: float = Field(
+        default=0.01,
+        gt=0.0,
+        le=1.0,
+        description="Share of the steps, the last ones, that train with adapters.",
+    )
+    rank: int | float = Field(
+        default=0.0156,
+        union_mode="left_to_right",
+        description="A whole number is the rank itself (0: no adapters ever); a number between 0 and 1 is a "
+        "fraction of `model.hidden_size`, rounded to a multiple of 16, at least 16.",
+    )
+    learning_rate_policy: Literal["follow", "rewarm_adapters", "rewarm_all"] = Field(
+        default="follow",
+        description="At the switch the adapters follow the run's schedule, or the adapters alone, or all "
+        "parameters, warm up again to `peak_learning_rate`.",
+    )
+    peak_learning_rate: PositiveFloat | None = Field(
+        default=None,
+        description="Peak of the second warm-up; required by the rewarm policies, refused by follow.",
+    )
+    warmup_steps: CountOrZero = Field(default=0, description="Steps of the second warm-up; rewarm policies only.")
+    weight_decay: NonNegativeFloat | None = Field(
+        default=None, description="Weight decay of the adapters; null: `training.weight_decay`."
+    )
+
+    def adapter_rank(self, hidden_size: int) -> int:
+        """Rank of the adapters of a model of width `hidden_size`; 0 where there are none."""
+        if isinstance(self.rank, int):
+            return self.rank
+        nearest = int(self.rank * hidden_size / ADAPTER_RANK_MULTIPLE + 0.5) * ADAPTER_RANK_MULTIPLE
+        return max(ADAPTER_RANK_MULTIPLE, nearest)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.rank, float) and not 0.0 < self.rank < 1.0:
+            raise ValueError(
+                f"adapters.rank {self.rank} is not a fraction between 0 and 1; write a whole number for an "
+                "absolute rank, 0 for no adapters"
+            )
+        if isinstance(self.rank, int) and self.rank < 0:
+            raise ValueError(f"adapters.rank {self.rank} is negative; use 0 for no adapters")
+        if self.learning_rate_policy == "follow":
+            for name in ("peak_learning_rate", "warmup_steps"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"adapters.{name} {getattr(self, name)} has no use with adapters.learning_rate_policy "
+                        '"follow"; remove it or use "rewarm_adapters" or "rewarm_all"'
+                    )
+        elif self.peak_learning_rate is None:
+            raise ValueError(
+                "adapters.peak_learning_rate is required by adapters.learning_rate_policy "
+                f'"{self.learning_rate_policy}"; give the peak of the second warm-up'
+            )
+        return self
+
+
+class DataConfig(Section):
+    """The corpus and its tokenizer."""
+
+    folder: PathText = Field(description="Folder of the prepared corpus.")
+    source: Literal["python-stdlib"] | None = Field(
+        default=None,
+        description="What to prepare into `folder` at first use where it is absent; null: never prepare.",
+    )
+    valid_fraction: float = Field(
+        default=0.02,
+        gt=0.0,
+        lt=1.0,
+        description="Share of the documents set apart for validation when preparing.",
+    )
+    tokenizer: PathText | None = Field(
+        default=None,
+        description="SentencePiece model to prepare with; null: train one of `model.vocab_size` pieces.",
+    )
+
+
+class TrainingConfig(Section):
+    """Length, batch, optimizer and schedule."""
+
+    steps: Count = Field(description="Optimizer steps of the run; steps count from 1.")
+    global_batch_size: Samples = Field(description="Samples of a step over all ranks.")
+    micro_batch_size: Samples = Field(description="Samples of one forward and backward pass on one rank.")
+    learning_rate: PositiveFloat = Field(description="Peak learning rate.")
+    min_learning_rate: NonNegativeFloat = Field(
+        default=0.0, description="Learning rate at the last step of the cosine or linear schedule."
+    )
+    warmup_steps: CountOrZero = Field(
+        default=0, description="Steps over which the learning rate rises linearly to its peak."
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="Shape of the learning rate after the warm-up."
+    )
+    weight_decay: NonNegativeFloat = Field(default=0.1, description="AdamW's decoupled weight decay.")
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0, description="AdamW's decay rate of the first moment.")
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0, description="AdamW's decay rate of the second moment.")
+    epsilon: PositiveFloat = Field(default=1e-8, description="AdamW's term in the denominator.")
+    gradient_clipping: NonNegativeFloat = Field(
+        default=1.0,
+        description="Largest global gradient norm; larger gradients are scaled down to it; 0: off.",
+    )
+    recompute: Literal["none", "blocks"] = Field(
+        default="none", description="Activations that backward computes again instead of keeping."
+    )
+    max_skipped_steps: Count = Field(
+        default=3,
+        description="Consecutive steps with a non-finite loss or gradient after which the run stops.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size {self.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size {self.micro_batch_size} "
+                f"(remainder {self.global_batch_size % self.micro_batch_size})"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"training.min_learning_rate {self.min_learning_rate} is above "
+                f"training.learning_rate {self.learning_rate}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    """When the validation split is read, and how much of it."""
+
+    interval: CountOrZero = Field(default=1000, description="Steps between two evaluations; 0: only at the end.")
+    samples: Count | None = Field(
+        default=None, description="Validation samples of an evaluation; null: the whole validation split."
+    )
+
+
+class LossScaleConfig(Section):
+    """The dynamic loss scale; used with precision "fp16" only."""
+
+    initial_power: int = Field(default=16, ge=0, le=32, description="The first scale is 2 to this power.")
+    window: Count = Field(default=1000, description="Steps without overflow after which the scale doubles.")
+    minimum: float = Field(default=1.0, ge=1.0, le=2.0**32, description="Smallest scale.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.minimum.is_integer():
+            raise ValueError(f"loss_scale.minimum {self.minimum} must be a whole number")
+        if self.minimum > 2.0**self.initial_power:
+            raise ValueError(
+                f"loss_scale.minimum {self.minimum} is above the first scale 2^{self.initial_power} = "
+                f"{2**self.initial_power} (loss_scale.initial_power)"
+            )
+        return self
+
+
+class ParallelConfig(Section):
+    """The engine, and how the run is laid out over ranks."""
+
+    engine: Literal["deepspeed", "fsdp"] = Field(
+        default="deepspeed",
+        description='Training engine: "deepspeed", or "fsdp" for torch\'s FSDP2 (no pipeline, no fp16).',
+    )
+    tensor: Ranks = Field(
+        default=1,
+        description="Ranks that share each layer: heads, features and vocabulary are cut over them. Divides "
+        "`model.num_heads`; `model.hidden_size` and `model.ffn_size` are multiples of 8 x this.",
+    )
+    pipeline: Ranks = Field(
+        default=1,
+        description="Stages the blocks are spread over, at most `model.num_layers`; above 1 needs engine "
+        '"deepspeed" and ZeRO 0 or 1.',
+    )
+    data: Ranks | None = Field(
+        default=None, description="Data-parallel ranks; null: all ranks divided by `tensor` x `pipeline`."
+    )
+    zero_stage: int = Field(
+        default=1,
+        ge=0,
+        le=3,
+        description="ZeRO stage: what is split over data ranks. 0 nothing, 1 optimizer state, "
+        '2 and gradients, 3 and parameters. "fsdp" splits all of it and does not read this.',
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Split the activations between split layers along the sequence over the tensor ranks; "
+        "`model.sequence_length` is then a multiple of `tensor`.",
+    )
+    gradient_dtype: Literal["fp32", "model"] = Field(
+        default="fp32",
+        description='Dtype in which gradients are accumulated and reduced: "fp32", or "model" for that of '
+        '`precision` ("fsdp" reduces in it and accumulates in fp32).',
+    )
+    zero3_persistence_threshold: CountOrZero = Field(
+        default=100_000,
+        description="ZeRO 3 keeps parameters of fewer elements than this whole on every rank.",
+    )
+    gpu: GPU | None = Field(
+        default=None,
+        description="GPU whose memory `--dry-run` compares with the model state of the heaviest rank; null: none. "
+        "Changes nothing in the run, which looks at the memory it finds.",
+    )
+
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters and metadata are sharded over data ranks, not only what trains them."""
+        return self.engine == "fsdp" or self.zero_stage == 3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pipeline > 1 and self.engine == "fsdp":
+            raise ValueError(
+                f'parallel.pipeline {self.pipeline} does not work with parallel.engine "fsdp"; use '
+                'parallel.pipeline 1, or parallel.engine "deepspeed"'
+            )
+        if self.pipeline > 1 and self.zero_stage > 1:
+            raise ValueError(
+                f"parallel.zero_stage {self.zero_stage} does not work with parallel.pipeline {self.pipeline}: a stage "
+                "accumulates whole gradients over its micro-batches, which ZeRO 2 and 3 split; use parallel.zero_stage "
+                "1 or 0, or parallel.pipeline 1"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written, and how many stay. One is always written after the last step."""
+
+    interval: CountOrZero = Field(
+        default=1000, description="Steps between two checkpoints; 0: only after the last step."
+    )
+    keep: int = Field(
+        default=2,
+        ge=2,
+        le=2**31 - 1,
+        description="Newest checkpoints that stay; at least 2, lest a damaged one be the only.",
+    )
