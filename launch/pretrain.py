@@ -26,6 +26,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         default="auto",
         help="auto (default): go on from the newest checkpoint in the run folder; never: refuse one that has any",
     )
+    parser.add_argument(
+        "--accept-steps",
+        action="store_true",
+        help="another training.steps is meant although the adapters have joined; they stay on",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # The deepspeed launcher adds it.
     return parser.parse_args(arguments)
@@ -38,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    from slope_dist.training.entry import Request, dry_run, pretrain
+    from slope_dist.training.entry import Request, Resume, dry_run, pretrain
 
-    request = Request(options.config, tuple(options.set), options.resume)
+    request = Request(options.config, tuple(options.set), Resume(options.resume, options.accept_steps))
     return dry_run(request) if options.dry_run else pretrain(request)
 
 

@@ -6,6 +6,9 @@ it as one line and exit with code 2. Anything else that is raised is a defect of
 
 EXIT_BAD_INPUT = 2
 
+EXIT_STOPPED = 75
+"""Of a run that was asked to stop, and can go on: what sysexits.h calls a temporary failure."""
+
 
 class UserError(Exception):
     """What is wrong, where, and what would be right, in one line."""

@@ -106,12 +106,13 @@ def write_config(folder: Path, corpus: Path, **changes: Any) -> Path:
     return path
 
 
-def train(config: str | Config, environment: Environment | None = None) -> None:
+def train(config: str | Config, environment: Environment | None = None, accept_steps: bool = False) -> None:
     """Run the real trainer from the newest checkpoint, or the first step, to the last step."""
+    from slope_dist.training.folder import Resume
     from slope_dist.training.trainer import Trainer
 
     loaded = load_config(config) if isinstance(config, str) else config
-    Trainer(loaded, environment or discover()).run()
+    Trainer(loaded, environment or discover(), Resume(accept_steps=accept_steps)).run()
 
 
 def pretrain(*arguments: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,9 @@ from slope_dist.checkpoint.format import (
 from slope_dist.checkpoint.regions import boxes, describe, flat_bounds, intersect, view_of_box
 from slope_dist.parallel.collectives import all_gather_json, broadcast_json, rank, world_size
 from slope_dist.parallel.fragments import Kind, Rectangle, rectangle_size
+from slope_dist.transfer import Transfer
+
+_CHUNK_BYTES = 4 * 2**20
 
 
 class Checkpoint:
@@ -78,17 +81,22 @@ class Checkpoint:
             checkpoint.verify(checkpoint.manifest.files)
         return checkpoint
 
-    def verify(self, files: Iterable[str]) -> None:
+    def verify(self, files: Collection[str], transfer: Transfer | None = None) -> None:
         """Hash these of the manifest's files, each once, and compare their headers with the manifest.
+
+        Args:
+            files: their names.
+            transfer: told of the bytes that are read.
 
         Raises:
             CheckpointError: naming the file, what was expected and what was found.
         """
+        transfer = transfer or Transfer()
+        transfer.begin(sum(self.manifest.files[name].bytes for name in files))
         for name in files:
             expected = self.manifest.files[name].sha256
             try:
-                with open(self.path / name, "rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                found = _sha256(self.path / name, transfer)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}") from error
             if found != expected:
@@ -213,8 +221,12 @@ def find_newest(checkpoints: Path) -> Search:
     return Search(*_search(checkpoints, names, slice(None), lambda problem: [problem]), leftovers)
 
 
-def find_newest_on_all_ranks(checkpoints: Path) -> Search:
+def find_newest_on_all_ranks(checkpoints: Path, transfer: Transfer | None = None) -> Search:
     """As `find_newest`, with the same answer on every rank: a collective in which all share the hashing.
+
+    Args:
+        checkpoints: see `find_newest`.
+        transfer: told of the bytes that this rank reads.
 
     Raises:
         CheckpointError: on every rank, if rank 0 cannot read the folder.
@@ -230,7 +242,8 @@ def find_newest_on_all_ranks(checkpoints: Path) -> Search:
     names, leftovers, error = broadcast_json([names, leftovers, error])
     if error is not None:
         raise CheckpointError(error)
-    return Search(*_search(checkpoints, names, slice(rank(), None, world_size()), all_gather_json), leftovers)
+    share = slice(rank(), None, world_size())
+    return Search(*_search(checkpoints, names, share, all_gather_json, transfer), leftovers)
 
 
 def _listing(checkpoints: Path) -> tuple[list[str], list[str]]:
@@ -253,6 +266,7 @@ def _search(
     names: list[str],
     share: slice,
     gather: Callable[[str | None], list[str | None]],
+    transfer: Transfer | None = None,
 ) -> tuple[Checkpoint | None, list[str]]:
     """Verify one folder after the other, `share` of each one's files here, until `gather` returns no problem."""
     damaged: list[str] = []
@@ -260,7 +274,7 @@ def _search(
         checkpoint, problem = None, None
         try:
             checkpoint = Checkpoint.open(checkpoints / name, verify=False)
-            checkpoint.verify(sorted(checkpoint.manifest.files)[share])
+            checkpoint.verify(sorted(checkpoint.manifest.files)[share], transfer)
         except CheckpointError as error:
             problem = str(error)
         first = next((found for found in gather(problem) if found is not None), None)
@@ -292,6 +306,16 @@ def _size_of_regular_file(folder: Path, name: str) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{folder}: {name}: expected a plain file, found a link or something else")
     return found.st_size
+
+
+def _sha256(path: Path, transfer: Transfer) -> str:
+    digest = hashlib.sha256()
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
+            transfer.add(size)
+    return digest.hexdigest()
 
 
 def _header_entry(entry: tuple[str, list[int]] | None) -> str:

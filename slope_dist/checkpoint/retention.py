@@ -17,47 +17,89 @@ MIN_KEPT = 2
 """With one alone, a damaged newest checkpoint would be the end of the run."""
 
 
-def prune(checkpoints: Path, keep: int, *, progress: Callable[[str], None] | None = None) -> list[str]:
-    """Remove all but the newest `keep` complete checkpoints, and what interrupted saves and removals left behind.
+class Retention:
+    """Which checkpoints of a run stay: the newest `keep` that are known to be whole, and milestones.
 
-    To be called by all ranks after a save has returned; rank 0 acts. Only folders that look complete are counted and
-    removed: damaged ones, and any that holds a file of someone else, stay where they are.
+    Rank 0 acts; on other ranks nothing happens. What this process has written, or read in full, is known to be whole;
+    an older one is hashed, once, before anything is removed in reliance on it. Folders that are damaged, and any that
+    hold a file of someone else, are neither counted nor touched.
 
     Args:
-        checkpoints: the folder of all checkpoints of a run.
+        checkpoints: the folder of all checkpoints of the run.
         keep: how many stay, at least 2.
-        progress: called at named points of each removal ("trashed", "removed"): for tests and logs.
-
-    Returns:
-        One line for each folder that could not be removed: a nuisance, no reason to stop training.
+        every: those whose step is a multiple of this stay for good; None: no others stay.
 
     Raises:
         ValueError: if `keep` is below 2.
     """
-    if keep < MIN_KEPT:
-        raise ValueError(f"keep = {keep}: at least {MIN_KEPT} checkpoints stay")
-    if rank() != 0:
+
+    def __init__(self, checkpoints: Path, keep: int, every: int | None = None) -> None:
+        if keep < MIN_KEPT:
+            raise ValueError(f"keep = {keep}: at least {MIN_KEPT} checkpoints stay")
+        self._checkpoints = checkpoints
+        self._keep = keep
+        self._every = every
+        self._whole: set[str] = set()
+
+    def trust(self, folder: Path) -> None:
+        """Take note that this process has written the checkpoint, or verified it."""
+        self._whole.add(folder.name)
+
+    def prune(self, *, progress: Callable[[str], None] | None = None) -> list[str]:
+        """Remove what need not stay, and what interrupted saves and removals left behind.
+
+        To be called when no save is under way.
+
+        Args:
+            progress: called at named points of each removal ("trashed", "removed"): for tests and logs.
+
+        Returns:
+            One line for each folder that could not be removed: a nuisance, no reason to stop training.
+        """
+        if rank() != 0:
+            return []
+        notify = progress or (lambda _: None)
+        problems = []
+        try:
+            names = sorted(os.listdir(self._checkpoints))
+            for name in filter(LEFTOVER_NAME.fullmatch, names):
+                discard(self._checkpoints / name)
+            for name in self._dispensable(names):
+                trash = set_aside(self._checkpoints / name)
+                notify("trashed")
+                discard(trash)
+                notify("removed")
+            problems += [
+                f"{self._checkpoints / name}: could not be removed"
+                for name in sorted(os.listdir(self._checkpoints))
+                if LEFTOVER_NAME.fullmatch(name)
+            ]
+        except OSError as error:
+            problems.append(f"{self._checkpoints}: old checkpoints could not be removed: {error}")
+        return problems
+
+    def _dispensable(self, names: list[str]) -> list[str]:
+        """Names of checkpoints that need not stay, the oldest first."""
+        steps = {name: step for name in names if (step := step_of(name)) is not None}
+        newest_first = sorted(steps, key=lambda name: -steps[name])
+        whole = 0
+        for position, name in enumerate(newest_first):
+            if whole == self._keep:
+                older = [name for name in newest_first[position:] if self._every is None or steps[name] % self._every]
+                return [name for name in reversed(older) if looks_complete(self._checkpoints / name)]
+            # Without older ones nothing depends on whether this one is whole.
+            whole += position + 1 < len(newest_first) and self._is_whole(name)
         return []
-    notify = progress or (lambda _: None)
-    problems = []
-    try:
-        names = sorted(os.listdir(checkpoints))
-        for name in filter(LEFTOVER_NAME.fullmatch, names):
-            discard(checkpoints / name)
-        complete = [name for name in names if step_of(name) is not None and looks_complete(checkpoints / name)]
-        for name in sorted(complete, key=lambda name: step_of(name) or 0)[:-keep]:
-            trash = set_aside(checkpoints / name)
-            notify("trashed")
-            discard(trash)
-            notify("removed")
-        problems += [
-            f"{checkpoints / name}: could not be removed"
-            for name in sorted(os.listdir(checkpoints))
-            if LEFTOVER_NAME.fullmatch(name)
-        ]
-    except OSError as error:
-        problems.append(f"{checkpoints}: old checkpoints could not be removed: {error}")
-    return problems
+
+    def _is_whole(self, name: str) -> bool:
+        if name in self._whole:
+            return looks_complete(self._checkpoints / name)
+        try:
+            Checkpoint.open(self._checkpoints / name)
+        except CheckpointError:
+            return False
+        self._whole.add(name)
+        return True
 
 
 def looks_complete(folder: Path) -> bool:

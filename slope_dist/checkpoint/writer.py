@@ -13,10 +13,11 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import slope_dist
@@ -31,8 +32,9 @@ from slope_dist.checkpoint.format import (
     folder_name,
 )
 from slope_dist.checkpoint.retention import discard, set_aside, sync_folder
-from slope_dist.parallel.collectives import all_gather_json, broadcast_json, rank
+from slope_dist.parallel.collectives import broadcast_json, gather_json, rank
 from slope_dist.parallel.fragments import Fragment
+from slope_dist.transfer import Transfer
 
 Progress = Callable[[str], None]
 
@@ -40,6 +42,13 @@ CHUNK_BYTES = 16 * 2**20
 """Host memory a save needs beside the state itself, which passes through it piece by piece."""
 
 _WEIGHT_KINDS = ("weight", "metadata")
+
+
+class Saved(NamedTuple):
+    """A new checkpoint: its folder, `step-00000123`, and the bytes of all its files."""
+
+    path: Path
+    bytes: int
 
 
 def save(
@@ -50,8 +59,10 @@ def save(
     identity: dict[str, Any],
     config: dict[str, Any],
     *,
+    group: dist.ProcessGroup | None = None,
     progress: Progress | None = None,
-) -> Path:
+    transfer: Transfer | None = None,
+) -> Saved:
     """Write the checkpoint of a step: a collective over all ranks.
 
     State is read while it is written, so it must not change before the return. Extra host memory is `CHUNK_BYTES` a
@@ -65,48 +76,51 @@ def save(
         scalars: JSON; what is not a tensor (rank 0's is taken; so with `identity` and `config`).
         identity: JSON; what a run that resumes must have in common with this one.
         config: JSON; the resolved config.
+        group: all ranks, for collectives; the default group if None.
+        transfer: told of the bytes that this rank writes.
         progress: called at named points, in this order: "weights", "optimizer" (this rank's files of that sort are
             written), "voted" (all ranks have written), and on rank 0 "manifest", "folder" (both written and synced),
             "replaced" (only where a folder of this step stood in the way), "renamed", "latest".
 
     Returns:
-        The folder of the new checkpoint, `step-00000123`. A folder of that name which was there is moved aside, and
-        removed with the next `prune`.
+        The new checkpoint. A folder of its name which was there is moved aside, and removed with the next `prune`.
 
     Raises:
         CheckpointError: on all ranks, if any could not do its part. Earlier checkpoints are untouched, and the new one
             is not there (or, if only the last sync of the folder's name failed, whole but perhaps not durable).
     """
     notify = progress or (lambda _: None)
-    temporary = checkpoints / broadcast_json(f"{folder_name(step)}.tmp-{uuid4().hex}")
+    temporary = checkpoints / broadcast_json(f"{folder_name(step)}.tmp-{uuid4().hex}", group)
     part: dict[str, Any] = {}
     error, cause = None, None
     # Whatever goes wrong on one rank, the others wait for its vote.
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        part = _write_rank(temporary, fragments, notify)
+        part = _write_rank(temporary, fragments, notify, transfer or Transfer())
     except Exception as caught:
         error, cause = _in_words(caught), caught
-    votes = all_gather_json([error, part])
+    votes = gather_json([error, part], group)
     notify("voted")
-    verdict = None
-    if rank() == 0:
+    verdict, size = None, 0
+    if votes is not None:
         verdict = next((f"rank {index}: {said}" for index, (said, _) in enumerate(votes) if said is not None), None)
         if verdict is None:
             content = {"step": step, "scalars": scalars, "identity": identity, "config": config}
             try:
-                _commit(temporary, checkpoints / folder_name(step), content, [written for _, written in votes], notify)
+                size = _commit(
+                    temporary, checkpoints / folder_name(step), content, [written for _, written in votes], notify
+                )
             except Exception as caught:
                 verdict, cause = _in_words(caught), caught
         if verdict is not None:
             discard(temporary)
-    verdict = broadcast_json(verdict)
+    verdict, size = broadcast_json([verdict, size], group)
     if verdict is not None:
         raise CheckpointError(f"{checkpoints}: step {step} was not saved: {verdict}") from cause
-    return checkpoints / folder_name(step)
+    return Saved(checkpoints / folder_name(step), size)
 
 
-def _write_rank(folder: Path, fragments: Iterable[Fragment], notify: Progress) -> dict[str, Any]:
+def _write_rank(folder: Path, fragments: Iterable[Fragment], notify: Progress, transfer: Transfer) -> dict[str, Any]:
     """Write this rank's files.
 
     Returns:
@@ -139,9 +153,10 @@ def _write_rank(folder: Path, fragments: Iterable[Fragment], notify: Progress) -
             }
         )
         pieces[sort][key] = fragment.tensor
+    transfer.begin(sum(tensor.nbytes for keyed in pieces.values() for tensor in keyed.values()))
     for sort, keyed in pieces.items():
         if keyed:
-            files[_file_name(sort)] = _write_safetensors(folder / _file_name(sort), keyed)
+            files[_file_name(sort)] = _write_safetensors(folder / _file_name(sort), keyed, transfer)
         notify(sort)
     return {"files": files, "tensors": tensors}
 
@@ -150,7 +165,7 @@ def _file_name(sort: str) -> str:
     return f"rank-{rank():05d}.{sort}.safetensors"
 
 
-def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write_safetensors(path: Path, tensors: dict[str, Tensor], transfer: Transfer) -> dict[str, Any]:
     """Write 1-D tensors as a safetensors file, hashed on the way, and sync it.
 
     safetensors' own writer would need all of them on the host at once and a second reading for the hash.
@@ -174,6 +189,7 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]
             digest.update(data)
             file.write(data)
             size += data.nbytes
+            transfer.add(data.nbytes)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
@@ -192,8 +208,8 @@ def _all_bytes(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]
 
 def _commit(
     temporary: Path, final: Path, content: dict[str, Any], parts: list[dict[str, Any]], notify: Progress
-) -> None:
-    """Write the manifest of all ranks' files and give the folder its name."""
+) -> int:
+    """Write the manifest of all ranks' files and give the folder its name; returns the bytes of all files."""
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in parts:
@@ -233,6 +249,7 @@ def _commit(
     sync_folder(final.parent.parent)
     _point_latest(final)
     notify("latest")
+    return len(data) + sum(int(entry["bytes"]) for entry in files.values())
 
 
 def _point_latest(final: Path) -> None:

@@ -414,3 +414,21 @@ class CheckpointConfig(Section):
         le=2**31 - 1,
         description="Newest checkpoints that stay; at least 2, lest a damaged one be the only.",
     )
+    keep_every: Count | None = Field(
+        default=None,
+        description="Checkpoints whose step is a multiple of this stay for good; a multiple of `interval`; null: none.",
+    )
+    asynchronous: bool = Field(
+        default=True,
+        description="Write beside training, from a copy in host memory of what each rank saves; false: training waits, "
+        "and no copy is made.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep_every is not None and (self.interval == 0 or self.keep_every % self.interval):
+            raise ValueError(
+                f"checkpoint.keep_every {self.keep_every} is not a multiple of checkpoint.interval {self.interval}: "
+                "no checkpoint would fall on some of those steps"
+            )
+        return self

@@ -22,6 +22,7 @@ from slope_dist.layers import LogicalTensor, logical_tensors
 from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.parallel.groups import Groups, ModelParallelUnit
 from slope_dist.sparse import SparseWeight
+from slope_dist.transfer import Transfer
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -219,7 +220,7 @@ class DeepSpeedEngine:
         return self._state.fragments(), scalars
 
     @torch.no_grad()
-    def load_state(self, source: StateSource, *, new_adapters: bool = False) -> None:
+    def load_state(self, source: StateSource, *, new_adapters: bool = False, transfer: Transfer | None = None) -> None:
         """Take over a state. Collective."""
         adapters = {tensor.name for tensor in self._state.tensors if tensor.adapter}
         # A piece that is missing or bad on one rank must end all of them, before `sync` waits for it.
@@ -228,6 +229,7 @@ class DeepSpeedEngine:
             self._state.fragments(),
             index_patterns(self._state.tensors, self._sparse),
             keep=adapters if new_adapters else (),
+            transfer=transfer,
         )
         self._state.sync()
         self._values_changed()

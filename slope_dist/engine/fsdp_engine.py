@@ -27,6 +27,7 @@ from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment, Kind, StateSource, rectangle_size
 from slope_dist.parallel.groups import Groups
 from slope_dist.sparse import SparseWeight
+from slope_dist.transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,16 @@ class FSDPEngine:
         """Live fragments of this rank, and step counters by parameter group."""
         return self._fragments(), {"optimizer_steps": saved_steps(self._adam, self.optimizer_parameters())}
 
-    def load_state(self, source: StateSource, *, new_adapters: bool = False) -> None:
+    def load_state(self, source: StateSource, *, new_adapters: bool = False, transfer: Transfer | None = None) -> None:
         """Take over a state. Collective."""
         adapters = {shard.tensor.name for shard in self._shards if shard.tensor.adapter}
-        load_fragments(source, self._fragments(derived=False), self._patterns, keep=adapters if new_adapters else ())
+        load_fragments(
+            source,
+            self._fragments(derived=False),
+            self._patterns,
+            keep=adapters if new_adapters else (),
+            transfer=transfer,
+        )
         load_steps(source, self._adam, self.optimizer_parameters())
         self._values_changed()
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from slope_dist.parallel.fragments import Fragment, StateSource
+from slope_dist.transfer import Transfer
 
 MicroBatch = tuple[Tensor, Tensor]
 """(tokens, labels), int64 [B, S] each."""
@@ -57,11 +58,16 @@ class Engine(Protocol):
     def export_state(self) -> tuple[Iterable[Fragment], dict[str, Any]]:
         """This rank's fragments of the logical state, live, and what is not a tensor."""
 
-    def load_state(self, source: StateSource, *, new_adapters: bool = False) -> None:
-        """Take over a state, of any layout. With `new_adapters` the adapters keep their initial values.
+    def load_state(self, source: StateSource, *, new_adapters: bool = False, transfer: Transfer | None = None) -> None:
+        """Take over a state, of any layout.
+
+        Args:
+            source: where it is.
+            new_adapters: the adapters keep their initial values.
+            transfer: told of the bytes that are read.
 
         Raises:
-            UserError: if the source lacks a tensor of this model.
+            UserError: if the source lacks a tensor of this model, or holds what can be no state of it.
         """
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from slope_dist.layers import LogicalTensor
 from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.sparse import Pattern, SparseWeight, codec
+from slope_dist.transfer import Transfer
 
 
 def index_patterns(tensors: Iterable[LogicalTensor], weights: Iterable[SparseWeight]) -> dict[str, Pattern]:
@@ -28,6 +29,7 @@ def load_fragments(
     patterns: Mapping[str, Pattern],
     *,
     keep: Collection[str] = (),
+    transfer: Transfer | None = None,
 ) -> None:
     """Write a stored state into an engine's live fragments, except derived ones. Collective over all ranks.
 
@@ -36,15 +38,24 @@ def load_fragments(
         fragments: this rank's.
         patterns: of `index_patterns`.
         keep: names of tensors that stay as they are.
+        transfer: told of the bytes that are read.
 
     Raises:
-        UserError: on every rank, if on any a piece is missing or its metadata names no entries of the pattern.
+        UserError: on every rank, if on any a piece is missing, its metadata names no entries of the pattern, or a
+            number is none.
     """
+    wanted = [fragment for fragment in fragments if not fragment.derived and fragment.name not in keep]
+    transfer = transfer or Transfer()
+    transfer.begin(sum(fragment.tensor.nbytes for fragment in wanted))
     with collectives.together():
-        for fragment in fragments:
-            if fragment.derived or fragment.name in keep:
-                continue
+        for fragment in wanted:
             stored = _read(source, fragment)
+            transfer.add(fragment.tensor.nbytes)
+            # A step whose gradients are not finite changes nothing, so no state ever holds such a number.
+            if stored.is_floating_point() and not stored.isfinite().all():
+                raise UserError(f"the state to resume from holds NaN or infinity in {fragment.kind} {fragment.name}")
+            if fragment.kind == "exp_avg_sq" and (stored < 0).any():
+                raise UserError(f"the state to resume from holds a negative mean of squares of {fragment.name}")
             if fragment.name in patterns:
                 try:
                     codec.check(stored.view(1, -1), patterns[fragment.name])

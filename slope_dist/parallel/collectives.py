@@ -1,4 +1,7 @@
-"""Small collectives on plain data, as JSON bytes in tensors: torch's object collectives would pickle (rule R7)."""
+"""Small collectives on plain data, as JSON bytes in tensors: torch's object collectives would pickle (rule R7).
+
+All are over the default group, or another that holds the same ranks.
+"""
 
 from __future__ import annotations
 
@@ -24,39 +27,63 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def device() -> torch.device:
-    """Where tensors of the default group's collectives live."""
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+def device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where tensors of a group's collectives live."""
+    if dist.is_initialized() and dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-def all_gather_json(value: Any) -> list[Any]:
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's `value`, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device()) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([data.numel()], device=device()))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device())
-    padded[: data.numel()] = data
-    gathered = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(gathered, padded)
-    return [json.loads(bytes(part[: int(size)].cpu().numpy())) for part, size in zip(gathered, sizes, strict=True)]
+    padded, sizes = _padded(value, group)
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=group)
+    return [_value(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
 
 
-def broadcast_json(value: Any) -> Any:
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any] | None:
+    """Every rank's `value`, in rank order, on rank 0; None elsewhere."""
+    if world_size() == 1:
+        return [value]
+    padded, sizes = _padded(value, group)
+    gathered = [torch.empty_like(padded) for _ in sizes] if rank() == 0 else None
+    dist.gather(padded, gathered, dst=0, group=group)
+    return None if gathered is None else [_value(part[:size]) for part, size in zip(gathered, sizes, strict=True)]
+
+
+def broadcast_json(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's `value` on every rank."""
     if world_size() == 1:
         return value
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device())
-    size = torch.tensor([data.numel()], device=device())
-    dist.broadcast(size, 0)
+    data = _bytes(value).to(device(group))
+    size = torch.tensor([data.numel()], device=device(group))
+    dist.broadcast(size, 0, group=group)
     if rank() != 0:
-        data = torch.empty(int(size), dtype=torch.uint8, device=device())
-    dist.broadcast(data, 0)
+        data = torch.empty(int(size), dtype=torch.uint8, device=device(group))
+    dist.broadcast(data, 0, group=group)
+    return _value(data)
+
+
+def _bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _value(data: Tensor) -> Any:
     return json.loads(bytes(data.cpu().numpy()))
+
+
+def _padded(value: Any, group: dist.ProcessGroup | None) -> tuple[Tensor, list[int]]:
+    """This rank's value as bytes, as many on every rank, and how many of them count on each."""
+    data = _bytes(value).to(device(group))
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device(group)) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()], device=device(group)), group=group)
+    counts = [int(size) for size in sizes]
+    padded = torch.zeros(max(counts), dtype=torch.uint8, device=device(group))
+    padded[: data.numel()] = data
+    return padded, counts
 
 
 def agree(error: str | None) -> None:

@@ -123,14 +123,14 @@ class Peers:
 
     Args:
         environment: this process among the others.
-        advice: called for what to say below the line on a lost rank; "" for nothing.
+        last_words: called, with the cause, for what to say below the line on a lost rank; "" for nothing.
     """
 
-    def __init__(self, environment: Environment, advice: Callable[[], str]) -> None:
+    def __init__(self, environment: Environment, last_words: Callable[[str], str]) -> None:
         self._rank = environment.rank
         # When rank 0 is gone: not all, and not only a rank that died with rank 0's machine.
         self._speaks_for_rank_0 = environment.local_rank == 0 or environment.rank == 1
-        self._advice = advice
+        self._last_words = last_words
         self._verdict: Verdict | None = None
         self._known = threading.Event()
         self._left = threading.Event()
@@ -226,7 +226,7 @@ class Peers:
             return
         # Before this rank's main thread may say anything, and before a launcher that has seen the death ends this rank.
         if speaks and verdict.cause is None:
-            lines = [f"error: {verdict.lost_line()}", self._advice()]
+            lines = [f"error: {verdict.lost_line()}", self._last_words(verdict.lost_line())]
             print("\n".join(line for line in lines if line), file=sys.stderr, flush=True)
         self._verdict = verdict
         self._known.set()

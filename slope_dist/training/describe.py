@@ -9,7 +9,7 @@ from slope_dist.config import Config, Derived, run_folder
 from slope_dist.config.resolve import backward_weight_reason, without_effect, zero_stage
 from slope_dist.training.build import StateCount, count_state, stages
 from slope_dist.training.memory import fit_on_gpu
-from slope_dist.training.progress import size_text
+from slope_dist.transfer import size_text
 
 
 def describe(config: Config, derived: Derived) -> list[str]:

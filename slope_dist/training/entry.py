@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 from slope_dist.command_line import EXIT_INTERRUPTED
 from slope_dist.config import Config, Derived, derive, dump_config, load_config
 from slope_dist.config.resolve import threads_per_process, world_size
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from slope_dist.parallel import environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
 from slope_dist.training.describe import corpus_warning, describe
+from slope_dist.training.ending import How, write_end
+from slope_dist.training.folder import Resume
 from slope_dist.training.guards import RunFailedError
+from slope_dist.training.stopping import StopNow, Stopper
 
 if TYPE_CHECKING:
     from slope_dist.training.trainer import Trainer
@@ -33,13 +36,13 @@ class Request:
     Attributes:
         config: path of the run's JSON file.
         changes: "section.key=value" each.
-        resume: "auto" or "never".
+        resume: how to treat a folder with checkpoints.
         script: the program that was started, for the command to go on with.
     """
 
     config: str
     changes: Sequence[str] = field(default_factory=tuple)
-    resume: str = "auto"
+    resume: Resume = field(default_factory=Resume)
     script: str = "launch/pretrain.py"
 
 
@@ -63,8 +66,11 @@ def pretrain(request: Request) -> int:
     Under NCCL a run of several ranks that fails ends the process itself (see `Peers.leave`).
     """
     place: Environment | None = None
+    stopper: Stopper | None = None
     try:
         place = environment.discover()
+        stopper = Stopper(place)
+        stopper.listen()
         config = load_config(request.config, request.changes)
         summary = describe(config, _derive(config, place))
         try:
@@ -75,10 +81,10 @@ def pretrain(request: Request) -> int:
             return _refused(error, None if place.local_rank == 0 else place)
     except UserError as error:
         return _refused(error, place)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, StopNow) as error:
         environment.stop()
-        return EXIT_INTERRUPTED
-    run = _Run(request, place)
+        return EXIT_STOPPED if isinstance(error, StopNow) else EXIT_INTERRUPTED
+    run = _Run(request, place, stopper)
     try:
         run.train(config, summary)
     except BaseException as error:
@@ -89,37 +95,47 @@ def pretrain(request: Request) -> int:
 class _Run:
     """A run from the moment its process group exists: from here on a rank that fails ends the others."""
 
-    def __init__(self, request: Request, place: Environment) -> None:
+    def __init__(self, request: Request, place: Environment, stopper: Stopper) -> None:
         self.request = request
         self.place = place
+        self.stopper = stopper
         self.peers: Peers | None = None
         self.trainer: Trainer | None = None
 
     def train(self, config: Config, summary: list[str]) -> None:
         """Train to the last step, or find that nothing is left to do."""
-        self.peers = Peers(self.place, self.advice)
+        self.peers = Peers(self.place, self.last_words)
         _say(self.place, *summary)
         from slope_dist.training.trainer import Trainer
 
-        trainer = Trainer(config, self.place, self.request.resume)
+        trainer = Trainer(config, self.place, self.request.resume, self.stopper)
         _say(self.place, *(f"warning: {line}" for line in trainer.skipped_checkpoints))
         _say(self.place, *(f"note: {line}" for line in trainer.notes))
         if trainer.finished:
             _say(self.place, trainer.result())
             return
         self.trainer = trainer
+        if self.place.is_first:
+            self._write_end("running", code=None, cause=None)
         trainer.run()
 
-    def advice(self) -> str:
-        """How to go on. Empty before the trainer stands: it is not known yet what could be gone on from."""
-        return "" if self.trainer is None else how_to_go_on(self.trainer.last_checkpoint, self.request, self.place)
+    def last_words(self, cause: str) -> str:
+        """What to say below the error of a run that has lost a rank; called by the rank that says it."""
+        self._write_end("failed", EXIT_LOST, cause)
+        return self._how_to_go_on()
 
     def finish(self) -> int:
         """Leave together with the others."""
+        code, stopped = 0, "" if self.trainer is None else self.trainer.stopped
+        if stopped:
+            code = EXIT_STOPPED
+            _say(self.place, self._how_to_go_on())
+        if self.place.is_first:
+            self._write_end("stopped" if stopped else "finished", code, stopped or None)
         if self.peers is not None:
             self.peers.part()
         environment.stop()
-        return 0
+        return code
 
     def fail(self, error: BaseException) -> int:
         """Tell the others, say the cause if that is for this rank to do, and leave; returns the exit code."""
@@ -127,30 +143,53 @@ class _Run:
         if peers is not None and lost_a_peer(error) and peers.lose(in_words(error)):
             return peers.leave(EXIT_LOST)
         rank = "" if self.place.is_first else f"rank {self.place.rank}: "
+        code = EXIT_FAILED
+        how: How = "failed"
         if isinstance(error, UserError | RunFailedError):
             cause, line = str(error), f"error: {rank}{error}"
+            code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
         elif isinstance(error, KeyboardInterrupt):
             # At the terminal all ranks get it, and who pressed the keys knows.
             cause, line = "interrupted", f"{rank}interrupted" if rank else ""
+            code = EXIT_INTERRUPTED
+        elif isinstance(error, StopNow):
+            cause = line = f"stopped by {error} before the first step"
+            code, how = EXIT_STOPPED, "stopped"
         else:
             cause = in_words(error)
             line = f"error: {f'rank {self.place.rank} failed: ' if self.place.world_size > 1 else ''}{cause}"
-        shared = isinstance(error, UserError | RunFailedError | KeyboardInterrupt)
+        shared = isinstance(error, UserError | RunFailedError | KeyboardInterrupt | StopNow)
         if peers is None or peers.fail(cause, shared=shared):
             lines = [line]
             if peers is None or peers.is_to_blame:
                 lines += [] if shared else [traceback.format_exc().rstrip()]
-                lines += [self.advice()]
+                lines += [self._how_to_go_on()]
+                self._write_end(how, code, cause)
             print("\n".join(text for text in lines if text), file=sys.stderr, flush=True)
-        code = EXIT_FAILED
-        if isinstance(error, UserError):
-            code = EXIT_BAD_INPUT
-        elif isinstance(error, KeyboardInterrupt):
-            code = EXIT_INTERRUPTED
         if peers is not None:
             return peers.leave(code)
         environment.stop()
         return code
+
+    def _how_to_go_on(self) -> str:
+        """Empty before the trainer stands: what could be gone on from is not known yet."""
+        if self.trainer is None:
+            return ""
+        return how_to_go_on(self.trainer.folder.newest_complete(), self.request, self.place)
+
+    def _write_end(self, how: How, code: int | None, cause: str | None) -> None:
+        """Nothing before the trainer stands: the folder may be another run's."""
+        if self.trainer is None:
+            return
+        checkpoint = self.trainer.folder.newest_complete()
+        write_end(
+            self.trainer.folder.path,
+            how,
+            step=self.trainer.step,
+            checkpoint=None if checkpoint is None else checkpoint.name,
+            exit_code=code,
+            cause=cause,
+        )
 
 
 def _derive(config: Config, place: Environment) -> Derived:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, log
 
@@ -28,8 +29,30 @@ class Evaluation:
     bits_per_byte: float | None
 
 
-def evaluate(engine: Engine, corpus: Corpus, config: Config, data_ranks: int, data_rank: int) -> Evaluation:
-    """Evaluate on `evaluation.samples` windows, or all of them. Collective; every rank gets the same result."""
+def evaluate(
+    engine: Engine,
+    corpus: Corpus,
+    config: Config,
+    data_ranks: int,
+    data_rank: int,
+    *,
+    samples: int | None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate on the first windows. Collective; every rank gets the same result.
+
+    Args:
+        engine: the model.
+        corpus: the validation split.
+        config: the run.
+        data_ranks: ranks that share the windows.
+        data_rank: this one.
+        samples: windows; None: all of them.
+        given_up: asked before each batch, collectively, whether to leave off.
+
+    Returns:
+        None if it was given up.
+    """
     nats, tokens, text_bytes = 0.0, 0, 0
     for inputs, labels in evaluation_batches(
         corpus,
@@ -37,8 +60,10 @@ def evaluate(engine: Engine, corpus: Corpus, config: Config, data_ranks: int, da
         micro_batch_size=config.training.micro_batch_size,
         data_ranks=data_ranks,
         data_rank=data_rank,
-        samples=config.evaluation.samples,
+        samples=samples,
     ):
+        if given_up():
+            return None
         loss = engine.evaluate((inputs, labels))
         counted = int((labels != IGNORED_LABEL).sum())
         if counted:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slope_dist.checkpoint import Checkpoint, find_newest_on_all_ranks
+from slope_dist.checkpoint.format import step_of
+from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
 from slope_dist.data.corpus import Corpus
 from slope_dist.errors import UserError
 from slope_dist.parallel import collectives
+from slope_dist.transfer import Transfer
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -79,6 +84,32 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Resume:
+    """How a command line wants a folder with checkpoints to be treated.
+
+    Attributes:
+        mode: "auto" goes on from what is there; "never" refuses a folder that holds checkpoints.
+        accept_steps: another `training.steps` is meant, although the adapters have joined.
+    """
+
+    mode: str = "auto"
+    accept_steps: bool = False
+
+
+_FREE = ("run", "parallel", "data", "checkpoint", "evaluation")
+"""Sections that may change between two parts of a run without a word; data are compared by their hashes."""
+
+
+def changed_settings(there: Mapping[str, Any], config: Config) -> list[str]:
+    """Where a checkpoint's config differs from the one at hand in what the run's numbers depend on."""
+    then, now = (
+        {key: value for key, value in settings.items() if key not in _FREE}
+        for settings in (there, config.model_dump(mode="json"))
+    )
+    return differences(then, now)
+
+
 class RunFolder:
     """Paths of one run, opened and checked on all ranks together."""
 
@@ -106,28 +137,37 @@ class RunFolder:
                 error = f"run.folder {self.path} cannot be used: {failure.strerror or failure} ({failure.filename})"
         collectives.agree(error)
 
+    def newest_complete(self) -> Path | None:
+        """The newest checkpoint that looks complete, for a message; its bytes are not read."""
+        with suppress(OSError):
+            steps = {step: path for path in self.checkpoints.iterdir() if (step := step_of(path.name)) is not None}
+            return next((steps[step] for step in sorted(steps, reverse=True) if looks_complete(steps[step])), None)
+        return None
+
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` is written and drawn."""
         evaluated = any(row["step"] == step and "eval_loss" in row for row in read_rows(self.metrics))
         return evaluated and self.picture.exists()
 
     def resume_point(
-        self, own: Mapping[str, Any], adapter_rank: int, resume: str
+        self, own: Mapping[str, Any], config: Config, adapter_rank: int, how: Resume, transfer: Transfer
     ) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that verifies, if it is of this run, and why newer ones were passed over.
 
         Args:
             own: the identity of the run at hand.
+            config: its config.
             adapter_rank: rank of its adapters; free to change until they are on.
-            resume: "auto" goes on from what is there; "never" refuses a folder that holds checkpoints.
+            how: what the command line says.
+            transfer: told of the bytes that are read.
 
         Raises:
             UserError: if the folder holds another run's checkpoints, or only damaged ones: starting over would lose
                 what they hold.
         """
-        search = find_newest_on_all_ranks(self.checkpoints)
+        search = find_newest_on_all_ranks(self.checkpoints, transfer)
         newest, damaged = search.checkpoint, search.damaged
-        if resume == "never" and (newest is not None or damaged):
+        if how.mode == "never" and (newest is not None or damaged):
             raise UserError(
                 f"{self.checkpoints} already holds checkpoints; choose another run.folder, or resume them with "
                 "--resume auto"
@@ -148,5 +188,12 @@ class RunFolder:
                 raise UserError(
                     f"{newest.path} already has adapters of rank {there}, and adapters.rank asks for {adapter_rank}: "
                     "once on they stay as they are; restore adapters.rank, or choose another run.folder"
+                )
+            steps = newest.config["training"]["steps"]
+            if newest.scalars["adapters"] and steps != config.training.steps and not how.accept_steps:
+                raise UserError(
+                    f"{newest.path} already has adapters, which joined for the last steps of {steps}, and "
+                    f"training.steps asks for {config.training.steps}; restore it, or give --accept-steps: the "
+                    "adapters then stay on, for as many steps as that makes"
                 )
         return newest, search.skipped

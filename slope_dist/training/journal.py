@@ -7,6 +7,7 @@ import os
 from math import isfinite
 from typing import Any
 
+from slope_dist.checkpoint import Outcome
 from slope_dist.errors import UserError
 from slope_dist.training.evaluation import Evaluation
 from slope_dist.training.folder import RunFolder, read_rows
@@ -59,6 +60,19 @@ class Journal:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(f"valid/{name}", value, step)
+
+    def save(self, outcome: Outcome) -> None:
+        """A checkpoint that has been written."""
+        row = {
+            "step": outcome.step,
+            "checkpoint": str(outcome.path),
+            "checkpoint_bytes": outcome.bytes,
+            "stall_seconds": round(outcome.stall_seconds, 3),
+            "save_seconds": round(outcome.seconds, 3),
+        }
+        self._write(row)
+        for name in ("stall_seconds", "save_seconds"):
+            self._board.add_scalar(f"save/{name}", row[name], outcome.step)
 
     def draw(self, title: str) -> None:
         """Write loss.png."""

@@ -18,7 +18,7 @@ from slope_dist.errors import UserError
 from slope_dist.parallel.environment import Environment
 from slope_dist.planning import GPU_MEMORY, ModelState
 from slope_dist.training.build import count_state, storage
-from slope_dist.training.progress import size_text
+from slope_dist.transfer import size_text
 
 BEYOND_MODEL_STATE = "activations and communication buffers come on top"
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from slope_dist.transfer import duration_text, size_text
+
 # Dense bf16 peak of a card in FLOP/s, by a part of its name, from the vendors' datasheets: the basis of
 # `mfu_bf16_dense`.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
@@ -52,24 +54,6 @@ class PeakMemory:
     def _high_water_mark() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def size_text(size: float) -> str:
-    """Bytes for people: "1.2 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds for people: "3m12s"."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
 class ProgressLine:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from slope_dist import checkpoint
-from slope_dist.checkpoint import Checkpoint, CheckpointError
+from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
+from slope_dist.checkpoint.format import folder_name
 from slope_dist.config import Config, Derived, derive
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.prepare import prepare_if_absent
@@ -17,17 +17,25 @@ from slope_dist.engine import Engine
 from slope_dist.engine.interface import MicroBatch
 from slope_dist.parallel import collectives
 from slope_dist.parallel.environment import Environment
-from slope_dist.parallel.fragments import MemorySource
+from slope_dist.parallel.fragments import Fragment, MemorySource
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
+from slope_dist.training import fingerprint
 from slope_dist.training.build import build_engine, check_engine, count_state
-from slope_dist.training.evaluation import Evaluation, evaluate
-from slope_dist.training.folder import RunFolder, identity
-from slope_dist.training.guards import FiniteGuard
+from slope_dist.training.ending import Turn
+from slope_dist.training.evaluation import evaluate
+from slope_dist.training.folder import Resume, RunFolder, changed_settings, identity
+from slope_dist.training.guards import FiniteGuard, RunFailedError
 from slope_dist.training.journal import Journal, finite
 from slope_dist.training.memory import refuse_what_will_not_fit
-from slope_dist.training.progress import PeakMemory, ProgressLine, duration_text, size_text
+from slope_dist.training.progress import PeakMemory, ProgressLine
 from slope_dist.training.schedule import learning_rates
+from slope_dist.training.stopping import Stopper
+from slope_dist.transfer import Transfer, duration_text, size_text
+
+
+LAST_WAIT, SHORT_WAIT = 600.0, 2.0
+"""Seconds that a run which fails leaves to the save under way: where all ranks end together, and where one does."""
 
 
 class Trainer:
@@ -36,30 +44,54 @@ class Trainer:
     Args:
         config: the run.
         environment: this process among the others; the process group exists.
-        resume: "auto" or "never", see `RunFolder.resume_point`.
+        resume: how to treat a folder with checkpoints.
+        stopper: hears of requests to stop; None: one that hears of stop files alone.
+
+    Attributes:
+        stopped: why the run left before its last step; "" if it did not.
     """
 
-    def __init__(self, config: Config, environment: Environment, resume: str = "auto") -> None:
+    def __init__(
+        self,
+        config: Config,
+        environment: Environment,
+        resume: Resume | None = None,
+        stopper: Stopper | None = None,
+    ) -> None:
         self.config = config
         self.environment = environment
+        self.stopper = stopper or Stopper(environment)
+        self.stopped = ""
         self.derived: Derived = derive(config, environment.world_size)
         parallel = config.parallel
         self.groups = start_groups(Layout(parallel.tensor, self.derived.data_ranks, parallel.pipeline))
         self.folder = RunFolder(config)
+        self.turn = Turn(self.folder.path)
         self.last_checkpoint: Path | None = None
         with collectives.together():
             refuse_what_will_not_fit(config, self.derived, environment)
             check_engine(config)
+        self._take_turn()
         self.train_corpus, self.valid_corpus = self._open_corpora()
         self.notes = self.train_corpus.differs_from(config)
         self.identity = identity(config, self.train_corpus)
         # Nothing is written into a folder before it is known to be this run's.
-        found, self.skipped_checkpoints = self.folder.resume_point(self.identity, self.derived.adapter_rank, resume)
+        found, self.skipped_checkpoints = self.folder.resume_point(
+            self.identity,
+            config,
+            self.derived.adapter_rank,
+            resume or Resume(),
+            Transfer("verifying checkpoints", print if environment.is_first else None),
+        )
         if found is None:
             self._verify_corpora()
+        else:
+            self.notes += [f"goes on with other settings: {line}" for line in changed_settings(found.config, config)]
         self.finished = found is not None and found.step >= config.training.steps and self._is_evaluated(found.step)
         if not self.finished:
             self.folder.open(config)
+            self._take_turn()
+            self.turn.sign()
         self.reader = BatchReader(
             self.train_corpus,
             sequence_length=config.model.sequence_length,
@@ -69,14 +101,19 @@ class Trainer:
         self.guard = FiniteGuard(config.training.max_skipped_steps)
         self.step = 0
         self.adapters = False
+        self.first_adapter_step = self.derived.first_adapter_step
         self.resumed_from: Checkpoint | None = found
         if found is not None:
             self.step = found.step
             self.adapters = bool(found.scalars["adapters"])
+            if self.adapters:
+                # Once on they stay, also where another number of steps would let them join later.
+                self.first_adapter_step = found.scalars["first_adapter_step"]
             self.guard.skipped = found.scalars["skipped_steps"]
             self.guard.in_a_row = found.scalars["skipped_in_a_row"]
             self.last_checkpoint = found.path
         self._engine: Engine | None = None
+        self.saver: Saver | None = None
         self.journal: Journal | None = None
         self.progress = ProgressLine(
             first_step=self.step + 1,
@@ -88,6 +125,7 @@ class Trainer:
             show=environment.is_first,
         )
         self._switch_cost: dict[str, Any] = {}
+        self._progress_made: dict[str, Any] = {}
 
     @property
     def engine(self) -> Engine:
@@ -96,15 +134,15 @@ class Trainer:
         return self._engine
 
     def run(self) -> None:
-        """Train to the last step."""
+        """Train to the last step, or until the run is asked to stop."""
         try:
             self._start()
-            while self.step < self.config.training.steps:
+            while self.step < self.config.training.steps and not self._asked_to_stop():
                 step = self.step + 1
-                if step >= self.derived.first_adapter_step and not self.adapters:
+                if step >= self.first_adapter_step and not self.adapters:
                     self._switch_to_adapters(step)
                 self.engine.begin_step(step)
-                rates = learning_rates(self.config, step, self.derived.first_adapter_step)
+                rates = learning_rates(self.config, step, self.first_adapter_step)
                 self.engine.set_learning_rates(rates)
                 result = self.engine.train_step(self._micro_batches(step))
                 self.step = step
@@ -115,8 +153,12 @@ class Trainer:
                     self._save()
                 if self._due(self.config.evaluation.interval):
                     self._evaluate()
-            self._report()
-        except BaseException:
+                self._hear_of_saves()
+            self._end()
+        except BaseException as error:
+            if self.saver is not None:
+                # If the other ranks are well, the save under way can be. Where all fail alike it is worth any wait.
+                self.saver.linger(LAST_WAIT if isinstance(error, RunFailedError) else SHORT_WAIT)
             self._close_files()
             # Releasing an engine of several ranks may wait for the others, who have yet to hear of the error.
             if self.environment.world_size == 1:
@@ -127,6 +169,9 @@ class Trainer:
     def close(self) -> None:
         """Release the engine and the files; harmless to call again."""
         self._close_files()
+        if self.saver is not None:
+            self.saver.close()
+            self.saver = None
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -148,16 +193,50 @@ class Trainer:
             self.config, self.derived, self.groups, adapters=self.adapters, draw=self.resumed_from is None
         )
         if self.resumed_from is not None:
-            self._engine.load_state(self.resumed_from)
+            self._load(self._engine, self.resumed_from)
         with collectives.together():
             if self.environment.is_first:
                 self.journal = Journal(self.folder, self.step)
+        self.saver = self._make_saver()
         self.progress.start()
+        # From here on there is a state to save, and somebody who asks.
+        self.stopper.defer(self.folder.path)
         if self.resumed_from is not None:
             self.progress.say(f"resumed from {self.resumed_from.path} after step {self.step}")
             if self._due(self.config.evaluation.interval) and not self._is_evaluated(self.step):
                 self._evaluate()
         self.progress.pause()
+
+    def _load(self, engine: Engine, source: Checkpoint) -> None:
+        """Take over a checkpoint, and see that its state gives the loss that it gave when it was saved."""
+        say = print if self.environment.is_first else None
+        engine.load_state(source, transfer=Transfer(f"loading {source.path.name}", say))
+        found = self._fingerprint()
+        fingerprint.compare(source.scalars["fingerprint"], found, str(source.path))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        data_rank = self.groups.position.data
+        return fingerprint.measure(self.engine, self.valid_corpus, self.config, self.derived.data_ranks, data_rank)
+
+    def _make_saver(self) -> Saver:
+        settings = self.config.checkpoint
+        retention = Retention(self.folder.checkpoints, settings.keep, settings.keep_every)
+        if self.resumed_from is not None:
+            retention.trust(self.resumed_from.path)
+        say = self.progress.say if self.environment.is_first else None
+        return Saver(self.folder.checkpoints, retention, asynchronous=settings.asynchronous, say=say)
+
+    def _take_turn(self) -> None:
+        with collectives.together():
+            if self.environment.is_first:
+                self.turn.take()
+        if self.turn.warning is not None:
+            self.notes.append(self.turn.warning)
+            self.turn.warning = None
+
+    def _asked_to_stop(self) -> bool:
+        self.stopped = self.stopped or self.stopper.agreed()
+        return bool(self.stopped)
 
     def _open_corpora(self) -> tuple[Corpus, Corpus]:
         config = self.config
@@ -251,36 +330,59 @@ class Trainer:
         self._switch_cost = {"switch_seconds": round(seconds, 3), "switch_peak_bytes": peak.bytes}
         self.progress.pause()
 
-    def _save(self) -> None:
+    def _export(self) -> tuple[Iterable[Fragment], dict[str, Any]]:
+        """The state of now: live fragments, and what is not a tensor."""
         fragments, scalars = self.engine.export_state()
-        scalars |= {
+        return fragments, scalars | self._progress_made
+
+    def _save(self, *, wait: bool = False) -> None:
+        assert self.saver is not None
+        # The order of samples, masks and initial values follow from the seed and the step alone (rule R3), so this is
+        # the whole state of all generators and samplers.
+        self._progress_made = {
+            "seed": self.config.run.seed,
+            "next_sample": self.step * self.config.training.global_batch_size,
             "adapters": self.adapters,
             "adapter_rank": self.derived.adapter_rank,
+            "first_adapter_step": self.first_adapter_step,
             "skipped_steps": self.guard.skipped,
             "skipped_in_a_row": self.guard.in_a_row,
             "tokens": self.step * self.derived.tokens_per_step,
+            "fingerprint": self._fingerprint(),
         }
-        try:
-            self.last_checkpoint = checkpoint.save(
-                self.folder.checkpoints,
-                self.step,
-                fragments,
-                scalars,
-                self.identity,
-                self.config.model_dump(mode="json"),
-            )
-        except CheckpointError as error:
-            if self.step == self.config.training.steps:
-                raise
-            self.progress.say(f"warning: {error}; training goes on")
-        else:
-            for problem in checkpoint.prune(self.folder.checkpoints, self.config.checkpoint.keep):
-                self.progress.say(f"warning: {problem}")
+        self.saver.save(self.step, self._export, self.identity, self.config.model_dump(mode="json"), wait=wait)
+        self._hear_of_saves()
         self.progress.pause()
 
-    def _evaluate(self) -> Evaluation:
-        data_rank = self.groups.position.data
-        result = evaluate(self.engine, self.valid_corpus, self.config, self.derived.data_ranks, data_rank)
+    def _hear_of_saves(self) -> None:
+        assert self.saver is not None
+        for outcome in self.saver.outcomes():
+            for problem in outcome.problems:
+                self.progress.say(f"warning: {problem}")
+            if outcome.path is not None:
+                self.last_checkpoint = outcome.path
+                self._record_save(outcome)
+
+    def _record_save(self, outcome: Outcome) -> None:
+        self.progress.say(
+            f"saved step {outcome.step}: {size_text(outcome.bytes)} in {duration_text(outcome.seconds)}, "
+            f"training stood still for {duration_text(outcome.stall_seconds)}"
+        )
+        if self.journal is not None:
+            self.journal.save(outcome)
+
+    def _evaluate(self) -> None:
+        result = evaluate(
+            self.engine,
+            self.valid_corpus,
+            self.config,
+            self.derived.data_ranks,
+            self.groups.position.data,
+            samples=self.config.evaluation.samples,
+            given_up=self._asked_to_stop,
+        )
+        if result is None:
+            return
         bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
         self.progress.say(
             f"evaluation after step {self.step}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"
@@ -289,14 +391,35 @@ class Trainer:
             self.journal.evaluation(self.step, result)
             self.journal.draw(str(self.folder.path))
         self.progress.pause()
-        return result
 
-    def _report(self) -> None:
+    def _end(self) -> None:
+        """See that the last state is saved, and say how the run ended.
+
+        Raises:
+            CheckpointError: if it cannot be saved.
+        """
+        assert self.saver is not None
+        self.saver.wait()
+        self._hear_of_saves()
+        if not self._is_saved() and self.step > 0:
+            self._save(wait=True)
+            if not self._is_saved():
+                raise CheckpointError(f"{self.folder.checkpoints}: step {self.step} could not be saved, see above")
+        if self.stopped:
+            self.stopper.obeyed()
         self.progress.say(self.result())
+
+    def _is_saved(self) -> bool:
+        """Whether the state of now is. Saves end alike on all ranks, so they agree on it."""
+        return self.last_checkpoint is not None and self.last_checkpoint.name == folder_name(self.step)
 
     def result(self) -> str:
         """One line on a run that has nothing left to do."""
         steps = self.config.training.steps
+        if self.stopped:
+            return (
+                f"stopped by {self.stopped} after step {self.step} of {steps}; last checkpoint {self.last_checkpoint}"
+            )
         end = f"this run is finished after step {self.step}"
         if self.step > steps:
             end = f"this run is already past step {steps}, which training.steps asks for: step {self.step} is done"

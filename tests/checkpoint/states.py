@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slope_dist.checkpoint import Checkpoint, save
-from slope_dist.checkpoint.writer import Progress
+from slope_dist.checkpoint.writer import Progress, Saved
 from slope_dist.parallel.collectives import rank, world_size
 from slope_dist.parallel.fragments import Fragment, Kind, Rectangle, rectangle_size, whole
 
@@ -56,7 +56,7 @@ def fragments_of(state: State) -> Iterator[Fragment]:
             yield Fragment(name, kind, shape, (), 0, 1, tensor, write=me == 0)
 
 
-def save_state(checkpoints: Path, step: int, progress: Progress | None = None) -> Path:
+def save_state(checkpoints: Path, step: int, progress: Progress | None = None) -> Saved:
     """Save `make_state(step)` as all ranks together."""
     return save(checkpoints, step, fragments_of(make_state(step)), {"step": step}, {"seed": 1}, {}, progress=progress)
 

@@ -38,7 +38,7 @@ FILES = [WEIGHTS, OPTIMIZER, "manifest.json"]
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good checkpoint that no test changes."""
-    return save_state(tmp_path_factory.mktemp("good"), 2)
+    return save_state(tmp_path_factory.mktemp("good"), 2).path
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_any_layout_reads_what_any_layout_wrote(tmp_path: Path, data: st.DataObj
         Fragment("a", "exp_avg", shape, rectangle, start, stop, part_of(tensor, rectangle, start, stop))
         for rectangle, start, stop in data.draw(layouts(shape))
     ]
-    checkpoint = Checkpoint.open(save(tmp_path / "checkpoints", 1, fragments, {}, {}, {}))
+    checkpoint = Checkpoint.open(save(tmp_path / "checkpoints", 1, fragments, {}, {}, {}).path)
     assert checkpoint.has("a", "exp_avg") and not checkpoint.has("a", "weight")
     for _ in range(5):
         rectangle = data.draw(rectangles(shape))
@@ -173,7 +173,7 @@ def test_swapped_keys_of_equal_shape_are_what_the_manifest_says(spoilt: Path) ->
 
 
 def test_files_and_manifests_of_another_step_are_refused(spoilt: Path, tmp_path: Path) -> None:
-    other = save_state(tmp_path / "other", 9)
+    other = save_state(tmp_path / "other", 9).path
     manifest = (spoilt / "manifest.json").read_bytes()
     shutil.copy(other / "manifest.json", spoilt / "manifest.json")
     assert "manifest.json: expected step 2, found step 9" in refusal(spoilt)
@@ -315,9 +315,8 @@ def test_two_ranks_choose_alike(tmp_path: Path, damaged: int) -> None:
 def test_a_small_range_does_not_read_the_file(tmp_path: Path) -> None:
     """A column of a 64 MiB tensor's last rows: the process that reads it touches a small part of the file."""
     tensor = torch.zeros(4096, 4096)
-    folder = save(
-        tmp_path, 1, [Fragment("a", "weight", (4096, 4096), whole((4096, 4096)), 0, 2**24, tensor)], {}, {}, {}
-    )
+    fragment = Fragment("a", "weight", (4096, 4096), whole((4096, 4096)), 0, 2**24, tensor)
+    folder = save(tmp_path, 1, [fragment], {}, {}, {}).path
     del tensor
 
     def body() -> None:

@@ -1,5 +1,6 @@
-"""Claim: after any sequence of saves, kills, damage and clean-ups the newest k complete checkpoints are there, the rest
-of the writer's folders are gone, and nothing else was touched. The model is a dictionary of what must be on disk.
+"""Claim: after any sequence of saves, kills, damage, restarts and clean-ups the newest k checkpoints that verify are
+there, and the milestones, the rest of the writer's folders are gone, and nothing else was touched. The model is a
+dictionary of what must be on disk.
 
 Run alone: python -m pytest tests/checkpoint/test_retention.py
 """
@@ -10,6 +11,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -23,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from slope_dist.checkpoint import find_newest, prune
+from slope_dist.checkpoint import Retention, find_newest
 from slope_dist.checkpoint.format import folder_name
 
 from .states import in_child, kill_at, save_state
@@ -43,28 +45,50 @@ def stop_at(point: str):
     return progress
 
 
-class Retention(RuleBasedStateMachine):
-    """Model: `whole` are the steps that verify, `damaged` those that do not, `leftovers` whether a kill left some."""
+def prune(folder: Path, keep: int, **keywords: Any) -> list[str]:
+    """Of a process that has written nothing itself."""
+    return Retention(folder, keep).prune(**keywords)
 
-    @initialize(keep=st.integers(2, 4))
-    def start(self, keep: int) -> None:
+
+class Model(RuleBasedStateMachine):
+    """`whole` are the steps that verify, `cut` and `flipped` those that do not: only the former are shorter."""
+
+    @initialize(keep=st.integers(2, 5), every=st.sampled_from([None, 2, 3]))
+    def start(self, keep: int, every: int | None) -> None:
         self.keep = keep
+        self.every = every
         self.folder = Path(tempfile.mkdtemp())
         self.whole: set[int] = set()
-        self.damaged: set[int] = set()
+        self.cut: set[int] = set()
+        self.flipped: set[int] = set()
         self.next_step = 1
         self.pruned = True
         for name in FOREIGN:
             (self.folder / name).mkdir()
             (self.folder / name / "manifest.json").write_text("mine")
 
+    @property
+    def dispensable(self) -> list[int]:
+        """Steps that need not stay, the oldest first."""
+        newest = sorted(self.whole)[-self.keep :]
+        if len(newest) < self.keep:
+            return []
+        older = (step for step in self.whole | self.flipped if step < newest[0])
+        return sorted(step for step in older if self.every is None or step % self.every)
+
     @rule(stride=st.integers(1, 3))
     def save_and_prune(self, stride: int) -> None:
         step = self.next_step
-        save_state(self.folder, step)
+        # A process that was started just now: it knows of what it has written itself, and must find out the rest.
+        retention = Retention(self.folder, self.keep, self.every)
+        retention.trust(save_state(self.folder, step).path)
         self.next_step += stride
-        self.whole = set(sorted({*self.whole, step})[-self.keep :])
-        assert prune(self.folder, self.keep) == []
+        self.whole.add(step)
+        gone = set(self.dispensable)
+        assert retention.prune() == []
+        self.whole -= gone
+        self.flipped -= gone
+        assert self.whole, "at least one verifies"
         self.pruned = True
 
     @rule(point=st.sampled_from(["weights", "optimizer", "voted", "manifest", "folder", "renamed"]))
@@ -77,23 +101,32 @@ class Retention(RuleBasedStateMachine):
             self.next_step += 1
         self.pruned = False
 
-    @precondition(lambda self: len(self.whole) > self.keep)
+    @precondition(lambda self: self.dispensable)
     @rule(point=st.sampled_from(["trashed", "removed"]))
     def prune_killed(self, point: str) -> None:
+        first = {self.dispensable[0]}
         with pytest.raises(Killed):
-            prune(self.folder, self.keep, progress=stop_at(point))
-        self.whole.remove(min(self.whole))
+            Retention(self.folder, self.keep, self.every).prune(progress=stop_at(point))
+        self.whole -= first
+        self.flipped -= first
         self.pruned = False
 
     @precondition(lambda self: len(self.whole) > 1)
-    @rule(data=st.data())
-    def damage(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), flip=st.booleans())
+    def damage(self, data: st.DataObject, flip: bool) -> None:
         step = data.draw(st.sampled_from(sorted(self.whole)))
         folder = self.folder / folder_name(step)
-        victim = data.draw(st.sampled_from(sorted(os.listdir(folder))))
-        os.truncate(folder / victim, (folder / victim).stat().st_size - 1)
+        names = sorted(name for name in os.listdir(folder) if not flip or name.startswith("rank"))
+        victim = folder / data.draw(st.sampled_from(names))
+        if flip:
+            content = bytearray(victim.read_bytes())
+            content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+            victim.write_bytes(content)
+        else:
+            os.truncate(victim, victim.stat().st_size - 1)
         self.whole.remove(step)
-        self.damaged.add(step)
+        (self.flipped if flip else self.cut).add(step)
+        self.pruned = self.pruned and not self.dispensable
 
     @invariant()
     def the_newest_whole_one_is_found(self) -> None:
@@ -102,7 +135,7 @@ class Retention(RuleBasedStateMachine):
         found = find_newest(self.folder)
         checkpoint, skipped = found.checkpoint, found.skipped
         assert (checkpoint.step if checkpoint else None) == max(self.whole, default=None)
-        newer = [step for step in self.damaged if step > max(self.whole, default=0)]
+        newer = [step for step in self.cut | self.flipped if step > max(self.whole, default=0)]
         for step in newer:
             assert any(folder_name(step) in line for line in skipped)
 
@@ -113,7 +146,7 @@ class Retention(RuleBasedStateMachine):
         names = set(os.listdir(self.folder)) - {"latest"}
         for name in FOREIGN:
             assert (self.folder / name / "manifest.json").read_text() == "mine"
-        expected = {folder_name(step) for step in self.whole | self.damaged} | set(FOREIGN)
+        expected = {folder_name(step) for step in self.whole | self.cut | self.flipped} | set(FOREIGN)
         assert names >= expected
         if self.pruned:
             assert names == expected
@@ -125,7 +158,7 @@ class Retention(RuleBasedStateMachine):
 
 def test_retention_follows_the_model() -> None:
     run_state_machine_as_test(
-        Retention,
+        Model,
         settings=settings(
             max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
         ),
@@ -159,7 +192,7 @@ def test_damaged_checkpoints_are_not_counted(tmp_path: Path) -> None:
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
-    precious = save_state(elsewhere, 1)
+    precious = save_state(elsewhere, 1).path
     checkpoints = tmp_path / "checkpoints"
     for step in (2, 3):
         save_state(checkpoints, step)

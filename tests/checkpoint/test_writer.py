@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 import slope_dist.checkpoint.writer as writer
-from slope_dist.checkpoint import CheckpointError, find_newest, prune, save
+from slope_dist.checkpoint import CheckpointError, Retention, find_newest, save
 from slope_dist.parallel.collectives import rank
 from slope_dist.parallel.fragments import Fragment, whole
 
@@ -41,7 +41,7 @@ def whole_fragment(name: str, tensor: torch.Tensor, /, **changes: Any) -> Fragme
 
 def test_one_rank_round_trip(tmp_path: Path) -> None:
     seen: list[str] = []
-    folder = save_state(tmp_path, 3, seen.append)
+    folder = save_state(tmp_path, 3, seen.append).path
     assert folder == tmp_path / "step-00000003"
     assert seen == POINTS
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
@@ -58,7 +58,7 @@ def test_one_rank_round_trip(tmp_path: Path) -> None:
 def test_the_files_are_plain_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
     """Read without our reader, as docs/checkpoint-format.md says a stranger may; written in chunks of several sizes."""
     monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
-    folder = save_state(tmp_path, 3)
+    folder = save_state(tmp_path, 3).path
     manifest = json.loads((folder / "manifest.json").read_bytes())
     for (name, kind), tensor in make_state(3).items():
         (fragment,) = manifest["tensors"][f"{kind}/{name}"]["fragments"]
@@ -69,7 +69,7 @@ def test_every_tensor_is_aligned_to_its_elements(tmp_path: Path) -> None:
     """Odd sizes of narrow dtypes come first here, and would shift the wide ones where memory-mapping cannot read."""
     dtypes = [torch.uint8, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8]
     fragments = [whole_fragment(f"a{index}", torch.ones(3, dtype=dtype)) for index, dtype in enumerate(dtypes)]
-    data = (save(tmp_path, 1, fragments, {}, {}, {}) / "rank-00000.weights.safetensors").read_bytes()
+    data = (save(tmp_path, 1, fragments, {}, {}, {}).path / "rank-00000.weights.safetensors").read_bytes()
     header_size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + header_size])
     for index, dtype in enumerate(dtypes):
@@ -215,7 +215,7 @@ def expect_after_kill(checkpoints: Path, point: str) -> None:
     assert_holds(checkpoint, make_state(checkpoint.step))
     assert len(skipped) == (0 if committed else 1)
     save_state(checkpoints, 3)
-    assert prune(checkpoints, 2) == []
+    assert Retention(checkpoints, 2).prune() == []
     kept = ["step-00000002" if committed else "step-00000001", "step-00000003"]
     assert sorted(path.name for path in checkpoints.iterdir() if path.name != "latest.tmp") == ["latest", *kept]
 
@@ -253,7 +253,7 @@ def test_a_group_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
             save_state(checkpoints, step)
             if rank() == 0:
                 committed.write_text(str(step))
-            prune(checkpoints, 2)
+            Retention(checkpoints, 2).prune()
 
     for _ in range(12):
         committed.write_text("")
@@ -271,7 +271,7 @@ def test_a_group_killed_at_random_moments_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
-    damaged = save_state(tmp_path, 2)
+    damaged = save_state(tmp_path, 2).path
     next(damaged.glob("rank*")).write_bytes(b"")
     (damaged / "notes.txt").write_text("mine")
     seen: list[str] = []
@@ -280,17 +280,17 @@ def test_a_damaged_folder_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     checkpoint = find_newest(tmp_path).checkpoint
     assert checkpoint is not None
     assert_holds(checkpoint, make_state(2))
-    assert prune(tmp_path, 2) != [], "what someone else wrote stays, and is told"
+    assert Retention(tmp_path, 2).prune() != [], "what someone else wrote stays, and is told"
     (trash,) = tmp_path.glob(".trash-*")
     assert [path.name for path in trash.iterdir()] == ["notes.txt"]
 
 
 def test_killed_while_replacing_leaves_the_one_before(tmp_path: Path) -> None:
     save_state(tmp_path, 1)
-    next(save_state(tmp_path, 2).glob("rank*")).write_bytes(b"")
+    next(save_state(tmp_path, 2).path.glob("rank*")).write_bytes(b"")
     assert in_child(lambda: save_state(tmp_path, 2, kill_at("replaced"))) == -9
     checkpoint = find_newest(tmp_path).checkpoint
     assert checkpoint is not None and checkpoint.step == 1
     save_state(tmp_path, 2)
-    assert prune(tmp_path, 2) == []
+    assert Retention(tmp_path, 2).prune() == []
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001", "step-00000002"]

@@ -168,7 +168,7 @@ def watched_run(path: str, spoil: str | None = None) -> dict[str, Any]:
 
     log = WholeLog()
     blocks: dict[str, int] = {}
-    build, build_engine, save = building.build, training.build_engine, training.checkpoint.save
+    build, build_engine, save = building.build, training.build_engine, training.Saver.save
 
     def watched_build(config: Any, factory: Any, prepare: Any = None) -> nn.Module:
         def watched_prepare(layer: nn.Module) -> None:
@@ -212,7 +212,7 @@ def watched_run(path: str, spoil: str | None = None) -> dict[str, Any]:
         building.deepspeed_dict = greedy
     building.build = watched_build
     training.build_engine = watched_build_engine
-    training.checkpoint.save = phased("save", save)
+    training.Saver.save = phased("save", save)  # type: ignore[method-assign]
     config = load_config(path)
     with log:
         trainer = training.Trainer(config, discover())

@@ -184,7 +184,7 @@ def watched_phases(path: str, keep_whole: bool = False) -> dict[str, Any]:
         with watch.during("save"):
             saved = checkpoint.save(folder, 2, *engine.export_state(), {}, {})
         with watch.during("load"):
-            engine.load_state(checkpoint.Checkpoint.open(saved))
+            engine.load_state(checkpoint.Checkpoint.open(saved.path))
         assert abs(watch.live_bytes() - state) < LOOSE, f"the rest leaves {watch.live_bytes() - state} bytes behind"
         watch.engine = None
         del engine

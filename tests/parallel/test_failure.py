@@ -90,7 +90,7 @@ def install(place: str, act: Callable[[], None]) -> None:
     elif place == "save":
         # What is raised while files are written becomes a warning of all ranks, by a vote; raised in the vote, it ends.
         before(writer, "_write_safetensors")
-        before(writer, "all_gather_json")
+        before(writer, "gather_json")
 
 
 def in_backward(engine: Any, act: Callable[[], None]) -> None:
@@ -197,7 +197,7 @@ def stuck_beside_a_dead_rank(how: str) -> None:
 
     place = environment.discover()
     environment.start(place, threads=1)
-    peers = Peers(place, lambda: "advice")
+    peers = Peers(place, lambda cause: "advice")
     if place.rank == 1:
         if how == "raise":
             peers.fail("its cause", shared=False)
@@ -221,7 +221,7 @@ def a_stranger_calls() -> None:
 
     place = environment.discover()
     environment.start(place, threads=1)
-    peers = Peers(place, lambda: "")
+    peers = Peers(place, lambda cause: "")
     address = json.loads(dist.distributed_c10d._get_default_store().get(failure._KEY))
     for said in (b"GET / HTTP/1.1\r\n\r\n", b'{"kind": "hello", "rank": 1, "token": "guessed"}\n', b'["hello"]\n', b""):
         with socket.create_connection(("localhost", address["port"])) as stranger:
@@ -238,7 +238,7 @@ def test_a_stranger_on_the_port_ends_nothing() -> None:
 
 
 def test_alone_there_is_nobody_to_tell() -> None:
-    peers = Peers(Environment(0, 1, 0, 1, "none"), lambda: "")
+    peers = Peers(Environment(0, 1, 0, 1, "none"), lambda cause: "")
     assert peers.fail("a cause", shared=False) and peers.is_to_blame
     assert not peers.lose("a cause")
     peers.part()

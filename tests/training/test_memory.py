@@ -23,7 +23,7 @@ from slope_dist.planning import GPU_MEMORY
 from slope_dist.training.build import count_state
 from slope_dist.training.describe import corpus_warning, describe, stages_text
 from slope_dist.training.memory import fit_on_gpu, needs_of, refuse_what_will_not_fit
-from slope_dist.training.progress import size_text
+from slope_dist.transfer import size_text
 from tests.distributed import run_ranks
 from tests.runs import VOCAB_SIZE, write_config
 

@@ -41,7 +41,7 @@ def resumed_run(config: str) -> dict[str, Any]:
             steps.update(scalars["optimizer_steps"])
 
     watch_engines(watch)
-    train(config)
+    train(config, accept_steps=True)
     return {"state": loaded, "steps": steps}
 
 

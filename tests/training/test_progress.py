@@ -10,7 +10,8 @@ import re
 import pytest
 import torch
 
-from slope_dist.training.progress import PeakMemory, ProgressLine, duration_text, peak_memory, size_text
+from slope_dist.training.progress import PeakMemory, ProgressLine, peak_memory
+from slope_dist.transfer import duration_text, size_text
 
 
 def line(**changes: object) -> ProgressLine:

@@ -1,0 +1,115 @@
+"""Whose turn it is in a run folder, and how the last turn ended.
+
+`end.json` says how: launchers change exit codes, and a job script has to know whether to go on. It says "running" while
+the run lasts, so that of one that was killed without a word it says so for ever: its lock is gone by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+from slope_dist.errors import UserError
+
+END = "end.json"
+LOCK = ".lock"
+
+How = Literal["running", "finished", "stopped", "failed"]
+
+PATIENCE = 15.0
+"""Seconds to wait for a job that is just leaving: a requeued one may be started before the old one is gone."""
+
+
+class Turn:
+    """Rank 0's hold on a run folder.
+
+    The lock is the system's (flock), which a process loses however it ends, and which NFS 4 and Lustre (mounted with
+    -o flock) keep over machines. Where there is none a warning is all there can be.
+
+    Args:
+        folder: the run folder; it need not exist yet.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.warning: str | None = None
+        self._lock: int | None = None
+
+    def take(self) -> None:
+        """Take the folder, if it exists; nothing if it is held already.
+
+        Raises:
+            UserError: if another process keeps it for `PATIENCE` seconds.
+        """
+        if self._lock is not None or not self.folder.is_dir():
+            return
+        try:
+            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            # Who only looks (the run is finished) needs no lock; who would write is refused by what comes next.
+            self.warning = f"{self.folder / LOCK} cannot be made ({error.strerror}): nothing keeps a second job out"
+            return
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    self.warning = (
+                        f"{self.folder / LOCK} cannot be locked ({error.strerror}): nothing keeps a second job out"
+                    )
+                    break
+                if time.monotonic() > end:
+                    holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+                    os.close(lock)
+                    raise UserError(
+                        f"run.folder {self.folder} is in use by {holder}; wait for it, stop it "
+                        f"(touch {self.folder / 'stop'}), or choose another run.folder"
+                    ) from None
+            time.sleep(0.2)
+        self._lock = lock
+
+    def sign(self) -> None:
+        """Say in the lock who has it."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._lock, 0)
+                os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}{_job()}".encode(), 0)
+
+    def release(self) -> None:
+        """Let the folder go."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def write_end(folder: Path, how: How, **details: Any) -> None:
+    """Replace `end.json`: {"how", "time", "host", "pid", "job", ...details}.
+
+    As far as the disk allows: that a run cannot say how it ended must not change how it ends.
+    """
+    content = {
+        "how": how,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        **details,
+    }
+    with contextlib.suppress(OSError):
+        partial = folder / f".{END}.partial"
+        partial.write_text(json.dumps(content) + "\n")
+        os.replace(partial, folder / END)
+
+
+def _job() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f" (SLURM job {job})" if job else ""

@@ -1,0 +1,122 @@
+"""Being asked to stop: by a signal, by a file in the run folder, or by the end of the launcher.
+
+A signal reaches one rank, some or all of them; none may leave alone. So a handler only takes note, and the ranks agree
+at the next boundary: after a step, or between two batches of an evaluation. The run then writes a checkpoint and every
+rank leaves. Before the first step, when there is nothing to save, a signal ends its rank at once, and so the others.
+
+    SIGTERM, SIGUSR1     a scheduler's early warning, `scancel`, `kill`
+    SIGINT               Ctrl-C; a second one ends the process at once
+    <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when it has been obeyed
+    launcher gone        deepspeed, torchrun or srun died without ending its ranks
+
+Not SIGUSR2, which some debuggers and NCCL's own tools use.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from slope_dist.parallel import collectives
+from slope_dist.parallel.environment import Environment
+
+STOP_FILE = "stop"
+
+_LOOK_EVERY = 1.0
+"""Seconds between two looks for the stop file and the launcher: on network file systems a look takes milliseconds."""
+
+REASONS = ("", "the end of its launcher", f"the file {STOP_FILE}", "SIGINT", "SIGUSR1", "SIGTERM")
+"""Why a run is asked to stop. Ranks with different reasons take the last of them."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopNow(BaseException):
+    """Asked to stop before there was anything to save; not an error, so handlers of errors must not see it."""
+
+
+class Stopper:
+    """Hears of requests to stop. One in a process, made by its main thread.
+
+    Args:
+        environment: this process among the others.
+    """
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self._owner = os.getpid()
+        self._launcher = os.getppid() if environment.launcher != "none" else None
+        self._folder: Path | None = None
+        self._code = 0
+        self._deferred = False
+        self._looked = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """Install the handlers. Signals end the process by `StopNow` until `defer`."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._heard)
+
+    def defer(self, folder: Path) -> None:
+        """From now on somebody asks `agreed` often enough.
+
+        Args:
+            folder: the run folder, where a stop file may appear.
+        """
+        self._folder = folder
+        self._deferred = True
+
+    def close(self) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def agreed(self) -> str:
+        """Why all ranks are to stop now; "" if they are not. Collective."""
+        self._look()
+        code = self._code
+        if collectives.world_size() > 1:
+            flag = torch.tensor([code], dtype=torch.int32, device=collectives.device())
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            code = int(flag)
+        return REASONS[code]
+
+    def obeyed(self) -> None:
+        """Remove the stop file: it asks for one stop, not for all that follow."""
+        if self._folder is not None and self._environment.is_first:
+            (self._folder / STOP_FILE).unlink(missing_ok=True)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_EVERY:
+            return
+        self._looked = now
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._note("the end of its launcher")
+        if self._environment.is_first and self._folder is not None and (self._folder / STOP_FILE).exists():
+            self._note(f"the file {STOP_FILE}")
+
+    def _note(self, reason: str) -> None:
+        self._code = max(self._code, REASONS.index(reason))
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        # Forked children (data workers, compilers) inherit the handler, and must neither save nor stop the run.
+        if os.getpid() != self._owner:
+            return
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and (self._code or not self._deferred):
+            raise KeyboardInterrupt
+        self._note(name)
+        if not self._deferred:
+            raise StopNow(name)

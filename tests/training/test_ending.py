@@ -1,0 +1,128 @@
+"""Claim: one job at a time uses a run folder, whoever dies lets it go, and end.json says how the last one ended.
+
+Run: pytest tests/training/test_ending.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.training import ending
+from slope_dist.training.ending import END, LOCK, Turn, write_end
+from tests.distributed import Outcome, end_ranks
+from tests.runs import pretrain, step_rows, watch_engines, write_config
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from slope_dist.training.ending import Turn
+turn = Turn(Path(sys.argv[1]))
+turn.take()
+turn.sign()
+print("taken", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "taken\n"
+    yield process  # type: ignore[misc]
+    process.kill()
+    process.wait()
+
+
+def test_a_second_job_is_refused_by_the_name_of_the_first(
+    holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "PATIENCE", 0.3)
+    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*touch .*/stop") as refusal:
+        Turn(tmp_path).take()
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_killed_job_lets_go(holder: subprocess.Popen[str], tmp_path: Path) -> None:
+    holder.send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    turn = Turn(tmp_path)
+    turn.take()
+    assert time.monotonic() - start < 5 and turn.warning is None
+    turn.sign()
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    turn.release()
+    Turn(tmp_path).take()
+
+
+def test_a_job_that_is_just_leaving_is_waited_for(tmp_path: Path) -> None:
+    first = Turn(tmp_path)
+    first.take()
+    child = os.fork()
+    if child == 0:
+        # Its copy of the descriptor is what keeps the lock.
+        time.sleep(0.6)
+        os._exit(0)
+    first.release()
+    Turn(tmp_path).take()
+    assert os.waitpid(child, os.WNOHANG) != (0, 0) or os.waitpid(child, 0)[1] == 0
+
+
+def test_a_folder_that_is_not_there_is_nobodys(tmp_path: Path) -> None:
+    turn = Turn(tmp_path / "none")
+    turn.take()
+    assert turn.warning is None and not (tmp_path / "none").exists()
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*arguments: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(ending.fcntl, "flock", unsupported)
+    turn = Turn(tmp_path)
+    turn.take()
+    assert turn.warning is not None and "Operation not supported" in turn.warning
+
+
+def test_the_end_is_replaced_whole_and_a_full_disk_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_end(tmp_path, "running", step=3)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    write_end(tmp_path, "stopped", step=4, checkpoint="step-00000004", exit_code=75, cause="SIGTERM")
+    end = json.loads((tmp_path / END).read_text())
+    assert end | {"how": "stopped", "step": 4, "job": "77", "pid": os.getpid()} == end
+    assert os.listdir(tmp_path) == [END]
+    write_end(tmp_path / "none", "failed")
+
+
+def first_and_second(config: str) -> None:
+    """A run, in whose third step the same command is given again."""
+
+    def again(event: str, engine: object, step: object) -> None:
+        if (event, step) == ("before step", 3):
+            code = "import sys; from launch.pretrain import main; sys.exit(main(sys.argv[1:]))"
+            ran = subprocess.run([sys.executable, "-c", code, "--config", config], capture_output=True, text=True)
+            print(f"second: {ran.returncode} {ran.stderr}", flush=True)
+
+    watch_engines(again)
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_two_jobs_in_one_folder(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(write_config(tmp_path, corpus, training__steps=4, checkpoint__interval=1))
+    first: Outcome
+    [first] = end_ranks(first_and_second, 1, config, process_group=False)
+    assert first.code == 0, first.errors
+    [line] = [line for line in first.output.splitlines() if line.startswith("second: ")]
+    assert line.startswith(f"second: {EXIT_BAD_INPUT} error: run.folder ") and "is in use by process " in line
+    assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"

@@ -1,0 +1,217 @@
+"""Claim: a run that is asked to stop, on one rank or all, by a signal or a file, wherever it is, saves the step it has
+done, leaves with all its ranks, says so in end.json, and goes on later as if nothing had been.
+
+Run: pytest tests/training/test_stopping.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slope_dist.errors import EXIT_STOPPED
+from slope_dist.parallel.environment import Environment
+from slope_dist.training import stopping
+from slope_dist.training.stopping import STOP_FILE, StopNow, Stopper
+from tests.distributed import Outcome, end_ranks
+from tests.runs import evaluation_rows, newest, pretrain, step_rows, watch_engines, write_config
+
+STEPS = 6
+CHANGES: dict[str, Any] = {
+    "training__steps": STEPS,
+    "adapters__fraction": 0.34,
+    "evaluation__interval": 2,
+    "checkpoint__interval": 3,
+}
+ALONE = Environment(0, 1, 0, 1, "none")
+
+
+def asked_to_stop(config: str, place: str, how: str, ranks: list[int]) -> None:
+    """The entry point; the `ranks` are asked to stop in a place of the run."""
+    if int(os.environ.get("RANK", "0")) in ranks:
+        install(place, lambda: ask(config, how))
+    raise SystemExit(pretrain("--config", config))
+
+
+def ask(config: str, how: str) -> None:
+    if how == "file":
+        (Path(config).parent / "run" / STOP_FILE).touch()
+        # A look may have been a moment ago.
+        time.sleep(1.1)
+        return
+    for name in how.split():
+        os.kill(os.getpid(), getattr(signal, name))
+
+
+def install(place: str, act: Callable[[], None]) -> None:
+    from slope_dist.checkpoint import writer
+    from slope_dist.training import trainer
+
+    if place.startswith("step"):
+        number = int(place.split()[1])
+        watch_engines(lambda event, engine, step: act() if (event, step) == ("before step", number) else None)
+    elif place == "start":
+        watch_engines(lambda event, engine, step: act() if event == "built" else None)
+    elif place == "evaluation":
+        evaluate = trainer.evaluate
+
+        def asked(*arguments: Any, **keywords: Any) -> Any:
+            act()
+            return evaluate(*arguments, **keywords)
+
+        trainer.evaluate = asked
+    elif place == "save":
+        save = writer.save
+
+        def slow(*arguments: Any, **keywords: Any) -> Any:
+            act()
+            return save(*arguments, **keywords)
+
+        writer.save = slow
+
+
+def whole_run(config: str) -> None:
+    raise SystemExit(pretrain("--config", config))
+
+
+def run(function: Callable, ranks: int, *arguments: Any) -> list[Outcome]:
+    return end_ranks(function, ranks, *arguments, process_group=False)
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run/end.json").read_text())
+
+
+def numbers(run: Path) -> list[Any]:
+    rows = [*step_rows(run), *evaluation_rows(run)]
+    return [[row.get(key) for key in ("step", "loss", "grad_norm", "lr", "phase", "eval_loss")] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    made: dict[int, Path] = {}
+
+    def make(ranks: int) -> Path:
+        if ranks not in made:
+            made[ranks] = tmp_path_factory.mktemp("uninterrupted")
+            outcomes = run(whole_run, ranks, str(write_config(made[ranks], corpus, **CHANGES)))
+            assert [outcome.code for outcome in outcomes] == [0] * ranks, outcomes[0].errors
+            end = end_of(made[ranks])
+            assert (end["how"], end["step"], end["exit_code"]) == ("finished", STEPS, 0)
+        return made[ranks] / "run"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("place", "how", "ranks", "of", "done", "reason"),
+    [
+        ("step 2", "SIGTERM", [0], 1, 2, "SIGTERM"),
+        ("step 3", "SIGINT", [0], 1, 3, "SIGINT"),
+        ("evaluation", "SIGUSR1", [0], 1, 2, "SIGUSR1"),
+        ("save", "SIGTERM SIGTERM", [0], 1, None, "SIGTERM"),
+        ("step 4", "file", [0], 1, 4, "the file stop"),
+        ("step 2", "SIGUSR1", [1], 2, 2, "SIGUSR1"),
+        ("step 5", "SIGTERM", [0, 1], 2, 5, "SIGTERM"),
+        ("evaluation", "SIGTERM", [1], 2, 2, "SIGTERM"),
+    ],
+)
+def test_a_run_asked_to_stop_saves_leaves_and_goes_on(
+    place: str,
+    how: str,
+    ranks: list[int],
+    of: int,
+    done: int | None,
+    reason: str,
+    uninterrupted: Callable,
+    corpus: Path,
+    tmp_path: Path,
+) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    outcomes = run(asked_to_stop, of, config, place, how, ranks)
+    assert [outcome.code for outcome in outcomes] == [EXIT_STOPPED] * of, outcomes[0].errors
+    end = end_of(tmp_path)
+    # A save begins beside the step after it, so the run stops after either.
+    done = end["step"] if done is None else done
+    assert done < STEPS
+    assert end | {"how": "stopped", "step": done, "cause": reason, "exit_code": EXIT_STOPPED} == end
+    assert end["checkpoint"] == f"step-0000000{done}" == newest(tmp_path / "run").path.name
+    assert f"stopped by {reason} after step {done} of {STEPS}" in outcomes[0].output
+    assert "go on with:" in outcomes[0].output
+    assert not (tmp_path / "run" / STOP_FILE).exists()
+    resumed = run(whole_run, of, config)
+    assert [outcome.code for outcome in resumed] == [0] * of, resumed[0].errors
+    assert numbers(tmp_path / "run") == numbers(uninterrupted(of))
+    mine, other = newest(tmp_path / "run").manifest, newest(uninterrupted(of)).manifest
+    assert {name: file.sha256 for name, file in mine.files.items()} == {
+        name: file.sha256 for name, file in other.files.items()
+    }
+
+
+@pytest.mark.parametrize("ranks", [[0], [1]])
+def test_a_signal_before_the_first_step_ends_all_ranks(ranks: list[int], corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    outcomes = run(asked_to_stop, 2, config, "start", "SIGTERM", ranks)
+    assert outcomes[ranks[0]].code == EXIT_STOPPED, outcomes[ranks[0]].errors
+    assert all(outcome.code != 0 for outcome in outcomes)
+    said = "".join(outcome.errors for outcome in outcomes)
+    assert said.count("stopped by SIGTERM before the first step") == 1 and "Traceback" not in said
+    assert end_of(tmp_path)["how"] == "stopped"
+    assert [outcome.code for outcome in run(whole_run, 2, config)] == [0, 0]
+
+
+def test_a_second_ctrl_c_ends_the_process(corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    [outcome] = run(asked_to_stop, 1, config, "step 2", "SIGINT SIGINT", [0])
+    assert outcome.code == 130 and "Traceback" not in outcome.errors
+    assert end_of(tmp_path) | {"how": "failed", "cause": "interrupted", "exit_code": 130} == end_of(tmp_path)
+
+
+@pytest.fixture
+def stopper() -> Any:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    made = Stopper(ALONE)
+    made.listen()
+    yield made
+    made.close()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_signal_is_an_exception_first_and_a_note_later(stopper: Stopper, tmp_path: Path) -> None:
+    with pytest.raises(StopNow, match="SIGUSR1"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    again = Stopper(ALONE)
+    again.listen()
+    again.defer(tmp_path)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert again.agreed() == "SIGTERM"
+    again.close()
+
+
+def test_forked_children_do_not_react(stopper: Stopper, tmp_path: Path) -> None:
+    stopper.defer(tmp_path)
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(0 if stopper.agreed() == "" else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert stopper.agreed() == ""
+
+
+def test_the_end_of_the_launcher_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_LOOK_EVERY", 0.0)
+    launched = Stopper(Environment(0, 1, 0, 1, "deepspeed or torchrun"))
+    launched.defer(tmp_path)
+    by_hand = Stopper(ALONE)
+    by_hand.defer(tmp_path)
+    assert launched.agreed() == ""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launched.agreed() == "the end of its launcher"
+    assert by_hand.agreed() == "", "a shell may go while its job stays"
