@@ -1,6 +1,7 @@
 # make pretrain   train the small model of configs/tiny.json from nothing to a perplexity and a picture
 # make test       the test suite
 # make test-layouts   many layouts of up to eight ranks against one process; goes on where it was stopped
+# make test-faults    thousands of kills, bad disks, signals, hostile files and configs; goes on where it was stopped
 # make check      lint, format, types
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test test-slow test-layouts check style clean
+.PHONY: pretrain test test-slow test-layouts test-faults check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
@@ -24,6 +25,11 @@ test-slow: $(INSTALLED)
 # Minutes; results are kept in build/layouts until the sources change.
 test-layouts: $(INSTALLED)
 	$(BIN)/python -m tests.layouts
+
+# Hours for all; results are kept in build/faults until the sources change. One kind, or for five minutes:
+# .venv/bin/python -m tests.faults truncation --minutes 5
+test-faults: $(INSTALLED)
+	$(BIN)/python -m tests.faults
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

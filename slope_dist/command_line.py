@@ -22,3 +22,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise instead of exiting."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def visible(text: str) -> str:
+    """The text on one line, with escapes such as `\\x1b` for all that a terminal would obey instead of showing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

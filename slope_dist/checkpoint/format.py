@@ -16,6 +16,7 @@ from slope_dist.parallel.fragments import Kind
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 2**31
 LATEST = "latest"
 
 FILE_NAME = re.compile(r"rank-[0-9]{5,}\.(weights|optimizer)\.safetensors")
@@ -139,7 +140,7 @@ def decode(data: bytes) -> Manifest:
     if stored != found:
         raise ValueError(f"expected sha256 {stored}, found {found}")
     try:
-        content = json.loads(body + b"}", object_pairs_hook=_without_duplicates)
+        content = json.loads(body + b"}", object_pairs_hook=_without_duplicates, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("expected JSON of moderate depth, found deeper nesting") from None
     except ValueError as error:
@@ -154,6 +155,10 @@ def decode(data: bytes) -> Manifest:
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     _check(manifest)
     return manifest
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON's")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from slope_dist.checkpoint.format import (
     DTYPES,
     LEFTOVER_NAME,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     CheckpointError,
     Manifest,
     StoredFragment,
@@ -28,6 +29,7 @@ from slope_dist.checkpoint.format import (
     step_of,
 )
 from slope_dist.checkpoint.regions import boxes, describe, flat_bounds, intersect, view_of_box
+from slope_dist.files import read_bounded
 from slope_dist.parallel.collectives import all_gather_json, broadcast_json, rank, world_size
 from slope_dist.parallel.fragments import Kind, Rectangle, rectangle_size
 from slope_dist.transfer import Transfer
@@ -292,7 +294,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{path}: {MANIFEST}: expected a file, found none")
     _size_of_regular_file(path, MANIFEST)
     try:
-        manifest = decode((path / MANIFEST).read_bytes())
+        manifest = decode(read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{path}: {MANIFEST}: {error}") from error
     step = step_of(path.name)

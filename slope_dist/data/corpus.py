@@ -26,6 +26,7 @@ from slope_dist.data.prepare import (
 )
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
+from slope_dist.files import read_bounded
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 # The label of a position that no loss is taken of.
 IGNORED_LABEL = -100
 
+_MAX_MANIFEST_BYTES = 2**26
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron-core's codes of integer dtypes; its float dtypes are no token ids.
@@ -412,7 +414,9 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_bounded(path, _MAX_MANIFEST_BYTES).decode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {_AGAIN}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: damaged; {_AGAIN}") from error
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:

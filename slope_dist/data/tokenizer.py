@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from slope_dist.errors import UserError
+from slope_dist.files import read_bounded
 
 END_OF_DOCUMENT_PIECE = "<|endoftext|>"
 NEWLINE = "\n"
@@ -27,6 +28,9 @@ _MIN_VOCAB = 260
 _MAX_TRAINING_LINE = 4096
 _MAX_CHUNK = 1 << 18
 # What a lossy model would change: runs of blanks, compatibility forms, controls, rare characters, names of controls.
+MAX_BYTES = 2**28
+"""Of a tokenizer's file: far more than any holds."""
+
 _PROBE = (
     "  a\tb  \u2581c\r\n\n\u00a0\ufb01 e\u0301\u00e9 \uff21 \u0000\U0001f469\u200d\U0001f467 \U0010fffe</s><unk>\n "
 )
@@ -156,7 +160,7 @@ class Tokenizer:
             UserError: the file cannot be read, or as for the constructor.
         """
         try:
-            model = Path(path).read_bytes()
+            model = read_bounded(path, MAX_BYTES)
         except OSError as error:
             raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from error
         return cls(model, path=path)

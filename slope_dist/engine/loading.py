@@ -51,6 +51,8 @@ def load_fragments(
         for fragment in wanted:
             stored = _read(source, fragment)
             transfer.add(fragment.tensor.nbytes)
+            if (stored.dtype == torch.uint8) != (fragment.tensor.dtype == torch.uint8):
+                raise UserError(f"the state to resume from holds {fragment.kind} {fragment.name} as {stored.dtype}")
             # A step whose gradients are not finite changes nothing, so no state ever holds such a number.
             if stored.is_floating_point() and not stored.isfinite().all():
                 raise UserError(f"the state to resume from holds NaN or infinity in {fragment.kind} {fragment.name}")

@@ -16,13 +16,18 @@ from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
 from slope_dist.data.corpus import Corpus
 from slope_dist.errors import UserError
+from slope_dist.files import read_bounded
 from slope_dist.parallel import collectives
+from slope_dist.training.state import state_of, training_steps_of
 from slope_dist.transfer import Transfer
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 PICTURE = "loss.png"
 CHECKPOINTS = "checkpoints"
+
+# Some 300 bytes a step.
+_MAX_METRICS_BYTES = 2**32
 
 
 def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         UserError: if the file cannot be read or another line of it is not a row.
     """
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_bounded(path, _MAX_METRICS_BYTES).splitlines()
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -75,7 +80,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -183,14 +188,13 @@ class RunFolder:
                 raise UserError(
                     f"{newest.path} is of another run: {'; '.join(differing[:4])}; choose another run.folder"
                 )
-            there = newest.scalars["adapter_rank"]
-            if newest.scalars["adapters"] and there != adapter_rank:
+            state, steps = state_of(newest), training_steps_of(newest)
+            if state.adapters and state.adapter_rank != adapter_rank:
                 raise UserError(
-                    f"{newest.path} already has adapters of rank {there}, and adapters.rank asks for {adapter_rank}: "
-                    "once on they stay as they are; restore adapters.rank, or choose another run.folder"
+                    f"{newest.path} already has adapters of rank {state.adapter_rank}, and adapters.rank asks for "
+                    f"{adapter_rank}: once on they stay as they are; restore it, or choose another run.folder"
                 )
-            steps = newest.config["training"]["steps"]
-            if newest.scalars["adapters"] and steps != config.training.steps and not how.accept_steps:
+            if state.adapters and steps != config.training.steps and not how.accept_steps:
                 raise UserError(
                     f"{newest.path} already has adapters, which joined for the last steps of {steps}, and "
                     f"training.steps asks for {config.training.steps}; restore it, or give --accept-steps: the "

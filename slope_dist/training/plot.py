@@ -16,7 +16,7 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     steps = [row for row in rows if row.get("loss") is not None]
-    evaluations = [row for row in rows if "eval_loss" in row]
+    evaluations = [row for row in rows if row.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="#b8c4d6", lw=0.8, label="training")
     mean, means = None, []

@@ -30,9 +30,9 @@ from slope_dist.training.journal import Journal, finite
 from slope_dist.training.memory import refuse_what_will_not_fit
 from slope_dist.training.progress import PeakMemory, ProgressLine
 from slope_dist.training.schedule import learning_rates
+from slope_dist.training.state import state_of
 from slope_dist.training.stopping import Stopper
 from slope_dist.transfer import Transfer, duration_text, size_text
-
 
 LAST_WAIT, SHORT_WAIT = 600.0, 2.0
 """Seconds that a run which fails leaves to the save under way: where all ranks end together, and where one does."""
@@ -104,13 +104,14 @@ class Trainer:
         self.first_adapter_step = self.derived.first_adapter_step
         self.resumed_from: Checkpoint | None = found
         if found is not None:
+            state = state_of(found)
             self.step = found.step
-            self.adapters = bool(found.scalars["adapters"])
+            self.adapters = state.adapters
             if self.adapters:
                 # Once on they stay, also where another number of steps would let them join later.
-                self.first_adapter_step = found.scalars["first_adapter_step"]
-            self.guard.skipped = found.scalars["skipped_steps"]
-            self.guard.in_a_row = found.scalars["skipped_in_a_row"]
+                self.first_adapter_step = state.first_adapter_step
+            self.guard.skipped = state.skipped_steps
+            self.guard.in_a_row = state.skipped_in_a_row
             self.last_checkpoint = found.path
         self._engine: Engine | None = None
         self.saver: Saver | None = None
@@ -212,7 +213,7 @@ class Trainer:
         say = print if self.environment.is_first else None
         engine.load_state(source, transfer=Transfer(f"loading {source.path.name}", say))
         found = self._fingerprint()
-        fingerprint.compare(source.scalars["fingerprint"], found, str(source.path))
+        fingerprint.compare(state_of(source).fingerprint.model_dump(), found, str(source.path))
 
     def _fingerprint(self) -> dict[str, Any]:
         data_rank = self.groups.position.data
