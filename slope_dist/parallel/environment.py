@@ -144,7 +144,8 @@ def start(environment: Environment, threads: int) -> None:
         threads: CPU threads of this process.
 
     Raises:
-        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs.
+        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
+            the port is in use.
     """
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
@@ -172,7 +173,17 @@ def start(environment: Environment, threads: int) -> None:
                 "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500"
             )
         os.environ.update({name: where[name] for name in ("MASTER_ADDR", "MASTER_PORT")})
-        dist.init_process_group(backend, rank=environment.rank, world_size=environment.world_size, timeout=INIT_TIMEOUT)
+        try:
+            dist.init_process_group(
+                backend, rank=environment.rank, world_size=environment.world_size, timeout=INIT_TIMEOUT
+            )
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(
+                f"port {where['MASTER_PORT']}, where ranks are to meet, is in use on this machine (by another run?); "
+                "give the launcher another --master_port, or set MASTER_PORT under srun"
+            ) from error
 
 
 def stop() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -54,6 +55,7 @@ class Stopper:
         self._environment = environment
         self._owner = os.getpid()
         self._launcher = os.getppid() if environment.launcher != "none" else None
+        self._above = None if self._launcher is None else _deepspeed_above(self._launcher)
         self._folder: Path | None = None
         self._code = 0
         self._deferred = False
@@ -102,7 +104,8 @@ class Stopper:
         if now - self._looked < _LOOK_EVERY:
             return
         self._looked = now
-        if self._launcher is not None and os.getppid() != self._launcher:
+        gone = self._launcher is not None and os.getppid() != self._launcher
+        if gone or (self._above is not None and not _lives(self._above)):
             self._note("the end of its launcher")
         if self._environment.is_first and self._folder is not None and (self._folder / STOP_FILE).exists():
             self._note(f"the file {STOP_FILE}")
@@ -120,3 +123,23 @@ class Stopper:
         self._note(name)
         if not self._deferred:
             raise StopNow(name)
+
+
+def _deepspeed_above(launcher: int) -> psutil.Process | None:
+    """The `deepspeed` command that started the process which started this one: it dies alone of a signal."""
+    try:
+        above = psutil.Process(launcher).parent()
+        if above is not None and any(Path(word).name == "deepspeed" for word in above.cmdline()[:3]):
+            return above
+    except psutil.Error:
+        # Somebody else's process, or one that has gone already: the parent is watched all the same.
+        pass
+    return None
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        # One that nobody has waited for yet is still listed.
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -7,10 +7,14 @@ Run: pytest tests/parallel/test_environment.py
 
 from __future__ import annotations
 
+import os
+import socket
+
 import pytest
 
 from slope_dist.errors import UserError
-from slope_dist.parallel.environment import Environment, discover, meeting_point, why_so_few
+from slope_dist.parallel.environment import Environment, discover, meeting_point, start, why_so_few
+from tests.distributed import end_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
@@ -159,3 +163,24 @@ def test_contradictions(variables: dict[str, str], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         discover(variables)
     assert "\n" not in str(caught.value)
+
+
+def start_on(port: int) -> str:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        start(Environment(0, 2, 0, 2, "deepspeed or torchrun"), threads=1)
+    except UserError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_a_port_in_use_is_told_in_a_line() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        [outcome] = end_ranks(start_on, 1, port, process_group=False)
+    assert outcome.result == (
+        f"port {port}, where ranks are to meet, is in use on this machine (by another run?); give the launcher another "
+        "--master_port, or set MASTER_PORT under srun"
+    ), outcome.errors
