@@ -15,6 +15,8 @@ from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.sparse import Pattern, SparseWeight, codec
 from slope_dist.transfer import Transfer
 
+_INDICES, _COLUMN_MASK = ".indices", ".column_mask"
+
 
 def index_patterns(tensors: Iterable[LogicalTensor], weights: Iterable[SparseWeight]) -> dict[str, Pattern]:
     """The pattern that the packed indices of each sparse weight must follow, by logical name."""
@@ -41,29 +43,47 @@ def load_fragments(
         transfer: told of the bytes that are read.
 
     Raises:
-        UserError: on every rank, if on any a piece is missing, its metadata names no entries of the pattern, or a
-            number is none.
+        UserError: on every rank, if on any a piece is missing, its metadata names no entries of the pattern, a column
+            mask keeps a pruned entry, or a number is none.
     """
     wanted = [fragment for fragment in fragments if not fragment.derived and fragment.name not in keep]
     transfer = transfer or Transfer()
     transfer.begin(sum(fragment.tensor.nbytes for fragment in wanted))
+    indices: dict[tuple[object, ...], Tensor] = {}
     with collectives.together():
         for fragment in wanted:
             stored = _read(source, fragment)
             transfer.add(fragment.tensor.nbytes)
-            if (stored.dtype == torch.uint8) != (fragment.tensor.dtype == torch.uint8):
-                raise UserError(f"the state to resume from holds {fragment.kind} {fragment.name} as {stored.dtype}")
-            # A step whose gradients are not finite changes nothing, so no state ever holds such a number.
-            if stored.is_floating_point() and not stored.isfinite().all():
-                raise UserError(f"the state to resume from holds NaN or infinity in {fragment.kind} {fragment.name}")
-            if fragment.kind == "exp_avg_sq" and (stored < 0).any():
-                raise UserError(f"the state to resume from holds a negative mean of squares of {fragment.name}")
+            _check_numbers(fragment, stored)
+            place = fragment.rectangle, fragment.start, fragment.stop
             if fragment.name in patterns:
+                indices[fragment.name, *place] = stored
                 try:
                     codec.check(stored.view(1, -1), patterns[fragment.name])
                 except ValueError as error:
                     raise UserError(f"the state to resume from holds bad metadata for {fragment.name}") from error
+            elif fragment.name.endswith(_COLUMN_MASK):
+                name = fragment.name.removesuffix(_COLUMN_MASK) + _INDICES
+                kept = codec.pack_bits(codec.mask_of(indices.pop((name, *place)).view(1, -1), patterns[name]))
+                if (stored & ~kept.view(-1)).any():
+                    raise UserError(
+                        f"the state to resume from holds a bad mask, {fragment.name}: it keeps what is pruned"
+                    )
             fragment.tensor.copy_(stored)
+
+
+def _check_numbers(fragment: Fragment, stored: Tensor) -> None:
+    """Refuse what no run can have saved: a step whose gradients are not finite changes nothing.
+
+    Raises:
+        UserError: naming the state.
+    """
+    if (stored.dtype == torch.uint8) != (fragment.tensor.dtype == torch.uint8):
+        raise UserError(f"the state to resume from holds {fragment.kind} {fragment.name} as {stored.dtype}")
+    if stored.is_floating_point() and not stored.isfinite().all():
+        raise UserError(f"the state to resume from holds NaN or infinity in {fragment.kind} {fragment.name}")
+    if fragment.kind == "exp_avg_sq" and (stored < 0).any():
+        raise UserError(f"the state to resume from holds a negative mean of squares of {fragment.name}")
 
 
 def _read(source: StateSource, fragment: Fragment) -> Tensor:
