@@ -39,9 +39,10 @@ class DenseWeight(Weight):
         self.shape = (dense.shape[0], dense.shape[1])
         self.values = nn.Parameter(dense)
 
-    def forward(self, x: Tensor, product: Product = functional.linear) -> Tensor:
+    def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
         """[..., I] -> [..., O], by another `product` where each rank has but a part of the weight's gradient."""
-        return product(x, self.values)
+        # Looked up now: ZeRO 3 puts a product in its place that lets go of a gathered weight.
+        return functional.linear(x, self.values) if product is None else product(x, self.values)
 
 
 class SparseWeight(Weight):

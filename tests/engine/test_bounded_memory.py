@@ -222,6 +222,7 @@ def watched_run(path: str, spoil: str | None = None) -> dict[str, Any]:
             if torch.distributed.get_rank() == 0:
                 assert trainer.last_checkpoint is not None
                 shutil.rmtree(trainer.last_checkpoint)
+            trainer.turn.release()
             torch.distributed.barrier()
             again = training.Trainer(config, discover())
             assert again.resumed_from is not None and again.adapters
@@ -256,8 +257,8 @@ def test_no_rank_ever_holds_two_blocks_whole(name: str, corpus: Path, tmp_path: 
         # Nothing adds up from block to block: what the forward pass has used of adapters, too, is let go.
         assert peaks["train adapters"] < 1.3 * block, peaks
         # What goes to disk, or comes from it, is what the rank owns; nothing outlives the engine that gathered it.
-        # (A table of 256 bytes by which metadata is read is made once, in the build.)
-        assert all(peaks[phase] <= 256 for phase in ("save", "load", "between", "end")), peaks
+        # (The tables of 256 and 4096 bytes by which metadata and masks are read are made once, in the build or the load.)
+        assert all(peaks[phase] <= 256 + 4096 for phase in ("save", "load", "between", "end")), peaks
 
 
 @pytest.mark.parametrize(("spoil", "phase"), [("no prepare", "build sparse"), ("gather far ahead", "train sparse")])
