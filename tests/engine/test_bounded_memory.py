@@ -257,7 +257,7 @@ def test_no_rank_ever_holds_two_blocks_whole(name: str, corpus: Path, tmp_path: 
         # Nothing adds up from block to block: what the forward pass has used of adapters, too, is let go.
         assert peaks["train adapters"] < 1.3 * block, peaks
         # What goes to disk, or comes from it, is what the rank owns; nothing outlives the engine that gathered it.
-        # (The tables of 256 and 4096 bytes by which metadata and masks are read are made once, in the build or the load.)
+        # (Tables of 256 and 4096 bytes, by which metadata and masks are read, are made once, in the build or a load.)
         assert all(peaks[phase] <= 256 + 4096 for phase in ("save", "load", "between", "end")), peaks
 
 
