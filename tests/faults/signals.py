@@ -58,6 +58,9 @@ class AskedToStop:
         how, layout = HOW[index % len(HOW)], draw.choice(LAYOUTS)
         ranks = ranks_of(layout)
         victims = draw.choice([list(range(ranks)), [draw.randrange(ranks)]])
+        if how == STOP_FILE:
+            # Made again after it was obeyed, the file would stop the next run.
+            victims = victims[:1]
         # The last step's checkpoint alone is due: others are those that a request makes.
         config = self.whole.config(room, layout, checkpoint__interval=0, evaluation__interval=3)
         seconds = draw.uniform(0, SPAN)
