@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from math import prod
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -17,6 +18,11 @@ from slope_dist.parallel.fragments import Kind
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**31
+
+_MAX_DEPTH = 64
+"""Of the JSON in it, which could nest deeper than Python's stack allows what walks through it."""
+_MAX_DIMS = 16
+_MAX_SIZE = 2**62
 LATEST = "latest"
 
 FILE_NAME = re.compile(r"rank-[0-9]{5,}\.(weights|optimizer)\.safetensors")
@@ -168,8 +174,22 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def _check_moderate(manifest: Manifest) -> None:
+    """Refuse what no run writes, and what walks through it or adds it up could not take."""
+    level: list[Any] = [manifest.scalars, manifest.identity, manifest.config]
+    for _ in range(_MAX_DEPTH):
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [value for values in inner for value in values]
+    if level:
+        raise ValueError(f"expected at most {_MAX_DEPTH} levels, found more")
+    for key, tensor in manifest.tensors.items():
+        if len(tensor.shape) > _MAX_DIMS or any(size > _MAX_SIZE for size in tensor.shape):
+            raise ValueError(f"{key}: expected a shape of moderate size, found another")
+
+
 def _check(manifest: Manifest) -> None:
     """Refuse fragments that name no listed file, share a place, or do not tile their tensor; and unused files."""
+    _check_moderate(manifest)
     places = set()
     for name, tensor in manifest.tensors.items():
         try:
@@ -185,3 +205,6 @@ def _check(manifest: Manifest) -> None:
     unused = sorted(manifest.files.keys() - {file for file, _ in places})
     if unused:
         raise ValueError(f"no tensor has a fragment in {unused[0]}")
+    stored = sum(file.bytes for file in manifest.files.values())
+    if sum(prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in manifest.tensors.values()) > stored:
+        raise ValueError(f"expected tensors of at most the files' {stored} bytes, found more")

@@ -51,6 +51,7 @@ class Outcome:
         bytes: size of the checkpoint.
         stall_seconds: how long training stood still.
         seconds: from the beginning to the commit.
+        copy_bytes: host memory that this rank holds for the copy.
     """
 
     step: int
@@ -59,6 +60,7 @@ class Outcome:
     bytes: int = 0
     stall_seconds: float = 0.0
     seconds: float = 0.0
+    copy_bytes: int = 0
 
 
 class HostCopy:
@@ -150,11 +152,6 @@ class Saver:
         self._overtaken = threading.Event()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._error: BaseException | None = None
-
-    @property
-    def host_bytes(self) -> int:
-        """Host memory that this rank holds for the copy."""
-        return self._copy.bytes
 
     def save(
         self, step: int, export: Export, identity: dict[str, Any], config: dict[str, Any], *, wait: bool = False
@@ -269,7 +266,8 @@ class Saver:
         self._retention.trust(saved.path)
         problems = tuple(self._retention.prune())
         standing = seconds if stall is None else stall
-        self._outcomes.put(Outcome(save.step, saved.path, problems, saved.bytes, standing, seconds))
+        held = self._copy.bytes
+        self._outcomes.put(Outcome(save.step, saved.path, problems, saved.bytes, standing, seconds, held))
 
     def _attempt(self, save: _Save) -> writer.Saved:
         return writer.save(

@@ -69,6 +69,7 @@ class Journal:
             "checkpoint_bytes": outcome.bytes,
             "stall_seconds": round(outcome.stall_seconds, 3),
             "save_seconds": round(outcome.seconds, 3),
+            "copy_bytes": outcome.copy_bytes,
         }
         self._write(row)
         for name in ("stall_seconds", "save_seconds"):

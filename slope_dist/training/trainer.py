@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class Trainer:
         config: the run.
         environment: this process among the others; the process group exists.
         resume: how to treat a folder with checkpoints.
-        stopper: hears of requests to stop; None: one that hears of stop files alone.
+        stopper: hears of requests to stop; None: one that hears of no signals.
 
     Attributes:
         stopped: why the run left before its last step; "" if it did not.
@@ -126,7 +127,6 @@ class Trainer:
             show=environment.is_first,
         )
         self._switch_cost: dict[str, Any] = {}
-        self._progress_made: dict[str, Any] = {}
 
     @property
     def engine(self) -> Engine:
@@ -331,16 +331,16 @@ class Trainer:
         self._switch_cost = {"switch_seconds": round(seconds, 3), "switch_peak_bytes": peak.bytes}
         self.progress.pause()
 
-    def _export(self) -> tuple[Iterable[Fragment], dict[str, Any]]:
-        """The state of now: live fragments, and what is not a tensor."""
+    def _export(self, made: dict[str, Any]) -> tuple[Iterable[Fragment], dict[str, Any]]:
+        """The state of now: live fragments, and what is not a tensor, of which `made` is what the engine has not."""
         fragments, scalars = self.engine.export_state()
-        return fragments, scalars | self._progress_made
+        return fragments, scalars | made
 
     def _save(self, *, wait: bool = False) -> None:
         assert self.saver is not None
         # The order of samples, masks and initial values follow from the seed and the step alone (rule R3), so this is
         # the whole state of all generators and samplers.
-        self._progress_made = {
+        made = {
             "seed": self.config.run.seed,
             "next_sample": self.step * self.config.training.global_batch_size,
             "adapters": self.adapters,
@@ -351,7 +351,9 @@ class Trainer:
             "tokens": self.step * self.derived.tokens_per_step,
             "fingerprint": self._fingerprint(),
         }
-        self.saver.save(self.step, self._export, self.identity, self.config.model_dump(mode="json"), wait=wait)
+        self.saver.save(
+            self.step, partial(self._export, made), self.identity, self.config.model_dump(mode="json"), wait=wait
+        )
         self._hear_of_saves()
         self.progress.pause()
 

@@ -37,7 +37,7 @@ def good_content() -> dict[str, Any]:
         "identity": {"seed": 1},
         "config": {"training": {"steps": 10}},
         "versions": {"torch": "2"},
-        "files": {WEIGHTS: {"bytes": 10, "sha256": "0" * 64}, OPTIMIZER: {"bytes": 20, "sha256": "f" * 64}},
+        "files": {WEIGHTS: {"bytes": 1000, "sha256": "0" * 64}, OPTIMIZER: {"bytes": 2000, "sha256": "f" * 64}},
         "tensors": {
             "weight/a.b": {
                 "shape": [4, 8],

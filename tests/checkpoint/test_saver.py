@@ -100,6 +100,7 @@ def test_the_stall_is_the_copy_and_the_save_the_whole(tmp_path: Path) -> None:
     assert 0 < outcome.stall_seconds < outcome.seconds and outcome.seconds >= 0.2
     assert outcome.path is not None
     assert outcome.bytes == sum(path.stat().st_size for path in outcome.path.iterdir())
+    assert outcome.copy_bytes == sum(tensor.nbytes for tensor in make_state(1).values())
 
 
 def test_one_save_is_under_way_at_a_time(tmp_path: Path) -> None:

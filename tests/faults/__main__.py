@@ -19,7 +19,8 @@ from pathlib import Path
 
 from slope_dist.command_line import EXIT_INTERRUPTED
 from tests.faults.kinds import all_kinds
-from tests.faults.runner import Kind, Runner, choose
+from tests.faults.runner import Kind, Runner
+from tests.resumable import choose
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "faults"
 """Ignored by git; removed by `make clean`."""

@@ -11,7 +11,6 @@ What it does may depend on nothing else, so that one trial can be repeated.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -22,19 +21,17 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import median
 
 import pytest
-import torch
 
 from tests.faults.bounds import upper_bound
+from tests.resumable import sources_hash
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("slope_dist", "launch", "tests/faults", "tests/runs.py", "tests/distributed.py", "constraints.txt")
 
 Trial = Callable[[int, random.Random, Path], str | None]
@@ -85,21 +82,6 @@ class TooSlowError(BaseException):
     """A trial that is broken off; no `Exception`, lest what is tried take it for one of its own."""
 
 
-def choose(kinds: Iterable[Kind], globs: list[str]) -> list[Kind]:
-    """The kinds whose name matches one of `globs`; all where there are none."""
-    return [kind for kind in kinds if not globs or any(fnmatchcase(kind.name, glob) for glob in globs)]
-
-
-def sources_hash(root: Path = ROOT) -> str:
-    """A hash of everything a result depends on: the package, the trials, the pinned versions, torch itself."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in SOURCES:
-        path = root / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 class Runner:
     """Runs trials and keeps their results.
 
@@ -122,7 +104,7 @@ class Runner:
         self.folder = folder
         self.seed = seed
         self.scale = scale
-        self.sources = sources or sources_hash()
+        self.sources = sources or sources_hash(SOURCES)
         self.say = say
         self.shared = folder / "shared"
 

@@ -17,7 +17,8 @@ import pytest
 from tests.faults import __main__ as command
 from tests.faults.bounds import upper_bound
 from tests.faults.kinds import all_kinds
-from tests.faults.runner import Kind, Runner, Trial, sources_hash
+from tests.faults.runner import SOURCES, Kind, Runner, Trial
+from tests.resumable import sources_hash
 
 Toy = Callable[..., Kind]
 
@@ -220,13 +221,13 @@ def test_the_hash_follows_the_sources(tmp_path: Path) -> None:
     for name in (*names, "launch/c.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    hashes = {sources_hash(tmp_path)}
+    hashes = {sources_hash(SOURCES, tmp_path)}
     for name in names:
         (tmp_path / name).write_text("y")
-        hashes.add(sources_hash(tmp_path))
+        hashes.add(sources_hash(SOURCES, tmp_path))
     assert len(hashes) == 1 + len(names)
     (tmp_path / "slope_dist/notes.md").write_text("z")
-    assert sources_hash(tmp_path) in hashes
+    assert sources_hash(SOURCES, tmp_path) in hashes
 
 
 def test_results_are_small_json(tmp_path: Path, toy: Toy) -> None:

@@ -86,8 +86,8 @@ def config(corpus: Path, tmp_path: Path) -> Path:
 def launched(request: pytest.FixtureRequest, config: Path) -> Iterator[Launched]:
     made = Launched(request.param, config)
     yield made
-    for process in [*made.ranks, psutil.Process()]:
-        if process.pid != os.getpid() and process.is_running():
+    for process in made.ranks:
+        if process.is_running():
             process.kill()
     made.process.kill()
     made.process.communicate()

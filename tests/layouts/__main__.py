@@ -15,7 +15,8 @@ from pathlib import Path
 
 from slope_dist.command_line import EXIT_INTERRUPTED
 from tests.layouts.cases import all_cases
-from tests.layouts.runner import Runner, choose
+from tests.layouts.runner import Runner
+from tests.resumable import choose
 from tests.runs import small_corpus
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "layouts"

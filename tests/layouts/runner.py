@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.layouts.cases import Case
 from tests.layouts.comparison import Run, compare, run_case
+from tests.resumable import sources_hash
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("slope_dist", "tests/layouts", "tests/runs.py", "tests/distributed.py", "constraints.txt")
 RESULTS = "results.json"
 FAILURES = "failures"
 
 _HEADINGS = ("loss", "norm", "weight", "gradient")
-
-
-def choose(cases: Iterable[Case], globs: list[str]) -> list[Case]:
-    """The cases whose name matches one of `globs`; all where there are none."""
-    return [case for case in cases if not globs or any(fnmatchcase(case.name, glob) for glob in globs)]
-
-
-def sources_hash(root: Path = ROOT) -> str:
-    """A hash of everything a result depends on: the package, the matrix, the pinned versions, torch itself."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for source in SOURCES:
-        path = root / source
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 class Runner:
@@ -62,7 +44,7 @@ class Runner:
     ) -> None:
         self.folder = folder
         self.corpus = corpus
-        self.sources = sources or sources_hash()
+        self.sources = sources or sources_hash(SOURCES)
         self.say = say
         self.results: dict[str, dict[str, Any]] = self._kept()
         self._controls: dict[Case, Run] = {}

@@ -14,7 +14,8 @@ from slope_dist.parallel.layout import Layout
 from tests.layouts import __main__ as command
 from tests.layouts import cases as matrix
 from tests.layouts.cases import Bounds, Case
-from tests.layouts.runner import Runner, sources_hash
+from tests.layouts.runner import SOURCES, Runner
+from tests.resumable import sources_hash
 
 CASE = Case(Layout(), "zero1")
 
@@ -77,13 +78,13 @@ def test_the_hash_follows_the_sources(tmp_path: Path) -> None:
     for name in ("tests/runs.py", "tests/distributed.py", "constraints.txt", "slope_dist/a/b.py", "tests/layouts/c.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    seen = {sources_hash(tmp_path)}
+    seen = {sources_hash(SOURCES, tmp_path)}
     for name in ("slope_dist/a/b.py", "tests/layouts/c.py", "constraints.txt"):
         (tmp_path / name).write_text("y")
-        seen.add(sources_hash(tmp_path))
+        seen.add(sources_hash(SOURCES, tmp_path))
     assert len(seen) == 4
     (tmp_path / "slope_dist/notes.md").write_text("z")
-    assert sources_hash(tmp_path) in seen
+    assert sources_hash(SOURCES, tmp_path) in seen
 
 
 def test_names_that_match_nothing_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
