@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from math import prod
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -188,9 +187,11 @@ def _check_moderate(manifest: Manifest) -> None:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuse fragments that name no listed file, share a place, or do not tile their tensor; and unused files."""
+    """Refuse fragments that name no listed file, share a place, do not tile their tensor or do not fit their file; and
+    unused files."""
     _check_moderate(manifest)
     places = set()
+    sizes = dict.fromkeys(manifest.files, 0)
     for name, tensor in manifest.tensors.items():
         try:
             check_tiling(tensor.shape, ((part.rectangle, part.start, part.stop) for part in tensor.fragments))
@@ -202,9 +203,10 @@ def _check(manifest: Manifest) -> None:
             if (part.file, part.key) in places:
                 raise ValueError(f"{name}: {part.key!r} of {part.file} is used twice")
             places.add((part.file, part.key))
+            sizes[part.file] += (part.stop - part.start) * DTYPES[tensor.dtype].itemsize
     unused = sorted(manifest.files.keys() - {file for file, _ in places})
     if unused:
         raise ValueError(f"no tensor has a fragment in {unused[0]}")
-    stored = sum(file.bytes for file in manifest.files.values())
-    if sum(prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in manifest.tensors.values()) > stored:
-        raise ValueError(f"expected tensors of at most the files' {stored} bytes, found more")
+    for file, size in sizes.items():
+        if size > manifest.files[file].bytes:
+            raise ValueError(f"{file}: expected at least its tensors' {size} bytes, found {manifest.files[file].bytes}")
