@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,10 +44,8 @@ _PLAIN_LINE_SECONDS = 5.0
 
 def megatron_indexed_dataset() -> ModuleType:
     """Megatron-core's indexed dataset module, imported at first use: the import takes seconds."""
-    with warnings.catch_warnings():
-        # It warns at import, in several places, that optional GPU packages are absent.
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
+    from megatron.core.datasets import indexed_dataset
+
     return indexed_dataset
 
 

@@ -71,12 +71,14 @@ class Storage:
         gradient_bytes: bytes of an accumulated gradient.
         master_bytes: bytes of an fp32 copy beside the parameter; 0 where the parameter is itself the fp32 truth.
         zero_stage: what is split over data ranks: 1 optimizer state, 2 and gradients, 3 and parameters and metadata.
+        saved_bytes: bytes of a trained element in a checkpoint, with its moments.
         resident_transpose: whether every 2:4 weight keeps its transpose.
     """
 
     weight_bytes: int
     gradient_bytes: int
     master_bytes: int
+    saved_bytes: int
     zero_stage: int
     resident_transpose: bool
 
@@ -92,6 +94,7 @@ class ModelState:
         gradients: accumulated gradients.
         masters: fp32 copies of the parameters.
         moments: Adam's two moments.
+        saved: what the rank writes to a checkpoint, at most.
     """
 
     weights: int
@@ -100,6 +103,7 @@ class ModelState:
     gradients: int
     masters: int
     moments: int
+    saved: int
 
     @classmethod
     def of(cls, share: ShareSize, storage: Storage, data_ranks: int) -> ModelState:
@@ -115,6 +119,8 @@ class ModelState:
             gradients=split(share.trained * storage.gradient_bytes, 2),
             masters=split(share.trained * storage.master_bytes, 1),
             moments=split(share.trained * 8, 1),
+            # What data ranks hold in common they divide for writing.
+            saved=split(share.trained * storage.saved_bytes + share.metadata, 0),
         )
 
     @property
@@ -124,7 +130,7 @@ class ModelState:
 
     @property
     def bytes(self) -> int:
-        """All of a rank's bytes."""
+        """All of a rank's bytes that stay while it trains."""
         return self.weights + self.metadata + self.transposes + self.gradients + self.optimizer
 
     @property

@@ -240,15 +240,25 @@ class StateCount:
 def storage(config: Config, derived: Derived) -> Storage:
     """How the config's engine stores a rank's share."""
     resident = derived.backward_weight == "resident"
+    width, stage = _BYTES[config.precision], zero_stage(config)
+    # The fp32 value and two moments; where another dtype computes, the narrow value too, which is what others load.
+    saved = 12 if width == 4 else 12 + width
     if config.parallel.engine == "fsdp":
         # Shards are fp32, gradients included; narrower copies live only while a block is gathered.
-        return Storage(weight_bytes=4, gradient_bytes=4, master_bytes=0, zero_stage=3, resident_transpose=resident)
-    width, stage = _BYTES[config.precision], zero_stage(config)
+        return Storage(
+            weight_bytes=4,
+            gradient_bytes=4,
+            master_bytes=0,
+            saved_bytes=saved,
+            zero_stage=3,
+            resident_transpose=resident,
+        )
     return Storage(
         weight_bytes=width,
         gradient_bytes=4 if config.parallel.gradient_dtype == "fp32" else width,
         # DeepSpeed keeps masters apart from fp32 parameters too, unless nothing is partitioned.
         master_bytes=4 if stage else 0,
+        saved_bytes=saved,
         zero_stage=stage,
         resident_transpose=resident,
     )

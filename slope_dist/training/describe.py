@@ -8,7 +8,7 @@ from pathlib import Path
 from slope_dist.config import Config, Derived, run_folder
 from slope_dist.config.resolve import backward_weight_reason, without_effect, zero_stage
 from slope_dist.training.build import StateCount, count_state, stages
-from slope_dist.training.memory import fit_on_gpu
+from slope_dist.training.memory import fit_on_gpu, needs_of
 from slope_dist.transfer import size_text
 
 
@@ -47,6 +47,9 @@ def describe(config: Config, derived: Derived) -> list[str]:
     else:
         lines.append("adapters: none")
     lines += fit_on_gpu(config, derived)
+    copy = needs_of(config, derived).copy
+    beside = f"are written beside training, from a copy of {size_text(copy)} a rank in host memory"
+    lines.append(f"checkpoints {beside if copy else 'are waited for'}")
     lines.append(f"output: {run_folder(config)}")
     lines += [f"note: {line}" for line in without_effect(config)]
     return lines

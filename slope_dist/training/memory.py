@@ -31,11 +31,13 @@ class Needs:
         before: until the adapters join, or for the whole run where there are none.
         switch: while they join; None where there are none.
         after: from then on; None where there are none.
+        copy: host memory from which checkpoints are written beside training; 0 where training waits for them.
     """
 
     before: int
     switch: int | None
     after: int | None
+    copy: int
 
     def named(self) -> dict[str, int]:
         """What there is, by a name to put in a sentence."""
@@ -62,15 +64,17 @@ def _needs(config: Config, derived: Derived) -> Callable[[int], Needs]:
     stored = storage(config, derived)
     without = count_state(config, derived, adapters=False).shares
     with_adapters = count_state(config, derived, adapters=True).shares if derived.adapter_steps else None
+    copies = config.checkpoint.asynchronous
 
     def needs(data_ranks: int) -> Needs:
         before = [ModelState.of(share, stored, data_ranks) for share in without]
         most = max(state.bytes for state in before)
         if with_adapters is None:
-            return Needs(most, None, None)
+            return Needs(most, None, None, copies * max(state.saved for state in before))
         after = [ModelState.of(share, stored, data_ranks) for share in with_adapters]
         switch = max(old.carried + new.bytes for old, new in zip(before, after, strict=True))
-        return Needs(most, switch, max(state.bytes for state in after))
+        copy = copies * max(state.saved for state in after)
+        return Needs(most, switch, max(state.bytes for state in after), copy)
 
     return needs
 
@@ -126,18 +130,25 @@ def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Envi
     Raises:
         UserError: with the bytes.
     """
-    needs = needs_of(config, derived).named()
-    if torch.cuda.is_available():
-        _, total = torch.cuda.mem_get_info()
-        where = torch.cuda.get_device_name()
-    else:
-        total = _machine_memory() // max(1, environment.local_world_size)
-        where = "memory of the machine" + (" for each local rank" if environment.local_world_size > 1 else "")
-    what = max(needs, key=lambda name: needs[name])
-    if needs[what] > total:
+    needs = needs_of(config, derived)
+    named = needs.named()
+    machine = _machine_memory() // max(1, environment.local_world_size)
+    machine_text = "memory of the machine" + (" for each local rank" if environment.local_world_size > 1 else "")
+    on_gpu = torch.cuda.is_available()
+    total = torch.cuda.mem_get_info()[1] if on_gpu else machine
+    where = torch.cuda.get_device_name() if on_gpu else machine_text
+    what = max(named, key=lambda name: named[name])
+    if named[what] > total:
         raise UserError(
-            f"the run does not fit: {what} takes {size_text(needs[what])} on a rank, and there are {size_text(total)} "
+            f"the run does not fit: {what} takes {size_text(named[what])} on a rank, and there are {size_text(total)} "
             f"({where}); use more ranks with a higher {_larger_splits(config)}, or a smaller model"
+        )
+    beside = 0 if on_gpu else named[what]
+    if needs.copy + beside > machine:
+        raise UserError(
+            f"the run does not fit: the copy from which checkpoints are written beside training takes "
+            f"{size_text(needs.copy)} on a rank{f', beside {size_text(beside)} for {what}' if beside else ''}, and "
+            f"there are {size_text(machine)} ({machine_text}); set checkpoint.asynchronous false, or use more ranks"
         )
 
 

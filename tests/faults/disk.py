@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.distributed import end_ranks
 from tests.faults.live import FIVE, WholeRuns, entry_point, failed, ranks_of, unlike
 from tests.runs import watch_engines
 
@@ -89,8 +88,8 @@ def hurt(config: str, victim: int, way: str, file: str, room: int, first: int, t
 class BadDisk:
     """Training goes on, what was saved stays, each failure is told in a line, and later steps are saved."""
 
-    def __init__(self, shared: Path) -> None:
-        self.whole = WholeRuns(shared)
+    def __init__(self, whole: WholeRuns) -> None:
+        self.whole = whole
 
     def __call__(self, index: int, draw: random.Random, room: Path) -> str | None:
         """One bad disk."""
@@ -102,7 +101,7 @@ class BadDisk:
         space = draw.choice([0, 100, draw.randrange(60_000)])
         config = self.whole.config(room, layout, checkpoint__asynchronous=draw.random() < 0.7)
         where = f"{layout}: {way} in {file} of rank {victim}, {times} times from step {first}, {space} bytes"
-        outcomes = end_ranks(hurt, ranks, config, victim, way, file, space, first, times, process_group=False)
+        outcomes = self.whole.end(hurt, layout, config, victim, way, file, space, first, times)
         problem = failed(outcomes) or unlike(room / "run", self.whole.run(layout))
         if problem is not None:
             return f"{where}: {problem}"

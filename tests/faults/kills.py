@@ -7,17 +7,17 @@ import random
 import signal
 from pathlib import Path
 
-from tests.distributed import Outcome, end_ranks
+import psutil
+
+from tests.distributed import Outcome
 from tests.faults.live import (
     FIVE,
     WholeRuns,
     committed,
     entry_point,
-    failed,
     killed_later,
     lost,
     ranks_of,
-    run_to_the_end,
     unlike,
 )
 
@@ -34,8 +34,8 @@ GO_ON_EVERY = 5
 class KilledAtRandom:
     """Kill one rank, or all of them at once, at a random moment of a run that saves after every step."""
 
-    def __init__(self, shared: Path, all_ranks: bool) -> None:
-        self.whole = WholeRuns(shared)
+    def __init__(self, whole: WholeRuns, all_ranks: bool) -> None:
+        self.whole = whole
         self.all_ranks = all_ranks
 
     def __call__(self, index: int, draw: random.Random, room: Path) -> str | None:
@@ -44,12 +44,12 @@ class KilledAtRandom:
         ranks = ranks_of(layout)
         victims = list(range(ranks)) if self.all_ranks else [draw.randrange(ranks)]
         config = self.whole.config(room, layout)
-        outcomes = end_ranks(killed_later, ranks, config, victims, draw.uniform(0, SPAN), process_group=False)
+        outcomes = self.whole.end(killed_later, layout, config, victims, draw.uniform(0, SPAN))
         return after_a_kill(self.whole, layout, room, outcomes, config, go_on=index % GO_ON_EVERY == 0)
 
 
-def killed_at(config: str, victim: int, point: str, number: int) -> None:
-    """The real program; the `victim` dies at the `number`th passing of a point of a save."""
+def killed_at(config: str, victim: int, all_ranks: bool, point: str, number: int) -> None:
+    """The real program; the `victim`, or every rank with it, dies at its `number`th passing of a point of a save."""
     from slope_dist.checkpoint import writer
 
     save = writer.save
@@ -59,7 +59,10 @@ def killed_at(config: str, victim: int, point: str, number: int) -> None:
         nonlocal passed
         passed += event == point
         if event == point and passed == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            # Who started the ranks has no other children.
+            others = psutil.Process(os.getppid()).children() if all_ranks else []
+            for process in [other.pid for other in others if other.pid != os.getpid()] + [os.getpid()]:
+                os.kill(process, signal.SIGKILL)
 
     if int(os.environ.get("RANK", "0")) == victim:
         writer.save = lambda *given, **named: save(*given, **named | {"progress": reached})
@@ -67,10 +70,10 @@ def killed_at(config: str, victim: int, point: str, number: int) -> None:
 
 
 class KilledAtPoint:
-    """Kill a rank at each named point of a save in turn."""
+    """Kill a rank, or all of them, at each named point of a save in turn."""
 
-    def __init__(self, shared: Path) -> None:
-        self.whole = WholeRuns(shared)
+    def __init__(self, whole: WholeRuns) -> None:
+        self.whole = whole
 
     def __call__(self, index: int, draw: random.Random, room: Path) -> str | None:
         """One kill."""
@@ -80,7 +83,7 @@ class KilledAtPoint:
         victim = draw.randrange(ranks) if point in ("weights", "optimizer", "voted") else 0
         config = self.whole.config(room, layout)
         number = draw.randrange(1, 8)
-        outcomes = end_ranks(killed_at, ranks, config, victim, point, number, process_group=False)
+        outcomes = self.whole.end(killed_at, layout, config, victim, draw.random() < 0.5, point, number)
         if outcomes[victim].code != -signal.SIGKILL:
             return f"rank {victim} was to die at {point}, and ended with {outcomes[victim].code}"
         return after_a_kill(self.whole, layout, room, outcomes, config, go_on=index % GO_ON_EVERY == 0)
@@ -94,5 +97,5 @@ def after_a_kill(
     run = room / "run"
     problem = lost(run, undisturbed, committed([outcome.output for outcome in outcomes]))
     if problem is None and go_on:
-        problem = failed(run_to_the_end(config, ranks_of(layout))) or unlike(run, undisturbed)
+        problem = whole.go_on(layout, config) or unlike(run, undisturbed)
     return None if problem is None else f"{layout}: {problem}"

@@ -2,24 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
+from tests.distributed import Outcome, end_ranks
 from tests.faults import hostile_state
 from tests.faults.disk import BadDisk
 from tests.faults.fuzzed_configs import FuzzedConfigs, ValidConfigs
 from tests.faults.fuzzed_files import FuzzedFiles
 from tests.faults.hostile_state import HostileState
 from tests.faults.kills import POINTS, KilledAtPoint, KilledAtRandom
+from tests.faults.launched import end_launched
+from tests.faults.live import WholeRuns
 from tests.faults.malicious import ATTACKS, Malicious
 from tests.faults.replay import PowerCut
 from tests.faults.resharding import PAIRS, Resharding
 from tests.faults.resuming import CutAnywhere, KilledAtSwitch
-from tests.faults.runner import Kind
+from tests.faults.runner import Kind, Trial
 from tests.faults.signals import AskedToStop
 from tests.faults.spoilt import MIX_UPS, BitFlips, Swapped, Truncation
 
 LIVE_LIMIT = 180.0
 """Seconds of a trial that runs the whole program, up to four ranks and twice."""
+
+
+LAUNCHED = 20
+"""Trials of each live kind end to end."""
+
+_LIVE: list[tuple[str, str, int, Callable[[WholeRuns], Trial]]] = [
+    ("cuts", "A run killed after any step goes on to the same bits in its layout", 100, CutAnywhere),
+    (
+        "switch",
+        "A run killed around the adapter switch goes on in another layout as if nothing had been",
+        60,
+        KilledAtSwitch,
+    ),
+    (
+        "kill one",
+        "After kill -9 of a rank at a random moment nothing is lost that was reported as saved",
+        200,
+        partial(KilledAtRandom, all_ranks=False),
+    ),
+    (
+        "kill all",
+        "After kill -9 of all ranks at a random moment nothing is lost that was reported as saved",
+        200,
+        partial(KilledAtRandom, all_ranks=True),
+    ),
+    (
+        "bad disks",
+        "A disk that fails for a while costs a line for each attempt, and neither the run nor a checkpoint",
+        50,
+        BadDisk,
+    ),
+    (
+        "requests to stop",
+        "Signals and stop files at any moment: the step done is saved, all ranks leave, the run goes on later",
+        100,
+        AskedToStop,
+    ),
+    (
+        "kill at points",
+        "After kill -9 of one rank or all at a named point of a save nothing is lost that was reported as saved",
+        200 * len(POINTS),
+        KilledAtPoint,
+    ),
+]
+"""Kinds of trials of whole runs."""
 
 
 def all_kinds() -> list[Kind]:
@@ -87,49 +136,14 @@ def all_kinds() -> list[Kind]:
             Resharding,
             LIVE_LIMIT,
         ),
-        Kind(
-            "cuts", "A run killed after any step goes on to the same bits in its layout", 100, CutAnywhere, LIVE_LIMIT
-        ),
-        Kind(
-            "switch",
-            "A run killed around the adapter switch goes on in another layout as if nothing had been",
-            60,
-            KilledAtSwitch,
-            LIVE_LIMIT,
-        ),
-        Kind(
-            "kill one",
-            "After kill -9 of a rank at a random moment nothing is lost that was reported as saved",
-            200,
-            partial(KilledAtRandom, all_ranks=False),
-            LIVE_LIMIT,
-        ),
-        Kind(
-            "kill all",
-            "After kill -9 of all ranks at a random moment nothing is lost that was reported as saved",
-            200,
-            partial(KilledAtRandom, all_ranks=True),
-            LIVE_LIMIT,
-        ),
-        Kind(
-            "kill at points",
-            "After kill -9 of a rank at a named point of a save nothing is lost that was reported as saved",
-            200 * len(POINTS),
-            KilledAtPoint,
-            LIVE_LIMIT,
-        ),
-        Kind(
-            "bad disks",
-            "A disk that fails for a while costs a line for each attempt, and neither the run nor a checkpoint",
-            50,
-            BadDisk,
-            LIVE_LIMIT,
-        ),
-        Kind(
-            "requests to stop",
-            "Signals and stop files at any moment: the step done is saved, all ranks leave, the run goes on later",
-            100,
-            AskedToStop,
-            LIVE_LIMIT,
+        *(Kind(name, claim, trials, start(trial), LIVE_LIMIT) for name, claim, trials, trial in _LIVE),
+        *(
+            Kind(f"deepspeed: {name}", f"{claim}, started by `deepspeed`", LAUNCHED, start(trial, end_launched), 300.0)
+            for name, claim, _, trial in _LIVE
         ),
     ]
+
+
+def start(trial: Callable[[WholeRuns], Trial], ranks: Callable[..., list[Outcome]] = end_ranks) -> Callable[..., Trial]:
+    """What a kind starts with: a trial on runs whose ranks are forked, or launched."""
+    return lambda shared: trial(WholeRuns(shared, ranks))

@@ -17,6 +17,7 @@ from slope_dist.checkpoint.format import folder_name, step_of
 from tests.distributed import Outcome, end_ranks, run_ranks
 from tests.runs import pretrain, small_corpus, step_rows, train, write_config
 
+FORKED = end_ranks
 STEPS = 10
 FIRST_ADAPTER_STEP = 6
 CHANGES: dict[str, Any] = {
@@ -62,10 +63,20 @@ def ranks_of(layout: str) -> int:
 
 
 class WholeRuns:
-    """Runs that nobody has disturbed, each made once in the folder of what trials share."""
+    """Runs that nobody has disturbed, each made once in the folder of what trials share, and those to be hurt.
 
-    def __init__(self, shared: Path) -> None:
+    Args:
+        shared: that folder.
+        end_ranks: starts the ranks of a run that is hurt and of those that go on, and says how each ended.
+
+    Attributes:
+        launched: whether a launcher stands above these ranks.
+    """
+
+    def __init__(self, shared: Path, end_ranks: Callable[..., list[Outcome]] = FORKED) -> None:
         self._shared = shared
+        self._end_ranks = end_ranks
+        self.launched = end_ranks is not FORKED
         self.corpus = small_corpus(shared)
 
     def run(self, layout: str, **changes: Any) -> Path:
@@ -83,6 +94,14 @@ class WholeRuns:
     def config(self, room: Path, layout: str, **changes: Any) -> str:
         """The config of a run of the same kind in `room`."""
         return str(write_config(room, self.corpus, **CHANGES | LAYOUTS[layout] | changes))
+
+    def end(self, function: Callable[..., Any], layout: str, config: str, *arguments: Any) -> list[Outcome]:
+        """How the ranks of a layout ended, of which each called `function` with these arguments."""
+        return self._end_ranks(function, ranks_of(layout), config, *arguments, process_group=False)
+
+    def go_on(self, layout: str, config: str) -> str | None:
+        """Give the command again; what ranks say that did not end well, None if all did."""
+        return failed(self.end(entry_point, layout, config))
 
 
 def copy_checkpoint(source: Path, step: int, room: Path) -> None:
@@ -113,11 +132,6 @@ def on_first_step(act: Callable[[], None]) -> None:
     from tests.runs import watch_engines
 
     watch_engines(lambda event, engine, step: act() if (event, step) == ("before step", 1) else None)
-
-
-def run_to_the_end(config: str, ranks: int) -> list[Outcome]:
-    """Give the command."""
-    return end_ranks(entry_point, ranks, config, process_group=False)
 
 
 def committed(outputs: list[str]) -> int:

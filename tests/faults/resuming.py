@@ -8,7 +8,6 @@ import signal
 from pathlib import Path
 
 from slope_dist.checkpoint import find_newest
-from tests.distributed import end_ranks
 from tests.faults.live import (
     FIRST_ADAPTER_STEP,
     FIVE,
@@ -16,10 +15,7 @@ from tests.faults.live import (
     STEPS,
     WholeRuns,
     entry_point,
-    failed,
     lost,
-    ranks_of,
-    run_to_the_end,
     unlike,
 )
 from tests.runs import relative, step_rows, watch_engines
@@ -42,16 +38,16 @@ def killed_after(config: str, event: str, number: int) -> None:
 class CutAnywhere:
     """20 cut points in each of five layouts; checkpoints are rarer than steps, so that some are done again."""
 
-    def __init__(self, shared: Path) -> None:
-        self.whole = WholeRuns(shared)
+    def __init__(self, whole: WholeRuns) -> None:
+        self.whole = whole
 
     def __call__(self, index: int, draw: random.Random, room: Path) -> str | None:
         """One cut, and the run to its end."""
         layout = FIVE[index % len(FIVE)]
         config = self.whole.config(room, layout, checkpoint__interval=draw.choice([1, 2, 3]))
         cut = draw.randrange(1, STEPS + 1)
-        end_ranks(killed_after, ranks_of(layout), config, "after step", cut, process_group=False)
-        problem = failed(run_to_the_end(config, ranks_of(layout))) or unlike(room / "run", self.whole.run(layout))
+        self.whole.end(killed_after, layout, config, "after step", cut)
+        problem = self.whole.go_on(layout, config) or unlike(room / "run", self.whole.run(layout))
         return None if problem is None else f"{layout}, cut after step {cut}: {problem}"
 
 
@@ -71,15 +67,15 @@ SWITCH_EVENTS = (
 class KilledAtSwitch:
     """All ranks die around the switch, and the run goes on in another layout."""
 
-    def __init__(self, shared: Path) -> None:
-        self.whole = WholeRuns(shared)
+    def __init__(self, whole: WholeRuns) -> None:
+        self.whole = whole
 
     def __call__(self, index: int, draw: random.Random, room: Path) -> str | None:
         """One kill."""
         source, target = draw.sample(list(LAYOUTS), 2)
         event, number = SWITCH_EVENTS[index % len(SWITCH_EVENTS)]
         config = self.whole.config(room, source)
-        end_ranks(killed_after, ranks_of(source), config, event, number, process_group=False)
+        self.whole.end(killed_after, source, config, event, number)
         whole = self.whole.run(source)
         where = f"{source} -> {target}, {event} {number}"
         problem = lost(room / "run", whole, 0)
@@ -91,7 +87,7 @@ class KilledAtSwitch:
         if found.scalars["adapters"] != (found.step >= FIRST_ADAPTER_STEP):
             return f"{where}: {found.path.name} says adapters {found.scalars['adapters']}"
         config = self.whole.config(room, target)
-        problem = failed(run_to_the_end(config, ranks_of(target)))
+        problem = self.whole.go_on(target, config)
         if problem is not None:
             return f"{where}: {problem}"
         rows, expected = step_rows(room / "run"), step_rows(whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,54 +11,65 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
+
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.training.stopping import STOP_FILE
-from tests.distributed import end_ranks
-from tests.faults.live import STEPS, WholeRuns, entry_point, failed, ranks_of, run_to_the_end, saved_steps, unlike
+from tests.faults.live import STEPS, WholeRuns, entry_point, ranks_of, saved_steps, unlike
 
 HOW = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGTERM SIGTERM", "SIGUSR1 SIGTERM", STOP_FILE)
+LAUNCHER = -1
+"""The victim that is no rank: the command that started them."""
 LAYOUTS = ("one rank, ZeRO 0", "data 2, ZeRO 3", "pipeline 2, ZeRO 1", "tensor 2, ZeRO 2")
 SPAN = 4.0
 """Seconds from the start of a process within which it is asked: building the engine, training, saving, evaluating."""
 
 
 def asked(config: str, victims: list[int], how: str, seconds: float) -> None:
-    """The real program; ranks of `victims` are asked to stop so many seconds after they have listened for it."""
+    """The real program; ranks of `victims` are asked to stop so many seconds after they have listened for it.
+
+    Where the victim is the launcher, rank 0 asks it: the `deepspeed` command, two processes above.
+    """
     from slope_dist.training.stopping import Stopper
 
-    if int(os.environ.get("RANK", "0")) in victims:
+    rank = int(os.environ.get("RANK", "0"))
+    victim = psutil.Process(os.getppid()).ppid() if victims == [LAUNCHER] else os.getpid()
+    if rank in victims or (victims == [LAUNCHER] and rank == 0):
         listen = Stopper.listen
 
         def listened(self: Stopper) -> None:
             listen(self)
-            threading.Thread(target=_ask, args=(Path(config).parent / "run", how, seconds), daemon=True).start()
+            threading.Thread(target=_ask, args=(Path(config).parent / "run", victim, how, seconds), daemon=True).start()
 
         Stopper.listen = listened  # type: ignore[method-assign]
     entry_point(config)
 
 
-def _ask(run: Path, how: str, seconds: float) -> None:
+def _ask(run: Path, process: int, how: str, seconds: float) -> None:
     time.sleep(seconds)
     if how == STOP_FILE:
         if run.is_dir():
             (run / STOP_FILE).touch()
         return
     for name in how.split():
-        os.kill(os.getpid(), getattr(signal, name))
+        # It is the launcher's right to be gone after the first.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, getattr(signal, name))
         time.sleep(0.05)
 
 
 class AskedToStop:
-    """One rank or all, once or twice."""
+    """One rank or all, or the launcher where there is one, once or twice."""
 
-    def __init__(self, shared: Path) -> None:
-        self.whole = WholeRuns(shared)
+    def __init__(self, whole: WholeRuns) -> None:
+        self.whole = whole
 
     def __call__(self, index: int, draw: random.Random, room: Path) -> str | None:
         """One request."""
         how, layout = HOW[index % len(HOW)], draw.choice(LAYOUTS)
         ranks = ranks_of(layout)
-        victims = draw.choice([list(range(ranks)), [draw.randrange(ranks)]])
+        choices = [list(range(ranks)), [draw.randrange(ranks)]]
+        victims = draw.choice([*choices, [LAUNCHER]] if self.whole.launched else choices)
         if how == STOP_FILE:
             # Made again after it was obeyed, the file would stop the next run.
             victims = victims[:1]
@@ -65,7 +77,7 @@ class AskedToStop:
         config = self.whole.config(room, layout, checkpoint__interval=0, evaluation__interval=3)
         seconds = draw.uniform(0, SPAN)
         where = f"{layout}: {how} to {victims} after {seconds:.2f} s"
-        outcomes = end_ranks(asked, ranks, config, victims, how, seconds, process_group=False)
+        outcomes = self.whole.end(asked, layout, config, victims, how, seconds)
         codes = [outcome.code for outcome in outcomes]
         run = room / "run"
         if "Traceback" in "".join(outcome.errors for outcome in outcomes):
@@ -81,5 +93,5 @@ class AskedToStop:
         # Before the first step ranks end by each other's death, with codes of their own.
         elif not all(codes):
             return f"{where}: codes {codes}"
-        problem = failed(run_to_the_end(config, ranks)) or unlike(run, self.whole.run(layout))
+        problem = self.whole.go_on(layout, config) or unlike(run, self.whole.run(layout))
         return None if problem is None else f"{where}: {problem}"

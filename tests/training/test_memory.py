@@ -20,6 +20,7 @@ from slope_dist.parallel.environment import Environment, discover
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.planning import GPU_MEMORY
+from slope_dist.training import memory as memory_module
 from slope_dist.training.build import count_state
 from slope_dist.training.describe import corpus_warning, describe, stages_text
 from slope_dist.training.memory import fit_on_gpu, needs_of, refuse_what_will_not_fit
@@ -63,6 +64,7 @@ def weigh(path: str, adapters: bool) -> dict[str, int]:
         "metadata": sum(size(tensor.tensor) for tensor in tensors if not tensor.trained),
         "transposes": sum(t.numel() * t.element_size() for w in engine._sparse for t in w._transpose or ()),
         "optimizer": sum(t.numel() * t.element_size() for t in [*moments, *masters]),
+        "saved": sum(piece.tensor.nbytes for piece in engine.export_state()[0] if piece.write),
         "stage": groups.position.pipeline,
     }
 
@@ -94,19 +96,24 @@ def test_promised_bytes_are_there(precision: str, parallel: dict[str, Any], corp
     config = load_config(path)
     for adapters in (False, True):
         count = count_state(config, derive(config, 2), adapters=adapters)
+        written: list[float] = []
         for found in run_ranks(weigh, 2, str(path), adapters):
             state = count.states[found.pop("stage")]
+            written.append(found.pop("saved") / state.saved)
             for name, size in found.items():
                 # Shares are padded to equal sizes.
                 assert 0 <= size - getattr(state, name) <= 0.01 * size, name
             assert state.metadata > 0
             assert (state.transposes > 0) == (parallel.get("zero_stage") == 0)
+        # What tensor ranks or stages hold in common one of them writes; shares differ by a row.
+        assert 0.9 < max(written) <= 1.01
 
 
 def test_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("with a GPU its memory counts, which cannot be set here")
-    config = load_config(write_config(tmp_path, tmp_path, model__hidden_size=256, adapters__rank=256))
+    large: dict[str, Any] = {"model__hidden_size": 256, "checkpoint": {"asynchronous": False}}
+    config = load_config(write_config(tmp_path, tmp_path, adapters__rank=256, **large))
     derived = derive(config)
     before, after = (count_state(config, derived, adapters=flag).heaviest for flag in (False, True))
     # What waits while the new engine is built: the old optimizer's state and the metadata, never trained again.
@@ -130,12 +137,30 @@ def test_run_that_cannot_fit_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     memory(2 * switch - 1)
     with pytest.raises(UserError, match="for each local rank"):
         refuse_what_will_not_fit(config, derived, Environment(0, 2, 0, 2, "deepspeed or torchrun"))
-    without = load_config(write_config(tmp_path, tmp_path, model__hidden_size=256, adapters__rank=0))
+    without = load_config(write_config(tmp_path, tmp_path, adapters__rank=0, **large))
     memory(before.bytes)
     refuse_what_will_not_fit(without, derive(without), ALONE)
     memory(before.bytes - 1)
     with pytest.raises(UserError, match="the model state takes"):
         refuse_what_will_not_fit(without, derive(without), ALONE)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_copy_of_a_save_is_counted(asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU its memory counts, which cannot be set here")
+    path = write_config(tmp_path, tmp_path, adapters__rank=0, checkpoint={"asynchronous": asynchronous})
+    config = load_config(path)
+    needs = needs_of(config, derive(config))
+    assert (needs.copy > 0) == asynchronous
+    there = needs.most + needs.copy
+    monkeypatch.setattr(memory_module, "_machine_memory", lambda: there)
+    refuse_what_will_not_fit(config, derive(config), ALONE)
+    there -= 1
+    with pytest.raises(UserError, match="checkpoint.asynchronous false" if asynchronous else "the model state"):
+        refuse_what_will_not_fit(config, derive(config), ALONE)
+    line = next(line for line in describe(config, derive(config)) if line.startswith("checkpoints "))
+    assert line.endswith("are waited for") != asynchronous and (size_text(needs.copy) in line) == asynchronous
 
 
 def fit(tmp_path: Path, ranks: int, **changes: Any) -> str:
