@@ -3,6 +3,7 @@
     python tools/benchmark.py layer
     python tools/benchmark.py layer --widths 512 1024 --dtypes bf16 --threads 1 --output layer.json
     python tools/benchmark.py traffic
+    python tools/benchmark.py checkpoint --folder /where/checkpoints/go
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
@@ -10,6 +11,9 @@ it once a step.
 
 traffic: bytes that one block of the model sends through the data-parallel group in a step, counted on two ranks which
 the command starts itself on the CPU. "linears" is the block without its biases and norms, which are dense in every run.
+
+checkpoint: saves and loads of the same state, dense and 2:4, by slope_dist, torch.distributed.checkpoint and DeepSpeed
+itself, on two ranks which the command starts. Each is first seen to load what it saved; a wrong one is not timed.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import checkpoint_rivals
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +40,7 @@ SPARSE = [rival for rival in layer.RIVALS if rival != layer.DENSE]
 EXIT_WRONG_RESULT = 1
 KIB = 2**10
 MIB = 2**20
+GB = 10**9
 TABLE_WIDTH = 120
 
 
@@ -77,6 +83,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--hidden", type=int, default=sizes.hidden_size, metavar="N", help="width (%(default)s)")
     options.add_argument("--ffn", type=int, default=sizes.ffn_size, metavar="N", help="inner width (%(default)s)")
     _add_output(options)
+    options = commands.add_parser("checkpoint", help="saves and loads beside torch's and DeepSpeed's")
+    model = checkpoint_rivals.Size()
+    options.add_argument("--hidden", type=int, default=model.hidden_size, metavar="N", help="width (%(default)s)")
+    options.add_argument("--layers", type=int, default=model.num_layers, metavar="N", help="blocks (%(default)s)")
+    options.add_argument(
+        "--stages",
+        type=int,
+        nargs="+",
+        choices=checkpoint_rivals.STAGES,
+        default=list(checkpoint_rivals.STAGES),
+        help="ZeRO stages (%(default)s)",
+    )
+    options.add_argument("--rounds", type=int, default=5, metavar="N", help="saves and loads of each (%(default)s)")
+    options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
+    _add_output(options)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen
@@ -87,7 +108,7 @@ def _add_output(options: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    {"layer": _check_layer, "traffic": _check_traffic}[options.command](options)
+    {"layer": _check_layer, "traffic": _check_traffic, "checkpoint": _check_checkpoint}[options.command](options)
     # Before the minutes of measuring, not after.
     if options.output is not None:
         _check_output(options.output)
@@ -96,6 +117,16 @@ def _check(options: argparse.Namespace) -> None:
 def _check_traffic(options: argparse.Namespace) -> None:
     _check_width("hidden", options.hidden)
     _check_width("ffn", options.ffn)
+
+
+def _check_checkpoint(options: argparse.Namespace) -> None:
+    _check_width("hidden", options.hidden)
+    for name in ("layers", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} is less than 1")
+    folder = options.folder
+    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"--folder {folder} is not a folder that can be written to")
 
 
 def _check_width(name: str, width: int) -> None:
@@ -162,6 +193,42 @@ def run_traffic(options: argparse.Namespace) -> None:
     with Console(stderr=True).status(f"{len(cases)} cases on {traffic.RANKS} ranks"):
         rows = traffic.measure(cases, size)
     _report("traffic", rows, facts, traffic_table(rows, size, facts), options.output)
+
+
+def run_checkpoint(options: argparse.Namespace) -> None:
+    """Measure every state on two ranks, print the table and write the numbers."""
+    size = checkpoint_rivals.Size(hidden_size=options.hidden, num_layers=options.layers)
+    facts = machine.describe(torch.device("cpu")) | {"deepspeed": version("deepspeed")}
+    with Console(stderr=True).status(f"{checkpoint_rivals.RANKS} ranks save and load"):
+        rows = checkpoint_rivals.measure(size, options.stages, options.rounds, options.folder)
+    _report("checkpoint", rows, facts, checkpoint_table(rows, facts), options.output)
+
+
+def checkpoint_table(rows: list[dict], facts: dict[str, object]) -> Table:
+    """The rows for a reader: sizes, and seconds for each GB of state with ratios of ours to the others'."""
+    table = Table(
+        title=f"seconds a GB of state (bf16 weights, fp32 masters and moments), {rows[0]['ranks']} ranks, "
+        f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}, deepspeed {facts['deepspeed']}",
+        caption="Medians. save: to the disk, synced. load: files in the page cache; ours are verified first. stall: "
+        "what training waits for where the rest is written beside it. (x): seconds of slope_dist over this one's, "
+        "round by round. SHA-256 alone, which only slope_dist computes, once in a save and once in a load: hash.",
+    )
+    for heading in ("state", "ZeRO", "GB"):
+        table.add_column(heading)
+    for heading in ("", "stored GB", "save", "load", "stall", "hash"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        first = [row["pattern"], str(row["zero_stage"]), f"{row['state_bytes'] / GB:.2f}"]
+        for name, rival in row["rivals"].items():
+            ratios = row["ratios"].get(name, {})
+            cells = []
+            for what in ("save_to_disk", "load", "stall"):
+                seconds = f"{rival[what]['median'] * GB / row['state_bytes']:.2f}" if what in rival else "-"
+                cells.append(seconds + (f" ({ratios[what]['median']:.2f}x)" if what in ratios else ""))
+            hashed = f"{row['hash']['median'] * GB / row['state_bytes']:.2f}" if name == checkpoint_rivals.OURS else ""
+            table.add_row(*first, name, f"{rival['stored_bytes'] / GB:.3f}", *cells, hashed)
+            first = ["", "", ""]
+    return table
 
 
 def _report(name: str, rows: list[dict], facts: dict[str, object], table: Table, output: Path | None) -> None:
@@ -239,7 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
         options = parse(arguments)
-        {"layer": run_layer, "traffic": run_traffic}[options.command](options)
+        {"layer": run_layer, "traffic": run_traffic, "checkpoint": run_checkpoint}[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

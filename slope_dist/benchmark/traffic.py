@@ -12,12 +12,8 @@ the algorithm and the number of ranks, equally for dense and 2:4.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slope_dist.benchmark import machine
+from slope_dist.benchmark import ranks
 from slope_dist.config import Config, derive
 from slope_dist.layers import LogicalTensor, logical_tensors
 from slope_dist.parallel import environment
@@ -254,53 +250,11 @@ def measure(chosen: Sequence[Case], size: Size) -> list[dict[str, Any]]:
         RuntimeError: if one of them fails or is slower than `_TIMEOUT` seconds; its errors are in the text.
     """
     request = {"cases": [asdict(case) for case in chosen], "size": asdict(size)}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="traffic-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request))
-        running = []
-        for rank in range(RANKS):
-            variables = {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
-            variables |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(RANKS)}
-            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-            path = os.pathsep.join([str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-            with (folder / f"{rank}.log").open("w") as log:
-                running.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", __name__, str(folder)],
-                        env=os.environ | variables | {"PYTHONPATH": path},
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                    )
-                )
-        _wait(running, folder)
+        ranks.run([sys.executable, "-m", __name__, str(folder)], RANKS, folder, _TIMEOUT)
         return json.loads((folder / "rows.json").read_text())
-
-
-def _wait(running: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Until all have ended; the first that fails, or the time that is up, ends the others."""
-    deadline, late = time.monotonic() + _TIMEOUT, False
-    try:
-        while any(process.poll() is None for process in running):
-            failed = [rank for rank, process in enumerate(running) if process.poll()]
-            late = time.monotonic() > deadline
-            if failed or late:
-                break
-            time.sleep(0.05)
-    finally:
-        for process in running:
-            process.kill()
-        codes = [process.wait() for process in running]
-    if late:
-        ends = "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(len(codes)))
-        raise RuntimeError(f"not done within {_TIMEOUT:.0f} s:\n{ends}")
-    for rank, code in enumerate(codes):
-        # Those that were ended here say nothing of the reason.
-        if code > 0 or (code < 0 and not any(other > 0 for other in codes)):
-            raise RuntimeError(f"rank {rank} ended with code {code}:\n{(folder / f'{rank}.log').read_text()[-4000:]}")
 
 
 def _main(folder: Path) -> None:
