@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,6 @@ class Ours(Rival):
         if self.copying is None:
             self.copying = self.saver(folder, asynchronous=True)
         saver = self.copying
-        saver._checkpoints = folder / "checkpoints"
-        saver._retention = Retention(folder / "checkpoints", keep=2)
         saver.save(1, self.engine.export_state, {}, self.config)
         return lambda: self.finish(saver)
 
@@ -200,11 +199,11 @@ def fingerprint(engine: Any) -> str:
     return digest.hexdigest()
 
 
-def clocked(run: Callable[[], Any]) -> tuple[float, Any]:
+def clocked(run: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
     """Seconds until all ranks are done, from when all begin, and what it returned."""
     dist.barrier()
     start = time.perf_counter()
-    result = run()
+    result = run(*arguments)
     dist.barrier()
     return time.perf_counter() - start, result
 
@@ -278,18 +277,18 @@ def measure_state(size: Size, pattern: str, stage: int, rounds: int, scratch: Pa
                     check(rival, name, folder)
                     stored[name] = folder_bytes(folder)
                     continue
-                saved, _ = clocked(lambda rival=rival, folder=folder: rival.save(folder))
-                synced, _ = clocked(lambda folder=folder: sync_files(folder))
+                saved, _ = clocked(rival.save, folder)
+                synced, _ = clocked(sync_files, folder)
                 note(name, "save", saved)
                 note(name, "save_to_disk", saved + synced)
-                note(name, "load", clocked(lambda rival=rival, folder=folder: rival.load(folder))[0])
+                note(name, "load", clocked(rival.load, folder)[0])
             with empty(scratch) as folder:
-                stall, rest = clocked(lambda rival=rival, folder=folder: rival.begin(folder))
+                stall, rest = clocked(rival.begin, folder)
                 if rest is not None:
                     note(name, "stall", stall)
                     rest()
         if turn >= 0:
-            hashing.append(clocked(lambda: hash_alone(engine))[0])
+            hashing.append(clocked(hash_alone, engine)[0])
     engine.close()
     return {
         "pattern": pattern,
@@ -318,23 +317,18 @@ def summary(numbers: list[float]) -> dict[str, float]:
     return {"rounds": len(numbers), "median": middle, "q1": low, "q3": high}
 
 
-class empty:
-    """A folder that all ranks see, made before and removed after the block."""
-
-    def __init__(self, scratch: Path) -> None:
-        self._folder = scratch / "state"
-
-    def __enter__(self) -> Path:
-        if dist.get_rank() == 0:
-            self._folder.mkdir()
-        dist.barrier()
-        return self._folder
-
-    def __exit__(self, *_: object) -> None:
-        dist.barrier()
-        if dist.get_rank() == 0:
-            shutil.rmtree(self._folder)
-        dist.barrier()
+@contextmanager
+def empty(scratch: Path) -> Iterator[Path]:
+    """A folder that all ranks see, made before and removed after the block; always the same."""
+    folder = scratch / "state"
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    yield folder
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    dist.barrier()
 
 
 def measure(size: Size, stages: list[int], rounds: int, folder: Path | None) -> list[dict[str, Any]]:
