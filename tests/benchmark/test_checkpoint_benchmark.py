@@ -28,7 +28,7 @@ def test_every_rival_stores_the_state_and_loads_it(tmp_path: Path) -> None:
         assert set(row["rivals"]) == {"slope_dist", "dcp", "deepspeed"} and row["hash"]["median"] > 0
         for name, rival in row["rivals"].items():
             # At ZeRO 3 DeepSpeed stores 12 of the 14 bytes an element: it makes bf16 weights from their masters.
-            assert (0.85 if name == "deepspeed" else 1) <= rival["stored_bytes"] / row["state_bytes"] < 1.5, name
+            assert (0.85 if name == "deepspeed" else 1) <= rival["stored_bytes"] / row["state_bytes"] < 2, name
             for what in ("save", "save_to_disk", "load"):
                 assert rival[what]["rounds"] == 2 and rival[what]["median"] > 0
             assert ("stall" in rival) == (name != "deepspeed")
