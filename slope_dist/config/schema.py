@@ -112,6 +112,8 @@ class Config(Section):
         model = self.model
         if model.num_heads % ranks:
             return f"model.num_heads {model.num_heads} does not divide over parallel.tensor {ranks}"
+        if model.num_kv_heads is not None and model.num_kv_heads % ranks:
+            return f"model.num_kv_heads {model.num_kv_heads} does not divide over parallel.tensor {ranks}"
         unit = ranks * DIMENSION_MULTIPLE
         for name in ("hidden_size", "ffn_size"):
             size = getattr(model, name)
@@ -122,6 +124,11 @@ class Config(Section):
                     f"{DIMENSION_MULTIPLE}: it must be a multiple of {ranks} x {DIMENSION_MULTIPLE} = {unit}, such as "
                     + (f"{below} or {above}" if below < size else str(above))
                 )
+        if model.key_size % unit:
+            return (
+                f"model.num_kv_heads {model.num_kv_heads} makes {model.key_size} keys, which parallel.tensor {ranks} "
+                f"would cut inside a group of {DIMENSION_MULTIPLE}"
+            )
         if self.parallel.sequence_parallel and model.sequence_length % ranks:
             return (
                 f"model.sequence_length {model.sequence_length} does not divide over parallel.tensor {ranks}, which "

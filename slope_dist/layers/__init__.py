@@ -6,16 +6,16 @@ Shape letters: B batch, S sequence, T = B * S tokens, O out, I in, R adapter ran
 from slope_dist.layers.factory import LayerFactory
 from slope_dist.layers.linear import Linear, LowRankAdapter
 from slope_dist.layers.logical import LogicalTensor, logical_tensors
-from slope_dist.layers.modules import Embedding, LayerNorm, NextTokenLoss, TiedHead
+from slope_dist.layers.modules import Embedding, Head, LayerNorm, NextTokenLoss
 
 __all__ = [
     "Embedding",
+    "Head",
     "LayerFactory",
     "LayerNorm",
     "Linear",
     "LogicalTensor",
     "LowRankAdapter",
     "NextTokenLoss",
-    "TiedHead",
     "logical_tensors",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slope_dist.layers import initialization
 from slope_dist.layers.linear import Linear, LowRankAdapter, Split
-from slope_dist.layers.modules import Embedding, LayerNorm, NextTokenLoss, SplitInput, StreamEntry, TiedHead
+from slope_dist.layers.modules import Embedding, Head, LayerNorm, NextTokenLoss, RMSNorm, SplitInput, StreamEntry
 from slope_dist.parallel.regions import TensorPlace
 from slope_dist.sparse import CompressedMatrix, DenseWeight, Pattern, SparseWeight, Weight
 
@@ -111,23 +111,35 @@ class LayerFactory:
         self._tables[name] = layer.weight  # type: ignore[assignment]
         return layer
 
-    def tied_head(self, name: str, rows: int, size: int, *, std: float) -> TiedHead:
+    def tied_head(self, name: str, rows: int, size: int, *, std: float) -> Head:
         """Logits from the token table called `name`: the same parameter where this factory has made it.
 
         Where it lives on another pipeline stage, the head has a copy, with the same values.
         """
-        used = None
-        if self.place.ranks > 1:
-            start, stop = self.place.share(self._padded_rows(rows))
-            used = max(0, min(stop, rows) - start)
         if name in self._tables:
-            return TiedHead(self._tables[name], used)
-        return TiedHeadCopy(name, self._token_table(name, rows, size, std), rows, used, self.place)
+            return Head(self._tables[name], self._used_rows(rows))
+        return TiedHeadCopy(name, self._token_table(name, rows, size, std), rows, self._used_rows(rows), self.place)
 
-    def layer_norm(self, name: str, size: int) -> LayerNorm:
+    def head(self, name: str, rows: int, size: int, *, std: float) -> Head:
+        """Logits from a table of its own, cut and padded like that of the tokens."""
+        return NamedHead(name, self._token_table(name, rows, size, std), rows, self._used_rows(rows), self.place)
+
+    def _used_rows(self, rows: int) -> int | None:
+        """How many of this rank's rows of the padded table stand for tokens; None where nothing pads."""
+        if self.place.ranks == 1:
+            return None
+        start, stop = self.place.share(self._padded_rows(rows))
+        return max(0, min(stop, rows) - start)
+
+    def layer_norm(self, name: str, size: int, *, epsilon: float = 1e-5) -> LayerNorm:
         """A layer norm over `size` features, in the residual stream."""
         with torch.device(self.device):
-            return LayerNorm(name, size, self.place)
+            return LayerNorm(name, size, self.place, epsilon=epsilon)
+
+    def rms_norm(self, name: str, size: int, *, epsilon: float = 1e-5) -> RMSNorm:
+        """A root-mean-square norm over `size` features, in the residual stream."""
+        with torch.device(self.device):
+            return RMSNorm(name, size, self.place, epsilon=epsilon)
 
     def split_input(self) -> SplitInput:
         """Where the residual stream enters column-split linears or the head; one for all that read the same."""
@@ -208,10 +220,8 @@ class _UnconnectedEmbedding(Embedding):
         return 0
 
 
-class TiedHeadCopy(TiedHead):
-    """A head whose table is that of another pipeline stage: a second copy, kept equal by the pipeline engine."""
-
-    is_copy = True
+class NamedHead(Head):
+    """A head whose table is a logical tensor of its own."""
 
     def __init__(self, name: str, table: Tensor, rows: int, used_rows: int | None, place: TensorPlace) -> None:
         super().__init__(nn.Parameter(table), used_rows)
@@ -222,6 +232,12 @@ class TiedHeadCopy(TiedHead):
     def split_dim(self, relative: str) -> int | None:
         """Rows are cut."""
         return 0
+
+
+class TiedHeadCopy(NamedHead):
+    """A head whose table is that of another pipeline stage: a second copy, kept equal by the pipeline engine."""
+
+    is_copy = True
 
 
 def _abbreviate(names: list[str], most: int = 6) -> str:

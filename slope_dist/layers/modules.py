@@ -23,8 +23,8 @@ class Embedding(nn.Module):
         return functional.embedding(ids, self.weight)
 
 
-class TiedHead(nn.Module):
-    """Logits over the vocabulary from the token table (one parameter, used twice).
+class Head(nn.Module):
+    """Logits over the vocabulary from a table: the token table (one parameter, used twice), or one of its own.
 
     Where the vocabulary is cut over tensor ranks these are the logits of this rank's rows, and those of rows that only
     pad the table to equal parts are minus infinity, which adds nothing to any softmax and gets no gradient.
@@ -48,8 +48,8 @@ class TiedHead(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last dimension, with weight and bias, in the residual stream."""
 
-    def __init__(self, name: str, size: int, place: TensorPlace | None = None) -> None:
-        super().__init__(size)
+    def __init__(self, name: str, size: int, place: TensorPlace | None = None, *, epsilon: float = 1e-5) -> None:
+        super().__init__(size, eps=epsilon)
         self.name = name
         self.place = place or TensorPlace()
 
@@ -59,6 +59,21 @@ class LayerNorm(nn.LayerNorm):
             return super().forward(x)
         weight, bias = (whole_parameter(parameter, self.place) for parameter in (self.weight, self.bias))
         return functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square over the last dimension, with a weight, in the residual stream."""
+
+    def __init__(self, name: str, size: int, place: TensorPlace | None = None, *, epsilon: float = 1e-5) -> None:
+        super().__init__(size, eps=epsilon)
+        self.name = name
+        self.place = place or TensorPlace()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        if not self.place.sequence_parallel:
+            return super().forward(x)
+        return functional.rms_norm(x, self.normalized_shape, whole_parameter(self.weight, self.place), self.eps)
 
 
 class SplitInput(nn.Module):

@@ -1,6 +1,6 @@
 """Model families: plain modules that know nothing of ranks, collectives or sparsity (rule R4)."""
 
 from slope_dist.models.registry import Family, LanguageModel, build_model, family
-from slope_dist.models.shape import ModelShape
+from slope_dist.models.shape import ModelShape, Rotary
 
-__all__ = ["Family", "LanguageModel", "ModelShape", "build_model", "family"]
+__all__ = ["Family", "LanguageModel", "ModelShape", "Rotary", "build_model", "family"]

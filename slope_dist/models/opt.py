@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slope_dist.layers import LayerFactory
+from slope_dist.models.attention import causal_attention, heads
 from slope_dist.models.shape import ModelShape
 
 POSITION_OFFSET = 2
@@ -67,15 +68,15 @@ class OPTBlock(nn.Module):
         name = f"decoder.layers.{index}"
         hidden, ffn = shape.hidden_size, shape.ffn_size
         std, out_std = shape.init_std, shape.residual_std
-        self.head_size = hidden // shape.num_heads
+        self.head_size = shape.head_size
         self.norm_first = shape.norm_position == "pre"
-        self.attention_norm = make.layer_norm(f"{name}.self_attn_layer_norm", hidden)
+        self.attention_norm = make.layer_norm(f"{name}.self_attn_layer_norm", hidden, epsilon=shape.norm_epsilon)
         self.attention_input = make.split_input()
         self.q = make.linear(f"{name}.self_attn.q_proj", hidden, hidden, split="column", std=std)
         self.k = make.linear(f"{name}.self_attn.k_proj", hidden, hidden, split="column", std=std)
         self.v = make.linear(f"{name}.self_attn.v_proj", hidden, hidden, split="column", std=std)
         self.out = make.linear(f"{name}.self_attn.out_proj", hidden, hidden, split="row", std=out_std)
-        self.ffn_norm = make.layer_norm(f"{name}.final_layer_norm", hidden)
+        self.ffn_norm = make.layer_norm(f"{name}.final_layer_norm", hidden, epsilon=shape.norm_epsilon)
         self.ffn_input = make.split_input()
         self.up = make.linear(f"{name}.fc1", hidden, ffn, split="column", std=std)
         self.down = make.linear(f"{name}.fc2", ffn, hidden, split="row", std=out_std)
@@ -91,17 +92,12 @@ class OPTBlock(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """Causal attention over the heads of this shard: [B, S, H] -> [B, S, H]."""
         x = self.attention_input(x)
-        q, k, v = (self.heads(projection(x)) for projection in (self.q, self.k, self.v))
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        q, k, v = (heads(projection(x), self.head_size) for projection in (self.q, self.k, self.v))
+        return self.out(causal_attention(q, k, v))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
         return self.down(functional.relu(self.up(self.ffn_input(x))))
-
-    def heads(self, x: Tensor) -> Tensor:
-        """[B, S, N * D] -> [B, N, S, D]."""
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
 
 
 class OPTHead(nn.Module):
@@ -110,9 +106,9 @@ class OPTHead(nn.Module):
     def __init__(self, make: LayerFactory, shape: ModelShape) -> None:
         super().__init__()
         # The 350M model, alone, has no norm here: its blocks already end in one.
-        self.norm = (
-            make.layer_norm("decoder.final_layer_norm", shape.hidden_size) if shape.norm_position == "pre" else None
-        )
+        self.norm = None
+        if shape.norm_position == "pre":
+            self.norm = make.layer_norm("decoder.final_layer_norm", shape.hidden_size, epsilon=shape.norm_epsilon)
         self.project = None
         if shape.embedding_size != shape.hidden_size:
             self.project = make.linear(

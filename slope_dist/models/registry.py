@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory, NextTokenLoss
-from slope_dist.models import opt
+from slope_dist.models import gpt2, llama, opt
 from slope_dist.models.shape import ModelShape
 
 
@@ -27,18 +27,24 @@ class Family:
     dense_layers: dict[str, str]
 
 
+def _family(
+    layers: Callable[[LayerFactory, ModelShape], list[Callable[[], nn.Module]]], first_linears: Iterable[str]
+) -> Family:
+    return Family(layers, dict.fromkeys(first_linears, "first after the input"))
+
+
 _FAMILIES = {
-    "opt": Family(
-        opt.layers,
-        {name: "first after the input" for name in opt.FIRST_LINEARS},
-    )
+    "opt": _family(opt.layers, opt.FIRST_LINEARS),
+    "gpt2": _family(gpt2.layers, gpt2.FIRST_LINEARS),
+    "llama": _family(llama.layers, llama.FIRST_LINEARS),
+    "mistral": _family(llama.layers, llama.FIRST_LINEARS),
 }
 
 
 def family(name: str) -> Family:
     """The family called `name`; `UserError` if there is none."""
     if name not in _FAMILIES:
-        raise UserError(f'model.family "{name}" is not there yet; there is {", ".join(_FAMILIES)}')
+        raise UserError(f'there is no model.family "{name}"; there are {", ".join(_FAMILIES)}')
     return _FAMILIES[name]
 
 

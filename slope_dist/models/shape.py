@@ -7,6 +7,21 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary positions: the base, and LLaMA-3's scaling to longer sequences than it was first trained on.
+
+    A pair of features that turns more than `high_factor` times within `original_length` positions keeps its
+    frequency, one that turns less than `low_factor` times is slowed by `scaling`.
+    """
+
+    base: float = 10_000.0
+    scaling: float | None = None
+    low_factor: float = 1.0
+    high_factor: float = 4.0
+    original_length: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """Sizes and initial standard deviations of a decoder-only transformer."""
 
@@ -20,6 +35,20 @@ class ModelShape:
     norm_position: Literal["pre", "post"] = "pre"
     init_std: float = 0.02
     scale_residual_init: bool = True
+    num_kv_heads: int | None = None
+    norm_epsilon: float = 1e-5
+    rotary: Rotary = Rotary()
+    tied_head: bool = True
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads; each query head has its own where none are given."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def residual_std(self) -> float:

@@ -16,7 +16,7 @@ from slope_dist.engine import Engine
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
-from slope_dist.models import LanguageModel, ModelShape, build_model, family
+from slope_dist.models import LanguageModel, ModelShape, Rotary, build_model, family
 from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.parallel.regions import TensorPlace
@@ -40,6 +40,16 @@ def model_shape(config: Config) -> ModelShape:
         norm_position=model.norm_position,
         init_std=model.init_std,
         scale_residual_init=model.scale_residual_init,
+        num_kv_heads=model.num_kv_heads,
+        norm_epsilon=model.norm_epsilon,
+        rotary=Rotary(
+            base=model.rotary_base,
+            scaling=model.rotary_scaling,
+            low_factor=model.rotary_low_factor,
+            high_factor=model.rotary_high_factor,
+            original_length=model.rotary_original_length,
+        ),
+        tied_head=model.has_tied_head,
     )
 
 

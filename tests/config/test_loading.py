@@ -13,6 +13,8 @@ import pytest
 from slope_dist.config import dump_config, load_config
 from slope_dist.config.messages import field_at, field_paths
 from slope_dist.errors import UserError
+from slope_dist.layers import LayerFactory
+from slope_dist.training.build import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 # Name and parameters of the published sizes, in millions.
@@ -27,10 +29,20 @@ OPT_SIZES = {
     "opt66b": 65718,
 }
 
+PUBLISHED = {
+    "gpt2-small": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "llama3-8b": 8_030_261_248,
+    "mistral-7b": 7_248_023_552,
+}
+"""Parameters of the published models, as transformers counts them."""
+
 
 def test_every_shipped_config_loads():
     paths = sorted(CONFIGS.glob("*.json"))
-    assert {path.stem for path in paths} >= {"tiny", *OPT_SIZES}
+    assert {path.stem for path in paths} >= {"tiny", *OPT_SIZES, *PUBLISHED}
     for path in paths:
         config = load_config(path)
         assert config.run.folder == f"runs/{path.stem}"
@@ -56,6 +68,14 @@ def test_opt_configs_train_180_billion_tokens(name):
     config = load_config(CONFIGS / f"{name}.json")
     tokens = config.training.steps * config.training.global_batch_size * config.model.sequence_length
     assert tokens == pytest.approx(180e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_other_configs_have_the_published_number_of_parameters(name):
+    config = load_config(CONFIGS / f"{name}.json")
+    factory = LayerFactory(seed=0, pattern=None, device="meta")
+    model = build(config, factory)
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
 
 
 def test_tiny_runs_on_up_to_four_data_ranks():

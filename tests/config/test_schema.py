@@ -179,9 +179,21 @@ def test_a_dense_model_has_no_adapters(minimal):
             "model.sequence_length 30 does not divide over parallel.tensor 4, which parallel.sequence_parallel true "
             "asks for; parallel.tensor 2 would fit",
         ),
-        ({"model.family": "gpt2"}, 'model.family "gpt2" is not there yet; use "opt"'),
-        ({"model.family": "llama"}, 'model.family "llama" is not there yet; use "opt"'),
-        ({"model.family": "mistral"}, 'model.family "mistral" is not there yet; use "opt"'),
+        (
+            {"model.family": "llama", "model.num_kv_heads": 2, "parallel.tensor": 4},
+            "model.num_kv_heads 2 does not divide over parallel.tensor 4; parallel.tensor 2 would fit",
+        ),
+        (
+            {"model.family": "llama", "model.num_kv_heads": 2, "parallel.tensor": 2, "model.hidden_size": 16},
+            "model.num_kv_heads 2 makes 8 keys, which parallel.tensor 2 would cut inside a group of 8",
+        ),
+        ({"model.num_kv_heads": 2}, 'model.num_kv_heads 2 has no meaning for model.family "opt"; it is for llama and'),
+        ({"model.family": "gpt2", "model.norm_position": "post"}, 'model.norm_position "post" has no meaning for'),
+        ({"model.family": "llama", "model.embedding_size": 32}, "model.embedding_size 32 has no meaning for"),
+        ({"model.family": "gpt2", "model.rotary_base": 5e5}, "model.rotary_base 500000.0 has no meaning for"),
+        ({"model.family": "gpt2", "model.tied_head": False}, 'the head of model.family "gpt2" is always tied'),
+        ({"model.family": "llama", "model.num_kv_heads": 3}, "is not a multiple of model.num_kv_heads 3; 2 would fit"),
+        ({"model.family": "llama", "model.rotary_low_factor": 4.0}, "model.rotary_low_factor 4.0 is not below model."),
     ],
 )
 def test_impossible_settings_are_refused_with_numbers(minimal, refusal, changes, expected):

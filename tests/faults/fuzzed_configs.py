@@ -156,7 +156,12 @@ def impossible(turn: int, tree: dict[str, Any], draw: random.Random) -> tuple[by
         lambda: _set(model, ["model.hidden_size"], hidden_size=model["hidden_size"] + draw.randrange(1, 8)),
         lambda: _set(model, ["model.ffn_size"], ffn_size=model["ffn_size"] + draw.randrange(1, 8)),
         lambda: _set(model, ["model.embedding_size"], embedding_size=8 * draw.randrange(9) + draw.randrange(1, 8)),
-        lambda: _set(model, ["model.family"], family=draw.choice(["gpt2", "llama", "mistral"])),
+        lambda: _set(model, ["model.family"], family=draw.choice(["gpt3", "OPT", "qwen"])),
+        lambda: _set(model, ["model.family"], family=draw.choice(["opt", "gpt2"]), rotary_base=3e5),
+        lambda: _set(
+            model, ["model.family", "model.num_kv_heads"], family="llama", num_kv_heads=model["num_heads"] + 1
+        ),
+        lambda: _set(model, ["model.family"], family="gpt2", tied_head=False),
         lambda: _set(adapters, ["adapters.rank"], rank=model["hidden_size"] + draw.randrange(1, 99)),
         lambda: _set(adapters, ["adapters.rank"], rank=draw.choice([-1, 0.0, 1.0, 1.5, -0.25])),
         lambda: _set(adapters, ["adapters.peak_learning_rate"], learning_rate_policy="follow", peak_learning_rate=1e-3),

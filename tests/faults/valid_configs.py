@@ -106,6 +106,8 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
 # Keys whose values hang together: drawn below, not one by one.
 _RELATED = {
     *(f"model.{key}" for key in ("family", "hidden_size", "num_heads", "ffn_size", "embedding_size", "num_layers")),
+    *(f"model.{key}" for key in ("num_kv_heads", "norm_position", "tied_head")),
+    *(f"model.rotary_{key}" for key in ("base", "scaling", "low_factor", "high_factor", "original_length")),
     *("model.sequence_length", "sparsity.pattern", "sparsity.column_mask_interval", "sparsity.backward_weight"),
     *(f"adapters.{key}" for key in ("rank", "learning_rate_policy", "peak_learning_rate", "warmup_steps")),
     *(f"training.{key}" for key in ("global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate")),
@@ -122,7 +124,11 @@ def _related(draw: random.Random) -> dict[str, Any]:
     pipeline = draw.randint(1, min(layers, 4)) if engine == "deepspeed" else 1
     stage = draw.choice([0, 1]) if pipeline > 1 else draw.choice([0, 1, 2, 3])
     precision = draw.choice(["bf16", "fp32"] if engine == "fsdp" else ["bf16", "fp16", "fp32"])
-    heads = tensor * draw.randint(1, 6)
+    share = draw.randint(1, 6)
+    heads = tensor * share
+    family = draw.choice([None, "opt", "gpt2", "llama", "mistral"])
+    opt, rotary = family in (None, "opt"), family in ("llama", "mistral")
+    low = draw.choice([1.0, 0.5, 3])
     hidden = heads * 8 * draw.randint(2, 20)
     data = draw.choice([None, 1, 2, 3])
     micro = draw.choice([1, 2, 5])
@@ -139,11 +145,21 @@ def _related(draw: random.Random) -> dict[str, Any]:
         return draw.choice([None, value])
 
     return {
-        "model.family": maybe("opt"),
+        "model.family": family,
         "model.hidden_size": hidden,
         "model.num_heads": heads,
         "model.ffn_size": 8 * tensor * draw.randint(1, 40),
-        "model.embedding_size": maybe(8 * draw.randint(1, 100)),
+        "model.embedding_size": maybe(8 * draw.randint(1, 100)) if opt else None,
+        "model.norm_position": draw.choice([None, "pre", "post"] if opt else [None, "pre"]),
+        "model.num_kv_heads": maybe(tensor * draw.choice([n for n in range(1, 7) if share % n == 0]))
+        if rotary
+        else None,
+        "model.tied_head": draw.choice([None, True, False] if rotary else [None, True]),
+        "model.rotary_base": draw.choice([5e5, 1e-9, 1e30]) if rotary else maybe(10_000),
+        "model.rotary_scaling": maybe(8.0) if rotary else None,
+        "model.rotary_low_factor": low if rotary else maybe(1.0),
+        "model.rotary_high_factor": low + draw.choice([1e-3, 3.0, 1e9]) if rotary else maybe(4),
+        "model.rotary_original_length": maybe(draw.choice([1, 2**24])) if rotary else maybe(8192),
         "model.num_layers": layers,
         "model.sequence_length": tensor * draw.randint(1, 300),
         "sparsity.pattern": pattern,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from slope_dist.layers import LayerFactory, LogicalTensor, TiedHead, logical_tensors
+from slope_dist.layers import Head, LayerFactory, LogicalTensor, logical_tensors
 from slope_dist.parallel.fragments import rectangle_size
 from slope_dist.parallel.regions import TensorPlace
 from slope_dist.sparse import Pattern
@@ -101,7 +101,7 @@ def test_flags(shard_metadata: bool) -> None:
 def test_the_live_tensor_is_the_one_the_model_uses() -> None:
     whole = model()
     head = whole["head_comes_early"]
-    assert isinstance(head, TiedHead)
+    assert isinstance(head, Head)
     with torch.no_grad():
         listed(whole)["table.weight"].tensor.fill_(2.0)
     assert head.weight.eq(2).all()

@@ -42,9 +42,17 @@ class Family:
     without_gradient: tuple[str, ...] = ()
 
 
+# Three blocks: stages of two and of one. 515 rows of the table: padded wherever they are cut.
+_SHAPE = {"num_layers": 3, "vocab_size": 515}
+
+# Four tensor ranks take one key head and two query heads each.
+_GROUPED = {"hidden_size": 64, "num_heads": 8, "num_kv_heads": 4, "ffn_size": 96}
+
 FAMILIES = {
-    # Three blocks: stages of two and of one. 515 rows of the table: padded wherever they are cut.
-    "opt": Family({"num_layers": 3, "vocab_size": 515}, ("*.k_proj.bias",)),
+    "opt": Family(_SHAPE, ("*.k_proj.bias",)),
+    "gpt2": Family(_SHAPE | {"family": "gpt2"}, ("*.k_proj.bias",)),
+    "llama": Family(_SHAPE | _GROUPED | {"family": "llama", "rotary_scaling": 8.0, "rotary_original_length": 16}),
+    "mistral": Family(_SHAPE | _GROUPED | {"family": "mistral", "rotary_base": 1e6}),
 }
 
 
@@ -200,8 +208,8 @@ def all_cases() -> list[Case]:
 
 QUICK = (
     Case(Layout(tensor=2, data=2), "zero3", True),
-    Case(Layout(tensor=2, data=2), "fsdp", True),
+    Case(Layout(tensor=2, data=2), "fsdp", True, family="llama"),
     Case(Layout(tensor=2, pipeline=2), "zero1", True),
-    Case(Layout(data=2, pipeline=2), "zero0", pattern="dense"),
+    Case(Layout(data=2, pipeline=2), "zero0", family="gpt2", pattern="dense"),
 )
-"""The cases most likely to tell: each engine, each axis with each other one, dense once."""
+"""The cases most likely to tell: each engine, each axis with each other one, dense once, three families."""

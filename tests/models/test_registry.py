@@ -37,10 +37,10 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def test_an_unknown_family_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r'"gpt2".*opt'):
-        family("gpt2")
-    with pytest.raises(UserError, match='"gpt2"'):
-        build_model("gpt2", SHAPE, LayerFactory(seed=1, pattern=None))
+    with pytest.raises(UserError, match=r'"bert".*opt, gpt2, llama, mistral'):
+        family("bert")
+    with pytest.raises(UserError, match='"bert"'):
+        build_model("bert", SHAPE, LayerFactory(seed=1, pattern=None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
