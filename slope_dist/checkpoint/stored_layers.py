@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slope_dist.checkpoint.format import Manifest, StoredTensor
 from slope_dist.errors import UserError
-from slope_dist.sparse import Pattern, codec
+from slope_dist.sparse import Pattern, codec, pattern_of
 
 OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -53,8 +53,8 @@ def stored_layers(manifest: Manifest) -> list[StoredLayer]:
         names[_layer_of(key.partition("/")[2])] = None
     ordered = sorted(names, key=lambda name: re.sub("[0-9]+", lambda digits: digits[0].zfill(12), name))
     sparsity = manifest.config.get("sparsity")
-    pattern = sparsity.get("pattern") if isinstance(sparsity, dict) else None
-    return [_stored_layer(name, manifest.tensors, pattern) for name in ordered]
+    sparsity = sparsity if isinstance(sparsity, dict) else {}
+    return [_stored_layer(name, manifest.tensors, sparsity) for name in ordered]
 
 
 def _layer_of(name: str) -> str:
@@ -62,7 +62,7 @@ def _layer_of(name: str) -> str:
     return name if part is None else name.removesuffix(f".{part}")
 
 
-def _stored_layer(name: str, tensors: Mapping[str, StoredTensor], configured: Any) -> StoredLayer:
+def _stored_layer(name: str, tensors: Mapping[str, StoredTensor], sparsity: dict[str, Any]) -> StoredLayer:
     def find(kind: str, *parts: str) -> str | None:
         keys = (f"{kind}/{name}.{part}" if part else f"{kind}/{name}" for part in parts)
         return next((key for key in keys if key in tensors), None)
@@ -77,8 +77,12 @@ def _stored_layer(name: str, tensors: Mapping[str, StoredTensor], configured: An
         problem = f"{name}: expected a weight, found other state alone"
     elif indices is not None:
         width = tensors[indices].shape[-1:]
+        configured, exceptions = sparsity.get("pattern"), sparsity.get("layer_patterns", [])
         try:
-            pattern = Pattern.parse(configured if isinstance(configured, str) else "")
+            texts = [configured, *(exceptions if isinstance(exceptions, list) else [None])]
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError("no text")
+            pattern = pattern_of(name, texts[0], texts[1:])
         except UserError:
             problem = f"{indices}: expected a pattern as sparsity.pattern of the config, found {configured!r:.40}"
         else:

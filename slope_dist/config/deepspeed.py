@@ -71,7 +71,7 @@ def _fp16(config: Config) -> dict[str, Any]:
 def _zero(config: Config, overlap_communication: bool) -> dict[str, Any]:
     model = config.model
     # Of this rank's part of the layers: both limits are elements that one rank holds.
-    block = (4 * model.hidden_size**2 + 2 * model.hidden_size * model.ffn_size) // config.parallel.tensor
+    block = model.block_size // config.parallel.tensor
     table = model.vocab_size * model.token_embedding_size // config.parallel.tensor
     if config.sparsity.pattern == "2:4":
         block //= 2

@@ -129,8 +129,9 @@ def backward_weight_reason(config: Config) -> str:
 def _backward_weight(config: Config) -> tuple[Literal["derived", "resident"], str]:
     if config.sparsity.backward_weight != "auto":
         return config.sparsity.backward_weight, "as sparsity.backward_weight says"
-    if config.sparsity.pattern != "2:4":
-        return "derived", f"auto: pattern {config.sparsity.pattern} has no compressed transpose to keep"
+    other = sorted(config.sparsity.patterns - {"2:4"})
+    if other:
+        return "derived", f"auto: pattern {other[0]} has no compressed transpose to keep"
     if config.parallel.engine == "fsdp":
         return "derived", "auto: fsdp splits weights and optimizer state over the data ranks"
     if zero_stage(config):

@@ -6,7 +6,7 @@ Messages of the checks start with the dotted path of the key they are about, the
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +15,7 @@ DIMENSION_MULTIPLE = 8
 ADAPTER_RANK_MULTIPLE = 16
 
 Pattern = Literal["dense", "1:2", "2:4", "2:8", "4:8"]
+_SPARSE = get_args(Pattern)[1:]
 BackwardWeight = Literal["auto", "derived", "resident"]
 Precision = Literal["bf16", "fp16", "fp32"]
 GPU = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
@@ -23,6 +24,13 @@ GPU = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 def _usable_path(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise ValueError("must be a path: not empty, no NUL character")
+    return text
+
+
+def _layer_pattern(text: str) -> str:
+    glob, _, pattern = text.rpartition("=")
+    if not glob.strip() or pattern not in _SPARSE:
+        raise ValueError(f'must be "GLOB=N:M" with N:M one of {", ".join(_SPARSE)}, such as "*.fc2=2:8"')
     return text
 
 
@@ -38,6 +46,7 @@ Ranks = Annotated[int, Field(ge=1, le=2**20)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=1e30)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30)]
+LayerPattern = Annotated[str, Field(max_length=4096), AfterValidator(_layer_pattern)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_usable_path)]
 
 
@@ -145,6 +154,12 @@ class ModelConfig(Section):
         return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
+    def block_size(self) -> int:
+        """Elements of the matrices of a block."""
+        attention = 2 * self.hidden_size * (self.hidden_size + self.key_size)
+        return attention + (3 if self.family in _ROTARY else 2) * self.hidden_size * self.ffn_size
+
+    @property
     def has_tied_head(self) -> bool:
         """Whether the head is the token embedding, with the null of `tied_head` filled in."""
         return self.family in ("opt", "gpt2") if self.tied_head is None else self.tied_head
@@ -239,6 +254,12 @@ class SparsityConfig(Section):
         strict=False,
         description="Glob patterns over global layer names that stay dense besides the built-in skip list.",
     )
+    layer_patterns: tuple[LayerPattern, ...] = Field(
+        default=(),
+        strict=False,
+        description='Other patterns for single layers: "GLOB=N:M" over global layer names, of which the first that '
+        'matches counts, such as "decoder.layers.[6-9].*=2:8". Those that are not 2:4 run on the reference.',
+    )
 
     @property
     def group(self) -> tuple[int, int] | None:
@@ -248,6 +269,11 @@ class SparsityConfig(Section):
         kept, of = self.pattern.split(":")
         return int(kept), int(of)
 
+    @property
+    def patterns(self) -> set[str]:
+        """All patterns that some layer may have."""
+        return {self.pattern, *(entry.rpartition("=")[2] for entry in self.layer_patterns)}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.pattern == "dense" and self.column_mask_interval > 1:
@@ -255,9 +281,15 @@ class SparsityConfig(Section):
                 f"sparsity.column_mask_interval {self.column_mask_interval} needs a sparse pattern, but "
                 'sparsity.pattern is "dense"; use interval 1 or a pattern such as "2:4"'
             )
-        if self.backward_weight == "resident" and self.pattern != "2:4":
+        if self.pattern == "dense" and self.layer_patterns:
             raise ValueError(
-                f'sparsity.backward_weight "resident" needs sparsity.pattern "2:4", not "{self.pattern}"; '
+                f"sparsity.layer_patterns {json.dumps(self.layer_patterns)} needs a sparse sparsity.pattern, not "
+                '"dense"; to keep the other layers dense, name them in sparsity.dense_layers'
+            )
+        if self.backward_weight == "resident" and self.patterns != {"2:4"}:
+            other = next(pattern for pattern in sorted(self.patterns) if pattern != "2:4")
+            raise ValueError(
+                f'sparsity.backward_weight "resident" needs sparsity.pattern "2:4" for all layers, not "{other}"; '
                 'use "auto" or "derived"'
             )
         if not all(pattern.strip() for pattern in self.dense_layers):

@@ -6,6 +6,7 @@ Models ask by role, name and size; storage, the part of this rank, initial value
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -16,7 +17,7 @@ from slope_dist.layers import initialization
 from slope_dist.layers.linear import Linear, LowRankAdapter, Split
 from slope_dist.layers.modules import Embedding, Head, LayerNorm, NextTokenLoss, RMSNorm, SplitInput, StreamEntry
 from slope_dist.parallel.regions import TensorPlace
-from slope_dist.sparse import CompressedMatrix, DenseWeight, Pattern, SparseWeight, Weight
+from slope_dist.sparse import CompressedMatrix, DenseWeight, Pattern, SparseWeight, Weight, pattern_of
 
 ROW_MULTIPLE = 8
 """A tensor rank's part of the vocabulary is a multiple of this."""
@@ -29,6 +30,7 @@ class LayerFactory:
     Args:
         seed: `run.seed`; initial values follow from it and the layer's global name.
         pattern: N:M pattern of the sparse linears; None makes every linear dense.
+        layer_patterns: "GLOB=N:M" over global names: another pattern for those that match; the first counts.
         dense_layers: glob patterns over global names with the reason each is kept dense.
         hold_column_mask: the second mask is state (a mask interval above 1).
         resident_transpose: keep the doubly pruned transpose between uses.
@@ -42,6 +44,7 @@ class LayerFactory:
     seed: int
     pattern: Pattern | None
     dense_layers: dict[str, str] = field(default_factory=dict)
+    layer_patterns: tuple[str, ...] = ()
     hold_column_mask: bool = False
     resident_transpose: bool = False
     shard_metadata: bool = False
@@ -49,7 +52,7 @@ class LayerFactory:
     draw: bool = True
     device: str = "cpu"
     place: TensorPlace = field(default_factory=TensorPlace)
-    sparse: list[str] = field(default_factory=list, init=False)
+    sparse: dict[str, Pattern] = field(default_factory=dict, init=False)
     dense: dict[str, str] = field(default_factory=dict, init=False)
     _tables: dict[str, nn.Parameter] = field(default_factory=dict, init=False)
 
@@ -69,14 +72,14 @@ class LayerFactory:
             self.dense[name] = reason or "the run is dense"
             weight: Weight = DenseWeight(self._normal(f"{name}.weight", shape, std, rows, columns))
         else:
-            self.sparse.append(name)
+            pattern = self.sparse[name] = pattern_of(name, str(self.pattern), self.layer_patterns)
             if self._draws:
                 # The mask comes from the fp32 draw, so it does not depend on the precision of the run.
                 drawn = self._normal(f"{name}.weight", shape, std, rows, columns)
-                matrix = CompressedMatrix.prune(drawn, self.pattern)
+                matrix = CompressedMatrix.prune(drawn, pattern)
             else:
                 local = (rows[1] - rows[0], columns[1] - columns[0])
-                matrix = CompressedMatrix.blank(local, self.pattern, self.device)
+                matrix = CompressedMatrix.blank(local, pattern, self.device)
             weight = SparseWeight(
                 matrix,
                 hold_column_mask=self.hold_column_mask,
@@ -163,7 +166,10 @@ class LayerFactory:
         for name, reason in self.dense.items():
             groups.setdefault(reason, []).append(name)
         total = len(self.sparse) + len(self.dense)
+        counts = Counter(str(pattern) for pattern in self.sparse.values())
         text = f"sparse {len(self.sparse)}/{total} linears"
+        if len(counts) > 1:
+            text += f" ({', '.join(f'{count} {pattern}' for pattern, count in counts.items())})"
         if not groups:
             return text
         parts = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from math import comb
 
 from slope_dist.errors import UserError
@@ -65,3 +67,16 @@ class Pattern:
             comb(self.m, j) * s**j * (1 - s) ** (self.m - j) * (j - self.n) / self.m
             for j in range(self.n + 1, self.m + 1)
         )
+
+
+def pattern_of(name: str, default: str, exceptions: Sequence[str]) -> Pattern:
+    """The pattern of the layer called `name`: of the first of "GLOB=N:M" whose glob matches, else the default.
+
+    Raises:
+        UserError: if it is none.
+    """
+    for entry in exceptions:
+        glob, _, pattern = entry.rpartition("=")
+        if fnmatchcase(name, glob):
+            return Pattern.parse(pattern)
+    return Pattern.parse(default)

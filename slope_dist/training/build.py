@@ -68,6 +68,7 @@ def layer_factory(
         seed=config.run.seed,
         pattern=None if config.sparsity.group is None else Pattern.parse(config.sparsity.pattern),
         dense_layers=family(config.model.family).dense_layers | chosen,
+        layer_patterns=config.sparsity.layer_patterns,
         hold_column_mask=config.sparsity.column_mask_interval > 1,
         resident_transpose=derived.backward_weight == "resident",
         shard_metadata=config.parallel.shards_parameters,
@@ -288,6 +289,12 @@ def count_state(config: Config, derived: Derived, *, adapters: bool) -> StateCou
         if not any(fnmatchcase(name, glob) for name in names):
             raise UserError(
                 f'sparsity.dense_layers: "{glob}" matches no linear of this model; their names look like {names[-1]}'
+            )
+    for entry in config.sparsity.layer_patterns:
+        glob = entry.rpartition("=")[0]
+        if not any(fnmatchcase(name, glob) for name in factory.sparse):
+            raise UserError(
+                f'sparsity.layer_patterns: "{glob}" matches no sparse linear of this model; names look like {names[-1]}'
             )
     if factory.pattern is not None and not factory.sparse:
         raise UserError('sparsity.dense_layers leaves no linear sparse; take some out, or set sparsity.pattern "dense"')

@@ -39,6 +39,7 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
             "pattern": config.sparsity.pattern,
             "column_mask_interval": config.sparsity.column_mask_interval,
             "dense_layers": list(config.sparsity.dense_layers),
+            "layer_patterns": list(config.sparsity.layer_patterns),
         },
         "global_batch_size": config.training.global_batch_size,
         "data": corpus.fingerprint,

@@ -257,7 +257,7 @@ def test_unverified_headers_are_checked_when_first_read(spoilt: Path) -> None:
     """What the other ranks do after one has hashed a file: no second hashing, but no header on trust."""
     flip(spoilt / WEIGHTS, (spoilt / WEIGHTS).stat().st_size - 1, 0)
     Checkpoint.open(spoilt, verify=False).read("norm.bias", "weight", whole((5,)), 0, 5)
-    replace_file(spoilt, WEIGHTS, _safetensors(b"{}"))
+    replace_file(spoilt, WEIGHTS, _safetensors(b"{}" + b" " * 500))
     checkpoint = Checkpoint.open(spoilt, verify=False)
     with pytest.raises(CheckpointError, match=WEIGHTS):
         checkpoint.read("norm.bias", "weight", whole((5,)), 0, 5)

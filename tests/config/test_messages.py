@@ -71,6 +71,7 @@ def test_a_misspelt_section_gets_its_nearest_name(minimal, refusal, section):
         ("run.seed", -1, "must be at least 0, not -1"),
         ("checkpoint.keep", 1, "must be at least 2, not 1"),
         ("sparsity.dense_layers", "decoder.*", 'must be a list, not "decoder.*"'),
+        ("sparsity.layer_patterns", "*=2:8", 'must be a list, not "*=2:8"'),
         ("sparsity.column_mask_interval", 0, "must be at least 1, not 0"),
         ("precision", "fp8", 'must be one of "bf16", "fp16", "fp32", not "fp8"'),
         ("model", 3, "must be an object of keys, not 3"),
@@ -82,6 +83,13 @@ def test_a_wrong_value_is_told_what_would_be_right(minimal, refusal, path, value
     section, _, key = path.rpartition(".")
     (minimal.setdefault(section, {}) if section else minimal)[key] = value
     assert refusal(minimal) == f"{path}: {expected}"
+
+
+@pytest.mark.parametrize("entry", ["*.fc2=3:4", "=2:8", " =2:8", "2:8", "*.fc2=", "*.fc2=dense"])
+def test_a_wrong_pattern_of_a_layer_is_told_what_would_be_right(minimal, refusal, entry):
+    minimal["sparsity"] = {"layer_patterns": ["*=2:4", entry]}
+    right = 'must be "GLOB=N:M" with N:M one of 1:2, 2:4, 2:8, 4:8, such as "*.fc2=2:8"'
+    assert refusal(minimal) == f"sparsity.layer_patterns[1]: {right}"
 
 
 def test_a_wrong_list_entry_is_told_its_place(minimal, refusal):

@@ -111,13 +111,18 @@ def test_a_dense_model_has_no_adapters(minimal):
         ),
         (
             {"sparsity.pattern": "2:8", "sparsity.backward_weight": "resident"},
-            'sparsity.backward_weight "resident" needs sparsity.pattern "2:4", not "2:8"',
+            'sparsity.backward_weight "resident" needs sparsity.pattern "2:4" for all layers, not "2:8"',
         ),
         (
             {"sparsity.backward_weight": "resident", "parallel.zero_stage": 3},
             'sparsity.backward_weight "resident" would keep a full replica on every rank',
         ),
         ({"sparsity.dense_layers": ["a", " "]}, "sparsity.dense_layers holds an empty pattern"),
+        ({"sparsity.layer_patterns": ["*=2:8"], "sparsity.pattern": "dense"}, "needs a sparse sparsity.pattern, not"),
+        (
+            {"sparsity.layer_patterns": ["*fc2=2:8"], "sparsity.backward_weight": "resident"},
+            'sparsity.backward_weight "resident" needs sparsity.pattern "2:4" for all layers, not "2:8"',
+        ),
         ({"loss_scale.minimum": 1.5}, "loss_scale.minimum 1.5 must be a whole number"),
         ({"loss_scale.initial_power": 2, "loss_scale.minimum": 8.0}, "is above the first scale 2^2 = 4"),
         (

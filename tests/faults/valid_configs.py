@@ -108,7 +108,13 @@ _RELATED = {
     *(f"model.{key}" for key in ("family", "hidden_size", "num_heads", "ffn_size", "embedding_size", "num_layers")),
     *(f"model.{key}" for key in ("num_kv_heads", "norm_position", "tied_head")),
     *(f"model.rotary_{key}" for key in ("base", "scaling", "low_factor", "high_factor", "original_length")),
-    *("model.sequence_length", "sparsity.pattern", "sparsity.column_mask_interval", "sparsity.backward_weight"),
+    *(
+        "model.sequence_length",
+        "sparsity.layer_patterns",
+        "sparsity.pattern",
+        "sparsity.column_mask_interval",
+        "sparsity.backward_weight",
+    ),
     *(f"adapters.{key}" for key in ("rank", "learning_rate_policy", "peak_learning_rate", "warmup_steps")),
     *(f"training.{key}" for key in ("global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate")),
     *(f"parallel.{key}" for key in ("engine", "tensor", "pipeline", "data", "zero_stage", "sequence_parallel")),
@@ -134,7 +140,8 @@ def _related(draw: random.Random) -> dict[str, Any]:
     micro = draw.choice([1, 2, 5])
     pattern = draw.choice(["dense", "1:2", "2:4", "2:8", "4:8"])
     whole_weights = engine == "deepspeed" and stage < 3
-    resident = ["resident"] if pattern == "2:4" and whole_weights else []
+    others = draw.choice([None, [], ["*fc2=2:8", "[=1:2"]]) if pattern != "dense" else draw.choice([None, []])
+    resident = ["resident"] if pattern == "2:4" and not others and whole_weights else []
     rate = 10.0 ** -draw.randrange(1, 6)
     policy = draw.choice([None, "follow", "rewarm_adapters", "rewarm_all"])
     rewarm = policy not in (None, "follow")
@@ -163,6 +170,7 @@ def _related(draw: random.Random) -> dict[str, Any]:
         "model.num_layers": layers,
         "model.sequence_length": tensor * draw.randint(1, 300),
         "sparsity.pattern": pattern,
+        "sparsity.layer_patterns": others,
         "sparsity.column_mask_interval": maybe(1 if pattern == "dense" else draw.choice([1, 7, 2**31 - 1])),
         "sparsity.backward_weight": draw.choice([None, "auto", "derived", *resident]),
         "adapters.rank": draw.choice([None, 0, 1, draw.randint(1, hidden), hidden, 1e-9, draw.uniform(1e-9, 0.9)]),

@@ -41,7 +41,7 @@ def test_a_linear_is_sparse_unless_listed() -> None:
         "block.fc2": SparseWeight,
         "head.out": DenseWeight,
     }
-    assert make.sparse == ["block.fc10", "block.fc2"]
+    assert list(make.sparse) == ["block.fc10", "block.fc2"]
     assert make.dense == {"block.fc1": "listed", "head.out": "part of the head"}
 
 
