@@ -136,6 +136,10 @@ def _first_host(nodes: str) -> str:
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0]) if first else ""
 
 
+class MeetingError(Exception):
+    """There is no process group: one line that says where it was to be and why not."""
+
+
 def start(environment: Environment, threads: int) -> None:
     """Make the default process group and set this process's device and CPU threads.
 
@@ -146,6 +150,7 @@ def start(environment: Environment, threads: int) -> None:
     Raises:
         UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
             the port is in use.
+        MeetingError: if another rank never came, or went before all were there.
     """
     torch.set_num_threads(threads)
     gpu = torch.cuda.is_available()
@@ -177,9 +182,11 @@ def start(environment: Environment, threads: int) -> None:
             dist.init_process_group(
                 backend, rank=environment.rank, world_size=environment.world_size, timeout=INIT_TIMEOUT
             )
-        except dist.DistNetworkError as error:
+        except RuntimeError as error:
             if "EADDRINUSE" not in str(error):
-                raise
+                where_to = f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}"
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise MeetingError(f"the ranks did not meet at {where_to}: {reason}") from error
             raise UserError(
                 f"port {where['MASTER_PORT']}, where ranks are to meet, is in use on this machine (by another run?); "
                 "give the launcher another --master_port, or set MASTER_PORT under srun"

@@ -81,6 +81,10 @@ def pretrain(request: Request) -> int:
             return _refused(error, None if place.local_rank == 0 else place)
     except UserError as error:
         return _refused(error, place)
+    except environment.MeetingError as error:
+        assert place is not None
+        print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except (KeyboardInterrupt, StopNow) as error:
         environment.stop()
         return EXIT_STOPPED if isinstance(error, StopNow) else EXIT_INTERRUPTED

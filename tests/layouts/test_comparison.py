@@ -9,12 +9,14 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from slope_dist.config.sections import ModelConfig
 from slope_dist.parallel.layout import Layout
-from tests.layouts.cases import BOUNDS, Case, all_cases, matrix
+from tests.layouts.cases import BOUNDS, FAMILIES, Case, all_cases, matrix
 from tests.layouts.comparison import Run, compare, run_case
 from tests.runs import FIRST_ADAPTER_STEP, SECTIONS, STEPS
 
@@ -172,5 +174,10 @@ def test_the_matrix_holds_every_legal_combination() -> None:
     }
     more = {(2, 2, 2, "zero1", True), (1, 3, 1, "zero0", False), (1, 3, 1, "zero1", False)}
     assert found == expected | more
-    dense = {replace(case, pattern="2:4") for case in all_cases() if case.pattern == "dense"}
+    dense = {replace(case, pattern="2:4") for case in matrix("opt") if case.pattern == "dense"}
     assert dense == set(cases)
+    for family in FAMILIES:
+        assert {replace(case, family="opt") for case in matrix(family)} == set(matrix("opt"))
+    assert len(all_cases()) == len(FAMILIES) * len(matrix("opt")) and set(FAMILIES) == set(
+        get_args(ModelConfig.model_fields["family"].annotation)
+    )

@@ -8,13 +8,17 @@ Run: pytest tests/parallel/test_environment.py
 from __future__ import annotations
 
 import os
+import re
 import socket
+import time
+from pathlib import Path
 
 import pytest
 
 from slope_dist.errors import UserError
 from slope_dist.parallel.environment import Environment, discover, meeting_point, start, why_so_few
 from tests.distributed import end_ranks
+from tests.runs import pretrain, write_config
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
@@ -184,3 +188,27 @@ def test_a_port_in_use_is_told_in_a_line() -> None:
         f"port {port}, where ranks are to meet, is in use on this machine (by another run?); give the launcher another "
         "--master_port, or set MASTER_PORT under srun"
     ), outcome.errors
+
+
+def left_alone(config: str) -> None:
+    """Rank 0 opens the place to meet, and dies when rank 1 has come there."""
+    if os.environ["RANK"] == "1":
+        raise SystemExit(pretrain("--config", config))
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, is_master=True, wait_for_workers=False)
+    # Whatever rank 1 asks of the store, it writes its own name there first.
+    while store.num_keys() < 2:
+        time.sleep(0.01)
+    os._exit(9)
+
+
+def test_a_rank_that_goes_before_all_have_met_is_told_in_a_line(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tmp_path / "corpus", parallel__data=2)
+    _, outcome = end_ranks(left_alone, 2, str(config), process_group=False, timeout=60)
+    assert outcome.code == 1
+    # torch has its own word before.
+    said = outcome.errors.splitlines()[-1]
+    assert re.fullmatch(r"error: rank 1: the ranks did not meet at 127\.0\.0\.1:[0-9]+: .+", said)
+    assert "Traceback" not in outcome.errors
+    assert not (tmp_path / "run").exists()
