@@ -69,7 +69,8 @@ def small_corpus(base: Path) -> Path:
 def make_corpus(folder: str, seed: int = 3) -> None:
     """Prepare a corpus of words that nobody would write."""
     from slope_dist.data.prepare import prepare
-    from slope_dist.data.sources import Document, Source
+    from slope_dist.data.readers import Document
+    from slope_dist.data.sources import Source
 
     draw = random.Random(seed)
     words = ["".join(draw.choices("abcdefghijklmnop", k=draw.randrange(2, 9))) for _ in range(400)]

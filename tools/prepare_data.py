@@ -1,9 +1,11 @@
-"""Text and jsonl files to a corpus that launch/pretrain.py reads.
+"""Text to a corpus that launch/pretrain.py reads.
 
-    python tools/prepare_data.py texts/ more.jsonl --output data/mine --vocab-size 32000
+    python tools/prepare_data.py texts/ more.jsonl.zst rows.parquet --output data/mine --vocab-size 32000
+    python tools/prepare_data.py --dataset wikitext:wikitext-103-raw-v1 --output data/wikitext
     python tools/prepare_data.py --source python-stdlib --output data/python-stdlib
 
-A .txt file is one document; of a .jsonl file each line is one, its text under --field. The folder has the tokens in
+A .txt file is one document; of .jsonl and .parquet each row is one, its text under --field; .gz and .zst are read as
+they are. --dataset takes what Hugging Face `datasets` loads by name, or a folder it saved. The output has the tokens in
 Megatron-core's format (train and valid), the tokenizer and a manifest, and appears whole or not at all.
 """
 
@@ -16,7 +18,7 @@ from pathlib import Path
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.config.schema import DataConfig, RunConfig
 from slope_dist.data.prepare import prepare
-from slope_dist.data.sources import EMBEDDED, embedded_source, text_files
+from slope_dist.data.sources import EMBEDDED, Source, dataset, embedded_source, text_files
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -29,10 +31,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         UserError: an option is unknown, missing, malformed or contradicts another.
     """
     parser = Parser(__doc__)
-    parser.add_argument("input", nargs="*", help=".txt or .jsonl file, folder of them, or glob pattern")
+    parser.add_argument("input", nargs="*", help="file of text, folder of them, or glob pattern")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
     parser.add_argument("--source", choices=sorted(EMBEDDED), help="text that this machine has, instead of INPUT")
-    parser.add_argument("--field", default="text", help="field of a jsonl row that holds the text (%(default)s)")
+    parser.add_argument("--dataset", metavar="NAME[:CONFIG]", help="what `datasets` loads, instead of INPUT")
+    parser.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
+    parser.add_argument("--stream", action="store_true", help="read the dataset without storing it first")
+    parser.add_argument("--field", default="text", help="field or column that holds the text (%(default)s)")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out and count rows without text, instead of stopping"
+    )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
     tokenizer.add_argument(
@@ -52,14 +60,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="decides which documents are for validation (%(default)s)",
     )
     options = parser.parse_args(arguments)
-    if bool(options.input) == bool(options.source):
-        parser.error("give INPUT or --source, one of the two")
+    if sum(map(bool, (options.input, options.source, options.dataset))) != 1:
+        parser.error("give INPUT, --dataset or --source, one of the three")
+    if options.dataset is None and (options.stream or options.split != "train"):
+        parser.error("--split and --stream are for --dataset")
     return options
+
+
+def source_of(options: argparse.Namespace) -> Source:
+    """The documents that the options name."""
+    skip = options.skip_bad_rows
+    if options.source:
+        return embedded_source(options.source)
+    if options.dataset:
+        return dataset(options.dataset, options.split, options.field, stream=options.stream, skip_bad_rows=skip)
+    return text_files(options.input, options.field, skip_bad_rows=skip)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prepare the corpus and print what it holds."""
-    source = embedded_source(options.source) if options.source else text_files(options.input, options.field)
+    source = source_of(options)
     vocab_size = options.vocab_size
     if vocab_size is None and options.tokenizer is None:
         vocab_size = DEFAULT_VOCAB_SIZE
@@ -71,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
         seed=options.seed,
         tokenizer=options.tokenizer,
     )
+    if manifest["rows_rejected"]:
+        print(f"{manifest['rows_rejected']} rows left out")
     for split, entry in manifest["splits"].items():
         print(
             f"{split}: {entry['documents']} documents, {entry['tokens']} tokens, "

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slope_dist.data.sources import Document, Source, embedded_source
+from slope_dist.data.readers import Document
+from slope_dist.data.sources import Source, embedded_source
 from slope_dist.data.tokenizer import NEWLINE, Tokenizer, train_tokenizer
 from slope_dist.errors import UserError
 
@@ -108,6 +109,7 @@ def prepare(
                 used = given
             (partial / TOKENIZER).write_bytes(used.model)
             splits, empty = _write_splits(source, partial, used, valid_fraction, seed)
+            _tell_of_rejections(source)
             manifest = {
                 "format": FORMAT,
                 "vocab_size": used.vocab_size,
@@ -116,6 +118,7 @@ def prepare(
                 "tokenizer_sha256": used.sha256,
                 "source": source.description,
                 "documents_without_text": empty,
+                "rows_rejected": source.rejections.count,
                 "valid_fraction": valid_fraction,
                 "seed": seed,
                 "splits": splits,
@@ -337,6 +340,14 @@ def _write_splits(
                 "a .txt file is one document: give more documents, or change the fraction or the seed"
             )
     return {split: writer.close() for split, writer in writers.items()}, empty
+
+
+def _tell_of_rejections(source: Source) -> None:
+    rejections = source.rejections
+    for reason in rejections.reasons:
+        _say(f"left out: {reason}")
+    if rejections.count > len(rejections.reasons):
+        _say(f"left out: {rejections.count - len(rejections.reasons)} more rows")
 
 
 def _batches(source: Source) -> Iterator[list[tuple[Document, int]]]:

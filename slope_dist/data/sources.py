@@ -1,32 +1,51 @@
-"""Where documents come from: text files, jsonl files, or the source code of the running Python's standard library."""
+"""Where documents come from: files, what `datasets` loads, or the source code of the running Python's library."""
 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from slope_dist.data.readers import ENDINGS, Document, Item, of_text, read_file
 from slope_dist.errors import UserError
 
-ENDINGS = (".txt", ".jsonl")
+_ENDINGS_TEXT = ", ".join(ENDINGS)
 
 _NO_SOURCE_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 # Written when Python was built or installed: they hold paths of the machine, and differ between two builds.
 _GENERATED = ("_sysconfigdata", "sitecustomize")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Document:
-    """One document: its text, and a name that decides its split and so holds no path of the machine."""
+MOST_REASONS = 10
+"""Rejected rows that are told of one by one."""
 
-    name: str
-    text: str
+
+class Rejections:
+    """Rows of the last pass that hold no document.
+
+    Attributes:
+        count: how many.
+        reasons: of the first ones, a line each.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new pass."""
+        self.count = 0
+        self.reasons: list[str] = []
+
+    def add(self, reason: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if len(self.reasons) < MOST_REASONS:
+            self.reasons.append(reason)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +56,13 @@ class Source:
         description: what the source is, for the corpus's manifest; holds no path of the machine.
         num_bytes: bytes on disk, for progress and sampling.
         documents: starts a new pass; yields (document, bytes on disk read for it).
+        rejections: what of the pass was left out.
     """
 
     description: dict[str, Any]
     num_bytes: int
     documents: Callable[[], Iterator[tuple[Document, int]]]
+    rejections: Rejections = field(default_factory=Rejections)
 
 
 def python_stdlib() -> Source:
@@ -78,7 +99,7 @@ def python_stdlib() -> Source:
 
     def documents() -> Iterator[tuple[Document, int]]:
         for name, path, size in files:
-            yield Document(name=name, text=_read_text(path)), size
+            yield Document(name=name, text=path.read_bytes().decode()), size
 
     description = {
         "kind": "python-stdlib",
@@ -103,34 +124,121 @@ def embedded_source(name: str) -> Source:
     return EMBEDDED[name]()
 
 
-def text_files(inputs: Sequence[str], field: str = "text") -> Source:
-    """Documents of .txt files (one each) and .jsonl files (one a line, its text under `field`).
+def text_files(inputs: Sequence[str], text_field: str = "text", *, skip_bad_rows: bool = False) -> Source:
+    """Documents of files in the formats of readers.py.
 
-    An input is a file, a folder (searched for both endings, in order of name), or a glob pattern, in which ** goes
+    An input is a file, a folder (searched for known endings, in order of name), or a glob pattern, in which ** goes
     into folders. A file that several inputs name is read once.
 
+    Args:
+        inputs: at least one.
+        text_field: that holds the text in formats with fields.
+        skip_bad_rows: leave out and count rows that hold no text, which are otherwise refused.
+
     Raises:
-        UserError: an input is missing, matches nothing or has another ending; while reading: text that is not UTF-8
+        UserError: an input is missing, matches nothing or has another ending; while reading: a file that is damaged,
             or a bad row, by file and line.
     """
     by_path: dict[Path, tuple[str, Path]] = {}
     for given in inputs:
         for name, path in _find(given):
             by_path.setdefault(path.resolve(), (name, path))
-    files = list(by_path.values())
-    if not files:
-        raise UserError("no input: name .txt or .jsonl files, folders of them, or patterns")
-    sizes = [path.stat().st_size for _, path in files]
+    found = list(by_path.values())
+    if not found:
+        raise UserError(f"no input: name files ({_ENDINGS_TEXT}), folders of them, or patterns")
+
+    def items() -> Iterator[Item]:
+        for name, path in found:
+            yield from read_file(name, path, text_field)
+
+    return _checked(
+        items,
+        {"kind": "files", "files": [name for name, _ in found], "field": text_field},
+        sum(path.stat().st_size for _, path in found),
+        skip_bad_rows,
+    )
+
+
+def dataset(
+    name: str, split: str, text_field: str = "text", *, stream: bool = False, skip_bad_rows: bool = False
+) -> Source:
+    """Documents of what Hugging Face `datasets` loads: a name on its hub ("name" or "name:config"), or a folder.
+
+    Args:
+        name: of the dataset; a folder that its `save_to_disk` made, or one of files that it knows.
+        split: which of its splits.
+        text_field: column that holds the text.
+        stream: read it as it comes, without storing it first.
+        skip_bad_rows: leave out and count rows that hold no text, which are otherwise refused.
+
+    Raises:
+        UserError: it cannot be loaded, or has no such split or column; while reading: a bad row, by its number.
+    """
+    loaded = _load_dataset(name, split, stream)
+    columns = loaded.column_names
+    if columns is not None and text_field not in columns:
+        raise UserError(
+            f'dataset {name} has no column "{text_field}"; it has {", ".join(columns[:8])}: name one with --field'
+        )
+    info = loaded.info
+    rows = None if stream else len(loaded)
+    size = info.dataset_size or (None if stream else loaded.data.nbytes) or 0
+
+    def items() -> Iterator[Item]:
+        each = size / rows if rows else 0.0
+        for number, row in enumerate(loaded, start=1):
+            where = f"dataset {name}, {split}: row {number}"
+            share = round(each * number) - round(each * (number - 1))
+            # Of a stream no size is known: what its text takes has to do.
+            text = row.get(text_field)
+            read = share if rows else len(text) if isinstance(text, str) else 0
+            yield of_text(text, text_field, f"{split}:{number}", where), read
+
+    # A folder's path is the machine's.
+    known = Path(name).name if Path(name).is_dir() else name
+    description = {"kind": "dataset", "name": known, "split": split, "field": text_field}
+    return _checked(items, description, size, skip_bad_rows)
+
+
+def _load_dataset(name: str, split: str, stream: bool) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    path, _, config = name.partition(":")
+    try:
+        if Path(name).is_dir() and any((Path(name) / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+            if isinstance(loaded, datasets.DatasetDict):
+                if split not in loaded:
+                    raise UserError(f'dataset {name} has no split "{split}"; it has {", ".join(loaded)}')
+                loaded = loaded[split]
+            return loaded.to_iterable_dataset() if stream else loaded
+        return datasets.load_dataset(path, config or None, split=split, streaming=stream)
+    except UserError:
+        raise
+    except Exception as error:
+        # Whatever can go wrong with files, networks and builders.
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"cannot load dataset {name}, split {split}: {reason}") from error
+
+
+def _checked(
+    items: Callable[[], Iterator[Item]], description: dict[str, Any], num_bytes: int, skip_bad_rows: bool
+) -> Source:
+    """The source of these items: its bad rows refused, or left out and counted."""
+    rejections = Rejections()
 
     def documents() -> Iterator[tuple[Document, int]]:
-        for (name, path), size in zip(files, sizes, strict=True):
-            if path.suffix == ".jsonl":
-                yield from _read_rows(name, path, field)
+        rejections.clear()
+        for item, read in items():
+            if isinstance(item, Document):
+                yield item, read
+            elif skip_bad_rows:
+                rejections.add(item.reason)
             else:
-                yield Document(name=name, text=_read_text(path)), size
+                raise UserError(item.reason)
 
-    description = {"kind": "files", "files": [name for name, _ in files], "field": field}
-    return Source(description=description, num_bytes=sum(sizes), documents=documents)
+    return Source(description=description, num_bytes=num_bytes, documents=documents, rejections=rejections)
 
 
 def _find(given: str) -> Iterator[tuple[str, Path]]:
@@ -139,10 +247,10 @@ def _find(given: str) -> Iterator[tuple[str, Path]]:
         found = sorted(
             (inside.relative_to(path).as_posix(), inside)
             for inside in path.rglob("*")
-            if inside.suffix in ENDINGS and inside.is_file()
+            if inside.name.endswith(ENDINGS) and inside.is_file()
         )
         if not found:
-            raise UserError(f"folder {given} holds no {' or '.join(ENDINGS)} file; name a folder that does")
+            raise UserError(f"folder {given} holds no file of {_ENDINGS_TEXT}; name a folder that does")
         yield from found
         return
     if path.is_file():
@@ -155,48 +263,5 @@ def _find(given: str) -> Iterator[tuple[str, Path]]:
         raise UserError(f"input {given} does not exist or is no file or folder; check the path")
     for match in matches:
         if not match.endswith(ENDINGS):
-            raise UserError(f"input {match} is not {' or '.join(ENDINGS)}; rename or convert it")
+            raise UserError(f"input {match} is none of {_ENDINGS_TEXT}; rename or convert it")
         yield Path(match).name, Path(match)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return _read_bytes(path).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: bad byte at offset {error.start}; convert it") from error
-
-
-def _read_rows(name: str, path: Path, field: str) -> Iterator[tuple[Document, int]]:
-    try:
-        with path.open("rb") as stream:
-            for number, row in enumerate(stream, start=1):
-                if row.strip():
-                    text = _row_text(row, field, f"{path}:{number}")
-                    yield Document(name=f"{name}:{number}", text=text), len(row)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _row_text(row: bytes, field: str, where: str) -> str:
-    try:
-        value = json.loads(row.decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not a JSON object in UTF-8 ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f'{where}: not a JSON object; a row looks like {{"{field}": "..."}}')
-    text = value.get(field)
-    if not isinstance(text, str):
-        problem = "is not a string" if field in value else "is missing"
-        raise UserError(f'{where}: field "{field}" {problem}; fix the row or name the field with --field')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half a surrogate pair at character {error.start}; fix the row") from error
-    return text

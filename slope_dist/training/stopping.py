@@ -117,11 +117,12 @@ class Stopper:
         # Forked children (data workers, compilers) inherit the handler, and must neither save nor stop the run.
         if os.getpid() != self._owner:
             return
-        name = signal.Signals(number).name
+        name, first = signal.Signals(number).name, not self._code
         if number == signal.SIGINT and (self._code or not self._deferred):
             raise KeyboardInterrupt
         self._note(name)
-        if not self._deferred:
+        # A second one, such as the launcher's after another rank has left, would hit whoever handles the first.
+        if first and not self._deferred:
             raise StopNow(name)
 
 

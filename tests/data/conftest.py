@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from slope_dist.data.prepare import prepare
-from slope_dist.data.sources import Document, Source
+from slope_dist.data.readers import Document
+from slope_dist.data.sources import Source
 from slope_dist.data.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB_SIZE = 400

@@ -91,7 +91,8 @@ def test_ids_are_stored_in_the_smallest_dtype(vocab_size, dtype):
 INTERRUPTED = """
 import sys
 from slope_dist.data.prepare import prepare
-from slope_dist.data.sources import Document, Source
+from slope_dist.data.readers import Document
+from slope_dist.data.sources import Source
 
 def documents():
     for number in range(2):

@@ -60,8 +60,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 BAD_ARGUMENTS = {
     "no output": (["a.txt"], "--output"),
-    "no input": (["--output", "corpus"], "give INPUT or --source"),
-    "both": (["a.txt", "--source", "python-stdlib", "--output", "corpus"], "give INPUT or --source"),
+    "no input": (["--output", "corpus"], "give INPUT, --dataset or --source"),
+    "both": (["a.txt", "--source", "python-stdlib", "--output", "corpus"], "give INPUT, --dataset or --source"),
     "unknown source": (["--source", "wikipedia", "--output", "corpus"], "wikipedia"),
     "unknown option": (["a.txt", "--output", "corpus", "--out"], "--out"),
     "not a number": (["a.txt", "--output", "corpus", "--vocab-size", "many"], "many"),

@@ -50,7 +50,7 @@ def test_a_folder_gives_its_files_in_order(texts_folder):
 
 def test_files_globs_and_fields(texts_folder):
     name = str(texts_folder / "b.txt")
-    assert read(text_files([name, str(texts_folder / "a.jsonl")], field="body")) == [
+    assert read(text_files([name, str(texts_folder / "a.jsonl")], "body")) == [
         DOCUMENTS[2],
         ("a.jsonl:1", "eins"),
         ("a.jsonl:3", "zwei"),
@@ -70,8 +70,8 @@ def test_a_file_named_twice_is_read_once(texts_folder):
     [
         ("absent.txt", "absent.txt does not exist"),
         ("*.text", "matches no file"),
-        ("notes.md", "is not .txt or .jsonl"),
-        ("empty", "holds no .txt or .jsonl file"),
+        ("notes.md", "is none of .txt, .txt.gz"),
+        ("empty", "holds no file of .txt, .txt.gz"),
     ],
 )
 def test_inputs_that_give_nothing_are_named(texts_folder, given, message):

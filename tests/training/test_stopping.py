@@ -110,6 +110,29 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return make
 
 
+def stopped_while_stopping() -> list[str]:
+    """What is raised where a request comes before the first step, and another one where the first is handled."""
+    stopper = Stopper(ALONE)
+    stopper.listen()
+    raised = []
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(1)
+    except StopNow as first:
+        raised.append(str(first))
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.1)
+        except StopNow as second:
+            raised.append(str(second))
+    return raised
+
+
+def test_a_second_request_does_not_hit_what_handles_the_first() -> None:
+    [outcome] = end_ranks(stopped_while_stopping, 1, process_group=False)
+    assert outcome.result == ["SIGUSR1"], outcome.errors
+
+
 @pytest.mark.parametrize(
     ("place", "how", "ranks", "of", "done", "reason"),
     [

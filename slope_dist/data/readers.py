@@ -1,0 +1,151 @@
+"""Files of text, one format each: what documents are in them, and which rows are none.
+
+.txt                one document, UTF-8
+.jsonl              one document a line, its text in a field
+.parquet            one document a row, its text in a column
+.txt and .jsonl with .gz or .zst behind are read as they are
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from slope_dist.errors import UserError
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ENDINGS = (*(plain + packed for plain in (".txt", ".jsonl") for packed in ("", *COMPRESSIONS)), ".parquet")
+
+_ROWS_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """One document: its text, and a name that decides its split and so holds no path of the machine."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that holds no document: where and why, in a line."""
+
+    reason: str
+
+
+Item = tuple[Document | Rejected, int]
+"""A row, and the bytes on disk that were read for it."""
+
+
+def read_file(name: str, path: Path, field: str) -> Iterator[Item]:
+    """The rows of a file, in order.
+
+    Args:
+        name: what documents are called after.
+        path: where it is; its ending is one of `ENDINGS`.
+        field: that holds the text, where rows have fields.
+
+    Raises:
+        UserError: if the file cannot be read, is cut short, or is of another format than its ending says.
+    """
+    read = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}[_plain_ending(path)]
+    try:
+        yield from read(name, path, field)
+    except OSError as error:
+        # pyarrow says what is wrong with compressed bytes without a number.
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _plain_ending(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+    """The file's content, decompressed, and how many of its bytes on disk have been read."""
+    with path.open("rb") as raw:
+        if path.suffix not in COMPRESSIONS:
+            yield raw, raw.tell
+            return
+        import pyarrow
+
+        if not os.fstat(raw.fileno()).st_size:
+            # Which pyarrow takes for the compressed form of nothing.
+            raise UserError(f"{path} is empty, and so no {COMPRESSIONS[path.suffix]} file")
+        with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), COMPRESSIONS[path.suffix]) as stream:
+            yield io.BufferedReader(stream), raw.tell
+
+
+def _read_text(name: str, path: Path, _: str) -> Iterator[Item]:
+    with _opened(path) as (stream, position):
+        data = stream.read()
+        read = position()
+    try:
+        yield Document(name=name, text=data.decode()), read
+    except UnicodeDecodeError as error:
+        yield Rejected(f"{path} is not UTF-8 text: bad byte at offset {error.start}; convert it"), read
+
+
+def _read_lines(name: str, path: Path, field: str) -> Iterator[Item]:
+    with _opened(path) as (stream, position):
+        # A line at a time; a compressed stream reads ahead, so its first lines stand for more bytes than the others.
+        before = 0
+        for number, row in enumerate(stream, start=1):
+            now = position()
+            if row.strip():
+                yield _of_json(row, field, f"{name}:{number}", f"{path}:{number}"), now - before
+                before = now
+
+
+def _of_json(row: bytes, field: str, name: str, where: str) -> Document | Rejected:
+    try:
+        value = json.loads(row.decode())
+    except (ValueError, RecursionError) as error:
+        return Rejected(f"{where}: not a JSON object in UTF-8 ({error})")
+    if not isinstance(value, dict):
+        return Rejected(f'{where}: not a JSON object; a row looks like {{"{field}": "..."}}')
+    if field not in value:
+        return Rejected(f'{where}: field "{field}" is missing; fix the row or name the field with --field')
+    return of_text(value[field], field, name, where)
+
+
+def of_text(text: Any, field: str, name: str, where: str) -> Document | Rejected:
+    """A document, if what a row has for its text is text."""
+    if not isinstance(text, str):
+        return Rejected(f'{where}: field "{field}" is not a string; fix the row or name the field with --field')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return Rejected(f"{where}: half a surrogate pair at character {error.start}; fix the row")
+    return Document(name=name, text=text)
+
+
+def _read_parquet(name: str, path: Path, field: str) -> Iterator[Item]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if field not in columns:
+                raise UserError(
+                    f'{path} has no column "{field}"; it has {", ".join(columns[:8])}: name one with --field'
+                )
+            each, number = path.stat().st_size / max(1, file.metadata.num_rows), 0
+            for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    share = round(each * number) - round(each * (number - 1))
+                    yield of_text(text, field, f"{name}:{number}", f"{path}: row {number}"), share
+    except pyarrow.ArrowException as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is not a parquet file, or a damaged one: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: rows {number + 1} to {number + _ROWS_AT_ONCE} hold text that is not UTF-8") from error
