@@ -27,6 +27,7 @@ from pathlib import Path
 
 import checkpoint_rivals
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -124,6 +125,11 @@ def _check_checkpoint(options: argparse.Namespace) -> None:
     for name in ("layers", "rounds"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} is less than 1")
+    size = checkpoint_rivals.Size(hidden_size=options.hidden, num_layers=options.layers)
+    try:
+        size.config("2:4", 1)
+    except ValidationError as error:
+        raise UserError(f"--hidden {options.hidden} --layers {options.layers}: {error.errors()[0]['msg']}") from error
     folder = options.folder
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"--folder {folder} is not a folder that can be written to")
@@ -310,6 +316,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except RuntimeError as error:
+        # A rank has failed, on a full disk for one; the text ends in its own words.
+        print(f"not measured: {error}", file=sys.stderr)
+        return EXIT_WRONG_RESULT
     except layer.WrongResultError as error:
         print(f"wrong result, nothing was timed: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT

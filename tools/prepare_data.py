@@ -64,6 +64,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("give INPUT, --dataset or --source, one of the three")
     if options.dataset is None and (options.stream or options.split != "train"):
         parser.error("--split and --stream are for --dataset")
+    if options.source and (options.skip_bad_rows or options.field != "text"):
+        parser.error("--field and --skip-bad-rows are for INPUT and --dataset")
     return options
 
 

@@ -15,6 +15,9 @@ from slope_dist.checkpoint.format import Manifest, StoredTensor
 from slope_dist.errors import UserError
 from slope_dist.sparse import Pattern, codec, pattern_of
 
+_MOST_PATTERNS = 1 + 200
+"""As many as a config may have: each is matched with each layer's name."""
+
 OPTIMIZER_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 _PARTS = ("weight.values", "weight.indices", "weight.column_mask", "adapter.down", "adapter.up", "weight", "bias")
@@ -80,8 +83,8 @@ def _stored_layer(name: str, tensors: Mapping[str, StoredTensor], sparsity: dict
         configured, exceptions = sparsity.get("pattern"), sparsity.get("layer_patterns", [])
         try:
             texts = [configured, *(exceptions if isinstance(exceptions, list) else [None])]
-            if not all(isinstance(text, str) for text in texts):
-                raise UserError("no text")
+            if len(texts) > _MOST_PATTERNS or not all(isinstance(text, str) and len(text) <= 1000 for text in texts):
+                raise UserError("no list of a config's")
             pattern = pattern_of(name, texts[0], texts[1:])
         except UserError:
             problem = f"{indices}: expected a pattern as sparsity.pattern of the config, found {configured!r:.40}"

@@ -174,6 +174,11 @@ def without_effect(config: Config) -> list[str]:
         )
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         lines.append("parallel.sequence_parallel changes nothing: parallel.tensor is 1")
+    model = config.model
+    if model.family in ("llama", "mistral") and model.rotary_scaling is None:
+        for name in ("rotary_low_factor", "rotary_high_factor", "rotary_original_length"):
+            if getattr(model, name) != type(model).model_fields[name].default:
+                lines.append(f"model.{name} {getattr(model, name)} changes nothing: model.rotary_scaling is null")
     threshold = config.parallel.zero3_persistence_threshold
     if (fsdp or config.parallel.zero_stage != 3) and threshold != ParallelConfig().zero3_persistence_threshold:
         here = 'parallel.engine is "fsdp"' if fsdp else f"parallel.zero_stage is {config.parallel.zero_stage}"

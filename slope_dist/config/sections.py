@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 # Cuts, metadata bytes and initialisation blocks all lie on multiples of 8 in both dimensions (rule R3).
 DIMENSION_MULTIPLE = 8
 ADAPTER_RANK_MULTIPLE = 16
+MOST_LAYER_PATTERNS = 200
 
 Pattern = Literal["dense", "1:2", "2:4", "2:8", "4:8"]
 _SPARSE = get_args(Pattern)[1:]
@@ -46,7 +47,7 @@ Ranks = Annotated[int, Field(ge=1, le=2**20)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=1e30)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30)]
-LayerPattern = Annotated[str, Field(max_length=4096), AfterValidator(_layer_pattern)]
+LayerPattern = Annotated[str, Field(max_length=1000), AfterValidator(_layer_pattern)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_usable_path)]
 
 
@@ -257,6 +258,7 @@ class SparsityConfig(Section):
     layer_patterns: tuple[LayerPattern, ...] = Field(
         default=(),
         strict=False,
+        max_length=MOST_LAYER_PATTERNS,
         description='Other patterns for single layers: "GLOB=N:M" over global layer names, of which the first that '
         'matches counts, such as "decoder.layers.[6-9].*=2:8". Those that are not 2:4 run on the reference.',
     )

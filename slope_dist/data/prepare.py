@@ -109,7 +109,6 @@ def prepare(
                 used = given
             (partial / TOKENIZER).write_bytes(used.model)
             splits, empty = _write_splits(source, partial, used, valid_fraction, seed)
-            _tell_of_rejections(source)
             manifest = {
                 "format": FORMAT,
                 "vocab_size": used.vocab_size,
@@ -126,6 +125,9 @@ def prepare(
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"cannot write corpus {folder}: {_reason(error)}") from error
+    finally:
+        # Above all where nothing is left: they say why.
+        _tell_of_rejections(source)
     return manifest
 
 
@@ -256,12 +258,18 @@ def _train_on(source: Source, vocab_size: int, valid_fraction: float, seed: int)
     """A tokenizer trained on the training split, or on a sample of it that the seed and the names decide."""
     share = min(1.0, _TOKENIZER_BYTES / max(1, source.num_bytes))
     lines: list[str] = []
+    taken = 0
     with _progress("reading text for the tokenizer", source.num_bytes) as advance:
         for document, num_bytes in source.documents():
+            # Of a source of unknown size it is the beginning.
+            if source.num_bytes == 0 and taken >= _TOKENIZER_BYTES:
+                break
             if not is_valid_document(document.name, seed, valid_fraction):
                 for start in range(0, len(document.text), _TOKENIZER_CHUNK):
                     if _unit_hash("tokenizer", seed, document.name, start) < share:
-                        lines.extend(document.text[start : start + _TOKENIZER_CHUNK].split(NEWLINE))
+                        chunk = document.text[start : start + _TOKENIZER_CHUNK]
+                        taken += len(chunk)
+                        lines.extend(chunk.split(NEWLINE))
             advance(num_bytes)
     _say(f"training a tokenizer of {vocab_size} pieces on {sum(map(len, lines)) / 1e6:.1f} M characters")
     model = train_tokenizer((line for line in lines if line), vocab_size, where="the training split")
@@ -379,7 +387,8 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
     def line() -> str:
         speed = done / 1e6 / max(time.monotonic() - start, 1e-9)
-        return f"{title}: {100 * done / max(1, total):.0f} %, {done / 1e6:.1f} MB, {speed:.1f} MB/s"
+        share = f"{100 * done / total:.0f} %, " if total else ""
+        return f"{title}: {share}{done / 1e6:.1f} MB, {speed:.1f} MB/s"
 
     def advance(num_bytes: int) -> None:
         nonlocal done, said
@@ -399,5 +408,5 @@ def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=total or None)
         yield lambda num_bytes: bar.advance(task, num_bytes)

@@ -23,6 +23,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ENDINGS = (*(plain + packed for plain in (".txt", ".jsonl") for packed in ("", *COMPRESSIONS)), ".parquet")
 
 _ROWS_AT_ONCE = 1024
+_TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,16 +56,13 @@ def read_file(name: str, path: Path, field: str) -> Iterator[Item]:
     Raises:
         UserError: if the file cannot be read, is cut short, or is of another format than its ending says.
     """
-    read = {".txt": _read_text, ".jsonl": _read_lines, ".parquet": _read_parquet}[_plain_ending(path)]
+    plain = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+    read = _read_parquet if plain.endswith(".parquet") else _read_lines if plain.endswith(".jsonl") else _read_text
     try:
         yield from read(name, path, field)
     except OSError as error:
         # pyarrow says what is wrong with compressed bytes without a number.
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _plain_ending(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 @contextmanager
@@ -138,14 +136,25 @@ def _read_parquet(name: str, path: Path, field: str) -> Iterator[Item]:
                 raise UserError(
                     f'{path} has no column "{field}"; it has {", ".join(columns[:8])}: name one with --field'
                 )
+            kind = file.schema_arrow.field(field).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if str(kind) not in _TEXT_TYPES:
+                raise UserError(f'{path}: column "{field}" holds {kind}, not text; name another with --field')
             each, number = path.stat().st_size / max(1, file.metadata.num_rows), 0
             for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[field]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     number += 1
                     share = round(each * number) - round(each * (number - 1))
-                    yield of_text(text, field, f"{name}:{number}", f"{path}: row {number}"), share
+                    where = f"{path}: row {number}"
+                    try:
+                        text = value.as_py()
+                    except UnicodeDecodeError as error:
+                        yield (
+                            Rejected(f'{where}: field "{field}" is not UTF-8 (byte {error.start}); fix the row'),
+                            share,
+                        )
+                        continue
+                    yield of_text(text, field, f"{name}:{number}", where), share
     except pyarrow.ArrowException as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is not a parquet file, or a damaged one: {reason}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: rows {number + 1} to {number + _ROWS_AT_ONCE} hold text that is not UTF-8") from error

@@ -8,6 +8,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class Source:
 
     Attributes:
         description: what the source is, for the corpus's manifest; holds no path of the machine.
-        num_bytes: bytes on disk, for progress and sampling.
+        num_bytes: bytes on disk, or of text, for progress and sampling; 0 where they are not known.
         documents: starts a new pass; yields (document, bytes on disk read for it).
         rejections: what of the pass was left out.
     """
@@ -180,19 +181,24 @@ def dataset(
         raise UserError(
             f'dataset {name} has no column "{text_field}"; it has {", ".join(columns[:8])}: name one with --field'
         )
-    info = loaded.info
-    rows = None if stream else len(loaded)
-    size = info.dataset_size or (None if stream else loaded.data.nbytes) or 0
+    if columns is not None:
+        # Pictures and sounds beside the text would be decoded with it.
+        loaded = loaded.select_columns([text_field])
+    size = 0 if stream else int(loaded.data.nbytes * len(loaded) / max(1, loaded.data.num_rows))
 
     def items() -> Iterator[Item]:
-        each = size / rows if rows else 0.0
-        for number, row in enumerate(loaded, start=1):
+        rows = iter(loaded)
+        for number in count(1):
             where = f"dataset {name}, {split}: row {number}"
-            share = round(each * number) - round(each * (number - 1))
-            # Of a stream no size is known: what its text takes has to do.
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                # Whatever can go wrong with files and networks, and formats that are read as they come.
+                raise UserError(f"cannot read {where}: {_first_line(error)}") from error
+            if row is None:
+                return
             text = row.get(text_field)
-            read = share if rows else len(text) if isinstance(text, str) else 0
-            yield of_text(text, text_field, f"{split}:{number}", where), read
+            yield of_text(text, text_field, f"{split}:{number}", where), len(text) if isinstance(text, str) else 0
 
     # A folder's path is the machine's.
     known = Path(name).name if Path(name).is_dir() else name
@@ -204,7 +210,7 @@ def _load_dataset(name: str, split: str, stream: bool) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path, _, config = name.partition(":")
+    path, _, config = (name, "", "") if Path(name).is_dir() else name.partition(":")
     try:
         if Path(name).is_dir() and any((Path(name) / mark).exists() for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
@@ -212,14 +218,20 @@ def _load_dataset(name: str, split: str, stream: bool) -> Any:
                 if split not in loaded:
                     raise UserError(f'dataset {name} has no split "{split}"; it has {", ".join(loaded)}')
                 loaded = loaded[split]
+            elif split != str(loaded.split or "train"):
+                raise UserError(f'dataset {name} has no split "{split}"; it has {loaded.split or "train"}')
             return loaded.to_iterable_dataset() if stream else loaded
         return datasets.load_dataset(path, config or None, split=split, streaming=stream)
     except UserError:
         raise
     except Exception as error:
         # Whatever can go wrong with files, networks and builders.
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = _first_line(error.__cause__ or error)
         raise UserError(f"cannot load dataset {name}, split {split}: {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _checked(

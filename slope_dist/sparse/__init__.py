@@ -5,7 +5,7 @@ G = I / m groups a row.
 """
 
 from slope_dist.sparse.compressed import CompressedMatrix
-from slope_dist.sparse.pattern import Pattern, pattern_of
+from slope_dist.sparse.pattern import Pattern, exception_of, pattern_of
 from slope_dist.sparse.weight import DenseWeight, SparseWeight, Weight
 
-__all__ = ["CompressedMatrix", "DenseWeight", "Pattern", "SparseWeight", "Weight", "pattern_of"]
+__all__ = ["CompressedMatrix", "DenseWeight", "Pattern", "SparseWeight", "Weight", "exception_of", "pattern_of"]

@@ -75,8 +75,10 @@ def pattern_of(name: str, default: str, exceptions: Sequence[str]) -> Pattern:
     Raises:
         UserError: if it is none.
     """
-    for entry in exceptions:
-        glob, _, pattern = entry.rpartition("=")
-        if fnmatchcase(name, glob):
-            return Pattern.parse(pattern)
-    return Pattern.parse(default)
+    entry = exception_of(name, exceptions)
+    return Pattern.parse(default if entry is None else entry.rpartition("=")[2])
+
+
+def exception_of(name: str, exceptions: Sequence[str]) -> str | None:
+    """The first of "GLOB=N:M" whose glob matches `name`, if any."""
+    return next((entry for entry in exceptions if fnmatchcase(name, entry.rpartition("=")[0])), None)

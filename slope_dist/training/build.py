@@ -21,7 +21,7 @@ from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.parallel.regions import TensorPlace
 from slope_dist.planning import ModelState, ParameterCount, ShareSize, Storage, count_parameters, measure
-from slope_dist.sparse import Pattern
+from slope_dist.sparse import Pattern, exception_of
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -290,11 +290,12 @@ def count_state(config: Config, derived: Derived, *, adapters: bool) -> StateCou
             raise UserError(
                 f'sparsity.dense_layers: "{glob}" matches no linear of this model; their names look like {names[-1]}'
             )
+    used = {exception_of(name, config.sparsity.layer_patterns) for name in factory.sparse}
     for entry in config.sparsity.layer_patterns:
-        glob = entry.rpartition("=")[0]
-        if not any(fnmatchcase(name, glob) for name in factory.sparse):
+        if entry not in used:
             raise UserError(
-                f'sparsity.layer_patterns: "{glob}" matches no sparse linear of this model; names look like {names[-1]}'
+                f'sparsity.layer_patterns: "{entry}" is the first match of no sparse linear of this model; their names '
+                f"look like {names[-1]}"
             )
     if factory.pattern is not None and not factory.sparse:
         raise UserError('sparsity.dense_layers leaves no linear sparse; take some out, or set sparsity.pattern "dense"')

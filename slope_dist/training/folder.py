@@ -14,6 +14,7 @@ from slope_dist.checkpoint import Checkpoint, find_newest_on_all_ranks
 from slope_dist.checkpoint.format import step_of
 from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
+from slope_dist.config.sections import ModelConfig, SparsityConfig
 from slope_dist.data.corpus import Corpus
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
@@ -45,6 +46,16 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
         "data": corpus.fingerprint,
         "tokenizer": corpus.tokenizer_sha256,
     }
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored identity with the keys that its writer did not know yet: it had what is the default today."""
+    completed = dict(stored)
+    if isinstance(stored.get("model"), Mapping):
+        completed["model"] = ModelConfig.model_construct().model_dump(mode="json", warnings=False) | stored["model"]
+    if isinstance(stored.get("sparsity"), Mapping):
+        completed["sparsity"] = {"layer_patterns": list(SparsityConfig().layer_patterns)} | stored["sparsity"]
+    return completed
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> list[str]:
@@ -184,7 +195,7 @@ class RunFolder:
                 f"{damaged[0]}; restore one, or choose another run.folder"
             )
         if newest is not None:
-            differing = differences(newest.identity, own)
+            differing = differences(with_defaults(newest.identity), own)
             if differing:
                 raise UserError(
                     f"{newest.path} is of another run: {'; '.join(differing[:4])}; choose another run.folder"

@@ -6,11 +6,13 @@ python -m pytest tests/data/test_prepare_data.py
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from slope_dist.data.corpus import Corpus
@@ -56,6 +58,36 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert result.stderr.startswith(f"error: {tmp_path}/rows.jsonl:2: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "corpus").exists()
+
+
+def test_bad_rows_are_left_out_and_told(tmp_path, make_texts):
+    rows = [json.dumps({"text": text}) for text in make_texts(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{", *rows]))
+    options = ("--output", tmp_path / "corpus", "--vocab-size", 300, "--valid-fraction", 0.3)
+    result = run(tmp_path / "rows.jsonl", *options, "--skip-bad-rows")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("1 rows left out\n")
+    assert f"left out: {tmp_path}/rows.jsonl:21: not a JSON object" in result.stderr
+    assert json.loads((tmp_path / "corpus/manifest.json").read_text())["rows_rejected"] == 1
+
+
+def test_why_nothing_is_left_is_told(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n' * 30)
+    result = run(tmp_path / "rows.jsonl", "--output", tmp_path / "corpus", "--skip-bad-rows")
+    assert result.returncode == 2 and not (tmp_path / "corpus").exists()
+    assert 'rows.jsonl:1: field "text" is missing' in result.stderr and "left out: 20 more rows" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dataset_becomes_a_corpus(tmp_path, make_texts, stream):
+    datasets.Dataset.from_dict({"body": make_texts(20)}).save_to_disk(str(tmp_path / "saved"))
+    options = ("--field", "body", "--output", tmp_path / "corpus", "--vocab-size", 300, "--valid-fraction", 0.3)
+    result = run("--dataset", tmp_path / "saved", *options, *(["--stream"] if stream else []))
+    assert result.returncode == 0, result.stderr
+    documents = sum(Corpus.open(tmp_path / "corpus", s, 300).num_documents for s in ("train", "valid"))
+    assert documents == 20
+    assert ("%," in result.stderr) != stream
 
 
 BAD_ARGUMENTS = {

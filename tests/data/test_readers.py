@@ -142,3 +142,58 @@ def test_a_dataset_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(UserError, match=r"cannot load dataset .*nothing, split train: ") as caught:
         dataset(str(tmp_path / "nothing"), "train")
     assert "\n" not in str(caught.value)
+
+
+def test_hidden_names_are_read_by_their_ending_too(tmp_path: Path) -> None:
+    (tmp_path / ".txt").write_text("dot")
+    (tmp_path / ".jsonl.gz").write_bytes(gzip.compress(ROWS))
+    assert sorted(texts(text_files([str(tmp_path)]))) == sorted(["dot", *TEXTS])
+
+
+def test_a_parquet_string_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    bad = pyarrow.array([b"good", b"\xff\xfe", b"last"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": bad}), path)
+    assert texts(text_files([str(path)], skip_bad_rows=True)) == ["good", "last"]
+    with pytest.raises(UserError, match=r'row 2: field "text" is not UTF-8 \(byte 0\)'):
+        texts(text_files([str(path)]))
+
+
+def test_a_parquet_column_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", TEXTS)
+    with pytest.raises(UserError, match='column "id" holds int64, not text'):
+        texts(text_files([str(path)], "id"))
+
+
+def test_a_stream_that_breaks_is_told_by_its_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "good"}\n' * 3 + "{")
+    with pytest.raises(UserError, match=r"cannot read dataset .*rows, train: row [0-9]+: ") as caught:
+        texts(dataset(str(_moved(tmp_path)), "train", stream=True))
+    assert "\n" not in str(caught.value)
+
+
+def _moved(folder: Path) -> Path:
+    """The folder's file in a folder called rows."""
+    (folder / "rows").mkdir()
+    (folder / "rows.jsonl").rename(folder / "rows" / "train.jsonl")
+    return folder / "rows"
+
+
+def test_other_columns_are_not_decoded(tmp_path: Path) -> None:
+    made = datasets.Dataset.from_dict({"text": ["a"], "picture": [{"bytes": b"none", "path": None}]})
+    made = made.cast_column("picture", datasets.Image())
+    made.save_to_disk(str(tmp_path / "pictures"))
+    for stream in (False, True):
+        assert texts(dataset(str(tmp_path / "pictures"), "train", stream=stream)) == ["a"]
+
+
+def test_the_size_is_that_of_the_split(tmp_path: Path) -> None:
+    made = datasets.Dataset.from_dict({"text": ["abcd"] * 100})
+    both = datasets.DatasetDict({"train": made, "test": made.select(range(10))})
+    both.save_to_disk(str(tmp_path / "both"))
+    train, test = (dataset(str(tmp_path / "both"), split).num_bytes for split in ("train", "test"))
+    assert 400 <= train < 2000 and test < train / 5
+    assert dataset(str(tmp_path / "both"), "train", stream=True).num_bytes == 0
+    with pytest.raises(UserError, match='has no split "test"; it has train'):
+        made.save_to_disk(str(tmp_path / "single"))
+        dataset(str(tmp_path / "single"), "test")

@@ -16,6 +16,7 @@ import psutil
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.training.stopping import STOP_FILE
 from tests.faults.live import STEPS, WholeRuns, entry_point, ranks_of, saved_steps, unlike
+from tests.runs import step_rows
 
 HOW = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGTERM SIGTERM", "SIGUSR1 SIGTERM", STOP_FILE)
 LAUNCHER = -1
@@ -84,14 +85,15 @@ class AskedToStop:
             return f"{where}: a traceback: {next(o.errors for o in outcomes if 'Traceback' in o.errors)[-600:]}"
         if codes == [0] * ranks:
             return unlike(run, self.whole.run(layout))
-        if codes == [EXIT_STOPPED] * ranks and (run / "end.json").exists():
+        # A launcher may end its other ranks while they leave; once a step has begun, the run itself must be stopped.
+        if (run / "metrics.jsonl").exists() and step_rows(run):
             end = json.loads((run / "end.json").read_text())
             if end["how"] != "stopped" or end["exit_code"] != EXIT_STOPPED:
                 return f"{where}: end.json says {end}"
             if end["step"] and (saved_steps(run)[-1:] != [end["step"]] or end["step"] > STEPS):
                 return f"{where}: stopped after step {end['step']}, saved are {saved_steps(run)}"
         # Before the first step ranks end by each other's death, with codes of their own.
-        elif not all(codes):
+        if not all(codes):
             return f"{where}: codes {codes}"
         problem = self.whole.go_on(layout, config) or unlike(run, self.whole.run(layout))
         return None if problem is None else f"{where}: {problem}"

@@ -102,7 +102,7 @@ def test_dense_layers_that_cannot_be_meant(corpus: Path, tmp_path: Path, globs: 
 def test_a_layer_pattern_for_no_layer(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus, sparsity__layer_patterns=["*.layers.0.self_attn.q_proj=2:8"])
     [outcome] = end_ranks(entry_point, 1, "--config", str(config), "--dry-run", process_group=False)
-    assert outcome.code == 2 and 'q_proj" matches no sparse linear of this model' in one_line(outcome.errors)
+    assert outcome.code == 2 and 'q_proj=2:8" is the first match of no sparse linear' in one_line(outcome.errors)
 
 
 def test_no_word_on_checkpoints_where_none_was_looked_for(corpus: Path, tmp_path: Path) -> None:
