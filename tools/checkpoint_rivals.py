@@ -166,6 +166,8 @@ class Dcp(Rival):
         from torch.distributed import checkpoint
 
         checkpoint.load(self.state(), checkpoint_id=folder / "dcp")
+        # As the others do: the ranks' copies of the weights follow the masters.
+        self.engine._state.sync()
 
 
 class DeepSpeed(Rival):
