@@ -112,8 +112,8 @@ class Checkpoint:
     def read(self, name: str, kind: Kind, rectangle: Rectangle, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of `rectangle` in row-major order, on the CPU, 1-D, in the dtype they were stored in.
 
-        Files are mapped into memory and only the pages that hold the wanted elements are read. What lies in one piece
-        is returned as it lies in its mapped file, not to be written to; else the result owns its memory.
+        Files are mapped into memory and only the pages that hold the wanted elements are read; the extra memory is
+        the returned tensor. The result owns its memory.
 
         Raises:
             KeyError: if this state is not there, or the range does not lie inside it.
@@ -130,9 +130,6 @@ class Checkpoint:
                 f"elements [{start}, {stop}) of {describe(rectangle)} do not lie inside {kind} {name}, "
                 f"whose shape in {self.path} is {list(tensor.shape)}"
             )
-        for part in tensor.fragments:
-            if part.rectangle == rectangle and part.start <= start < stop <= part.stop:
-                return self._slice(part, start, stop)
         result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
         wanted = list(boxes(rectangle, start, stop))
         filled = 0
