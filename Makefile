@@ -16,7 +16,7 @@ pretrain: $(INSTALLED)
 	@echo "the picture of the loss: $(RUN)/loss.png"
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes, such as `make pretrain` itself in a fresh clone.
 test-slow: $(INSTALLED)

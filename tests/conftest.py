@@ -28,3 +28,8 @@ def nan_scratch() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest in one file: at the end one worker would be alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")

@@ -1,6 +1,6 @@
 """`tools/benchmark.py checkpoint` saves and loads one state by three libraries, and says what each took and stored.
 
-Run: pytest tests/benchmark/test_checkpoint_benchmark.py
+Run: pytest tests/benchmark/test_checkpoint_benchmark.py -m "slow or not slow"
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pytest
 from tests.benchmark.test_benchmark_tool import ROOT, benchmark
 
 
+@pytest.mark.slow
 def test_every_rival_stores_the_state_and_loads_it(tmp_path: Path) -> None:
     file, folder = tmp_path / "checkpoint.json", tmp_path / "written"
     folder.mkdir()

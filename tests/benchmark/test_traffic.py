@@ -1,6 +1,6 @@
 """A block's linears send at most 0.52 of the gradients and 0.58 of the gathered weights of dense ones; all are counted.
 
-Run: pytest tests/benchmark/test_traffic.py
+Run: pytest tests/benchmark/test_traffic.py -m slow
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch.distributed as dist
 from slope_dist.benchmark import traffic
 from tests.benchmark.test_benchmark_tool import benchmark
 from tests.distributed import run_ranks
+
+pytestmark = pytest.mark.slow
 
 GRADIENTS = 0.52
 """Promised; half by arithmetic, plus what the flat buffers of engines round up."""

@@ -104,6 +104,7 @@ def test_later_stages_blocks_are_all_sparse(run: Callable) -> None:
     assert len(last["sparse"]) == 2 * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [(Layout(pipeline=2, data=2), {}), (Layout(pipeline=2, tensor=2), SEQUENCE)],
@@ -152,7 +153,9 @@ SAVING = {"checkpoint__interval": 4, "checkpoint__keep": 9}
     ("layout", "changes"),
     [
         (Layout(pipeline=2), {"parallel__zero_stage": 0}),
-        (Layout(pipeline=2, data=2), {"parallel__zero_stage": 1, "precision": "bf16"}),
+        pytest.param(
+            Layout(pipeline=2, data=2), {"parallel__zero_stage": 1, "precision": "bf16"}, marks=pytest.mark.slow
+        ),
         (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 1, **SEQUENCE}),
     ],
     ids=str,

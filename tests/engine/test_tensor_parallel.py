@@ -222,7 +222,7 @@ def kept_up_to(folder: Path, step: int, new: Path) -> Path:
 SAVED = {"checkpoint__interval": 2, "checkpoint__keep": 20, "model__vocab_size": VOCABULARY}
 
 
-@pytest.mark.parametrize(("stage", "step"), [(1, 4), (3, 8)])
+@pytest.mark.parametrize(("stage", "step"), [(1, 4), pytest.param(3, 8, marks=pytest.mark.slow)])
 def test_a_resume_changes_no_bit(stage: int, step: int, run: Run, corpus: Path, tmp_path: Path) -> None:
     changes = {"parallel__tensor": 2, "parallel__zero_stage": stage, "parallel__sequence_parallel": True} | SAVED
     whole = run(2, 2, **changes)

@@ -169,7 +169,7 @@ def test_the_launchers_set_what_is_read(launcher: str, tmp_path: Path) -> None:
         assert f"<Environment({place}, launcher='deepspeed or torchrun')>" in done.stdout
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_rank_that_raises_under_a_launcher_is_its_first_error(launcher: str, corpus: Path, tmp_path: Path) -> None:
     skip_without_gpus(2)
     config = write_config(tmp_path, corpus)

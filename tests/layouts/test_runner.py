@@ -29,6 +29,7 @@ def runner(folder: Path, corpus: Path, printed: list[str], sources: str = "one")
     return Runner(folder, lambda _: corpus, sources, printed.append)
 
 
+@pytest.mark.slow
 def test_only_what_has_not_passed_is_run_again(
     tmp_path: Path, corpus: Path, printed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,8 +30,6 @@ CHANGES: dict[str, Any] = {
 SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "ffn_size": 8, "vocab_size": 8, "sequence_length": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel__tensor": 2},
-    "pipeline": {"parallel__pipeline": 2},
-    "zero3": {"parallel__zero_stage": 3},
     "fsdp": {"parallel__engine": "fsdp"},
 }
 

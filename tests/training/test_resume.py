@@ -180,6 +180,7 @@ def test_killed_run_of_two_ranks_goes_on_exactly(
     assert_same_run(tmp_path / "run", uninterrupted(2, stage))
 
 
+@pytest.mark.slow
 def test_killed_run_in_bf16_goes_on_exactly(uninterrupted: Callable, corpus: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path, corpus, **CHANGES, parallel__zero_stage=1, precision="bf16"))
     # After step 5; in the switch, which is the second load of a run resumed after step 4; after steps 6 + 3.
