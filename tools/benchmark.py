@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from slope_dist.benchmark import layer, machine, traffic
+from slope_dist.benchmark import layer, machine, ranks, traffic
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except RuntimeError as error:
+    except ranks.RankFailedError as error:
         # A rank has failed, on a full disk for one; the text ends in its own words.
         print(f"not measured: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT

@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> None:
         tokenizer=options.tokenizer,
     )
     if manifest["rows_rejected"]:
-        print(f"{manifest['rows_rejected']} rows left out")
+        print(f"rows left out: {manifest['rows_rejected']}")
     for split, entry in manifest["splits"].items():
         print(
             f"{split}: {entry['documents']} documents, {entry['tokens']} tokens, "

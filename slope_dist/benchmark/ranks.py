@@ -12,11 +12,15 @@ from pathlib import Path
 from slope_dist.benchmark import machine
 
 
+class RankFailedError(RuntimeError):
+    """A rank failed or was too slow; its last words are in the text."""
+
+
 def run(command: Sequence[str], count: int, folder: Path, timeout: float) -> None:
     """Run the command as `count` ranks, with a launcher's variables; each writes to `folder`/<rank>.log.
 
     Raises:
-        RuntimeError: if one fails or all are slower than `timeout` seconds; its errors are in the text.
+        RankFailedError: if one fails or all are slower than `timeout` seconds; its errors are in the text.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,8 +60,10 @@ def _wait(running: list[subprocess.Popen[bytes]], folder: Path, timeout: float) 
         codes = [process.wait() for process in running]
     if late:
         ends = "\n".join((folder / f"{rank}.log").read_text()[-2000:] for rank in range(len(codes)))
-        raise RuntimeError(f"not done within {timeout:.0f} s:\n{ends}")
+        raise RankFailedError(f"not done within {timeout:.0f} s:\n{ends}")
     for rank, code in enumerate(codes):
         # Those that were ended here say nothing of the reason.
         if code > 0 or (code < 0 and not any(other > 0 for other in codes)):
-            raise RuntimeError(f"rank {rank} ended with code {code}:\n{(folder / f'{rank}.log').read_text()[-4000:]}")
+            raise RankFailedError(
+                f"rank {rank} ended with code {code}:\n{(folder / f'{rank}.log').read_text()[-4000:]}"
+            )

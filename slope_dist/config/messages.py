@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from slope_dist.config.fields import Section
 from slope_dist.config.schema import Config
-from slope_dist.config.sections import Section
 
 _MAX_EXPLAINED = 3
 # A file that is no config at all can hold thousands of faults.

@@ -8,8 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from slope_dist.config.fields import Section
 from slope_dist.config.schema import Config
-from slope_dist.config.sections import Section
 
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
 

@@ -10,21 +10,19 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from slope_dist.config.fields import DIMENSION_MULTIPLE, Section, neighbours
+from slope_dist.config.model import ModelConfig
 from slope_dist.config.sections import (
-    DIMENSION_MULTIPLE,
     AdaptersConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     LossScaleConfig,
-    ModelConfig,
     ParallelConfig,
     Precision,
     RunConfig,
-    Section,
     SparsityConfig,
     TrainingConfig,
-    neighbours,
 )
 
 

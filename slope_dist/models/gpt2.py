@@ -7,9 +7,6 @@ Shape letters: B batch, S sequence, H hidden, D head size, N heads, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -88,12 +85,3 @@ class GPT2Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, V]."""
         return self.logits(self.logits_input(self.norm(hidden)))
-
-
-def layers(make: LayerFactory, shape: ModelShape) -> list[Callable[[], nn.Module]]:
-    """What makes the embedding, the blocks and the head, each of which takes the output of the one before."""
-    return [
-        partial(GPT2Embedding, make, shape),
-        *(partial(GPT2Block, make, shape, index) for index in range(shape.num_layers)),
-        partial(GPT2Head, make, shape),
-    ]

@@ -8,7 +8,6 @@ Shape letters: B batch, S sequence, H hidden, D head size, N query heads, G key 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor, nn
@@ -90,12 +89,3 @@ class LlamaHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, V]."""
         return self.logits(self.logits_input(self.norm(hidden)))
-
-
-def layers(make: LayerFactory, shape: ModelShape) -> list[Callable[[], nn.Module]]:
-    """What makes the embedding, the blocks and the head, each of which takes the output of the one before."""
-    return [
-        partial(LlamaEmbedding, make, shape),
-        *(partial(LlamaBlock, make, shape, index) for index in range(shape.num_layers)),
-        partial(LlamaHead, make, shape),
-    ]

@@ -7,9 +7,6 @@ Shape letters: B batch, S sequence, H hidden, E embedding (= H but for 350M), D 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -129,12 +126,3 @@ class OPTHead(nn.Module):
         if self.project is not None:
             hidden = self.project(hidden)
         return self.logits(self.logits_input(hidden))
-
-
-def layers(make: LayerFactory, shape: ModelShape) -> list[Callable[[], nn.Module]]:
-    """What makes the embedding, the blocks and the head, each of which takes the output of the one before."""
-    return [
-        partial(OPTEmbedding, make, shape),
-        *(partial(OPTBlock, make, shape, index) for index in range(shape.num_layers)),
-        partial(OPTHead, make, shape),
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,25 +20,40 @@ class Family:
     """What the rest of the system needs to know of a model family.
 
     Attributes:
-        layers: lists what makes each layer, embedding first, head last, so that a rank can make those it holds.
-        dense_layers: global names of the linears SLoPe leaves dense, with the reason.
+        embedding: makes the first layer, int64 [B, S] -> [B, S, H].
+        block: makes the block of an index, [B, S, H] -> [B, S, H].
+        head: makes the last layer, [B, S, H] -> [B, S, V].
+        first_linears: global names of the first linears after the input, which SLoPe leaves dense.
     """
 
-    layers: Callable[[LayerFactory, ModelShape], list[Callable[[], nn.Module]]]
-    dense_layers: dict[str, str]
+    embedding: Callable[[LayerFactory, ModelShape], nn.Module]
+    block: Callable[[LayerFactory, ModelShape, int], nn.Module]
+    head: Callable[[LayerFactory, ModelShape], nn.Module]
+    first_linears: tuple[str, ...]
+
+    @property
+    def dense_layers(self) -> dict[str, str]:
+        """Global names of the linears that stay dense, with the reason."""
+        return dict.fromkeys(self.first_linears, "first after the input")
+
+    def layers(self, make: LayerFactory, shape: ModelShape) -> list[Callable[[], nn.Module]]:
+        """What makes each layer, embedding first, head last, so that a rank can make those it holds.
+
+        Each layer takes the output of the one before.
+        """
+        return [
+            partial(self.embedding, make, shape),
+            *(partial(self.block, make, shape, index) for index in range(shape.num_layers)),
+            partial(self.head, make, shape),
+        ]
 
 
-def _family(
-    layers: Callable[[LayerFactory, ModelShape], list[Callable[[], nn.Module]]], first_linears: Iterable[str]
-) -> Family:
-    return Family(layers, dict.fromkeys(first_linears, "first after the input"))
-
-
+_LLAMA = Family(llama.LlamaEmbedding, llama.LlamaBlock, llama.LlamaHead, llama.FIRST_LINEARS)
 _FAMILIES = {
-    "opt": _family(opt.layers, opt.FIRST_LINEARS),
-    "gpt2": _family(gpt2.layers, gpt2.FIRST_LINEARS),
-    "llama": _family(llama.layers, llama.FIRST_LINEARS),
-    "mistral": _family(llama.layers, llama.FIRST_LINEARS),
+    "opt": Family(opt.OPTEmbedding, opt.OPTBlock, opt.OPTHead, opt.FIRST_LINEARS),
+    "gpt2": Family(gpt2.GPT2Embedding, gpt2.GPT2Block, gpt2.GPT2Head, gpt2.FIRST_LINEARS),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
 }
 
 

@@ -14,7 +14,8 @@ from slope_dist.checkpoint import Checkpoint, find_newest_on_all_ranks
 from slope_dist.checkpoint.format import step_of
 from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
-from slope_dist.config.sections import ModelConfig, SparsityConfig
+from slope_dist.config.model import ModelConfig
+from slope_dist.config.sections import SparsityConfig
 from slope_dist.data.corpus import Corpus
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded

@@ -9,9 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from slope_dist.config import derive
+from slope_dist.config.fields import DIMENSION_MULTIPLE
 from slope_dist.config.messages import field_at, field_paths
 from slope_dist.config.schema import Config
-from slope_dist.config.sections import DIMENSION_MULTIPLE, GPU, AdaptersConfig, Pattern
+from slope_dist.config.sections import GPU, AdaptersConfig, Pattern
 from slope_dist.errors import UserError
 from slope_dist.planning import GPU_MEMORY
 from slope_dist.sparse.pattern import CUT_MULTIPLE, SUPPORTED

@@ -66,7 +66,7 @@ def test_bad_rows_are_left_out_and_told(tmp_path, make_texts):
     options = ("--output", tmp_path / "corpus", "--vocab-size", 300, "--valid-fraction", 0.3)
     result = run(tmp_path / "rows.jsonl", *options, "--skip-bad-rows")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("1 rows left out\n")
+    assert result.stdout.startswith("rows left out: 1\n")
     assert f"left out: {tmp_path}/rows.jsonl:21: not a JSON object" in result.stderr
     assert json.loads((tmp_path / "corpus/manifest.json").read_text())["rows_rejected"] == 1
 

@@ -60,6 +60,7 @@ def killed_at(config: str, victim: int, all_ranks: bool, point: str, number: int
         passed += event == point
         if event == point and passed == number:
             # Who started the ranks has no other children.
+            (Path(config).parent / "killed").touch()
             others = psutil.Process(os.getppid()).children() if all_ranks else []
             for process in [other.pid for other in others if other.pid != os.getpid()] + [os.getpid()]:
                 os.kill(process, signal.SIGKILL)
@@ -84,7 +85,8 @@ class KilledAtPoint:
         config = self.whole.config(room, layout)
         number = draw.randrange(1, 8)
         outcomes = self.whole.end(killed_at, layout, config, victim, draw.random() < 0.5, point, number)
-        if outcomes[victim].code != -signal.SIGKILL:
+        # A launcher's exit codes alone would not tell who killed whom.
+        if outcomes[victim].code != -signal.SIGKILL or not (room / "killed").exists():
             return f"rank {victim} was to die at {point}, and ended with {outcomes[victim].code}"
         return after_a_kill(self.whole, layout, room, outcomes, config, go_on=index % GO_ON_EVERY == 0)
 

@@ -14,7 +14,7 @@ from typing import get_args
 import pytest
 import torch
 
-from slope_dist.config.sections import ModelConfig
+from slope_dist.config.model import ModelConfig
 from slope_dist.parallel.layout import Layout
 from tests.layouts.cases import BOUNDS, FAMILIES, Case, all_cases, matrix
 from tests.layouts.comparison import Run, compare, run_case

@@ -14,8 +14,6 @@ import pytest
 
 from slope_dist.checkpoint.inspection import measure_layers
 from slope_dist.checkpoint.validation import check_state
-from slope_dist.config.sections import ModelConfig
-from slope_dist.training.folder import differences, with_defaults
 from tests.distributed import run_ranks
 from tests.runs import STEPS, newest, relative, step_rows, train, write_config
 
@@ -27,7 +25,6 @@ CHANGES: dict[str, Any] = {
     "checkpoint__interval": 4,
     "checkpoint__keep": 5,
 }
-SIZES = {"hidden_size": 8, "num_layers": 1, "num_heads": 1, "ffn_size": 8, "vocab_size": 8, "sequence_length": 8}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"parallel__tensor": 2},
     "fsdp": {"parallel__engine": "fsdp"},
@@ -81,11 +78,3 @@ def test_it_goes_on_to_the_same_bits(whole: Path, corpus: Path, tmp_path: Path) 
     run_ranks(train, 1, str(write_config(tmp_path, corpus, **CHANGES)))
     assert newest(tmp_path / "run").manifest.files == newest(whole).manifest.files
     assert [row["loss"] for row in step_rows(tmp_path / "run")] == [row["loss"] for row in step_rows(whole)]
-
-
-def test_an_identity_of_before_there_were_patterns_is_that_of_none() -> None:
-    own = {"model": ModelConfig.model_validate(SIZES).model_dump(mode="json"), "sparsity": {"layer_patterns": []}}
-    stored = {"model": {name: own["model"][name] for name in (*SIZES, "norm_position")}, "sparsity": {}, "seed": 1}
-    assert differences(with_defaults(stored), own | {"seed": 1}) == []
-    other = own | {"sparsity": {"layer_patterns": ["*=2:8"]}, "seed": 2}
-    assert len(differences(with_defaults(stored), other)) == 2

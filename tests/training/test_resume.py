@@ -10,7 +10,9 @@ Run: pytest tests/training/test_resume.py
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,9 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import Outcome, end_ranks
-from tests.runs import evaluation_rows, newest, pretrain, step_rows, watch_engines, write_config
+from slope_dist.checkpoint.format import MANIFEST, encode
+from tests.distributed import Outcome, end_ranks, run_ranks
+from tests.runs import evaluation_rows, newest, pretrain, step_rows, train, watch_engines, write_config
 
 STEPS = 12
 FIRST_ADAPTER_STEP = 8
@@ -229,3 +232,27 @@ def test_cost_of_the_switch_is_in_the_row_of_its_step(uninterrupted: Callable) -
     rows = step_rows(uninterrupted(1, 1))
     assert [row["step"] for row in rows if row.get("switch_seconds", 0) > 0] == [FIRST_ADAPTER_STEP]
     assert [row["phase"] for row in rows] == ["sparse"] * 7 + ["adapters"] * 5
+
+
+def test_a_checkpoint_of_before_there_were_some_keys_resumes(corpus: Path, tmp_path: Path) -> None:
+    path = str(write_config(tmp_path, corpus, checkpoint__interval=8, checkpoint__keep=5))
+    run_ranks(train, 1, path)
+    expected = [row["loss"] for row in step_rows(tmp_path / "run")]
+    last = newest(tmp_path / "run").path
+    shutil.rmtree(last)
+    manifest = newest(tmp_path / "run").path / MANIFEST
+    content = json.loads(manifest.read_text())
+    del content["sha256"]
+    for sections in (content["identity"], content["config"]):
+        for key in ("norm_epsilon", "num_kv_heads", "tied_head", "rotary_base", "rotary_scaling"):
+            del sections["model"][key]
+        del sections["sparsity"]["layer_patterns"]
+    manifest.write_bytes(encode(content))
+    run_ranks(train, 1, path)
+    assert [row["loss"] for row in step_rows(tmp_path / "run")] == expected
+    assert newest(tmp_path / "run").path == last
+    # What the writer's config did know must still be the same.
+    shutil.rmtree(last)
+    other = str(write_config(tmp_path, corpus, model__norm_epsilon=1e-3, checkpoint__interval=8, checkpoint__keep=5))
+    with pytest.raises(AssertionError, match=r"model.norm_epsilon 1e-05 there, 0.001 here"):
+        run_ranks(train, 1, other)
