@@ -66,7 +66,7 @@ def small_corpus(base: Path) -> Path:
     return folder
 
 
-def make_corpus(folder: str, seed: int = 3) -> None:
+def make_corpus(folder: str, seed: int = 3, tokenizer: str | None = None) -> None:
     """Prepare a corpus of words that nobody would write."""
     from slope_dist.data.prepare import prepare
     from slope_dist.data.readers import Document
@@ -84,7 +84,7 @@ def make_corpus(folder: str, seed: int = 3) -> None:
             yield Document(name=f"document {number}", text=text), len(text.encode())
 
     source = Source(description={"kind": "test"}, num_bytes=sum(len(t.encode()) for t in texts), documents=documents)
-    prepare(source, folder, vocab_size=VOCAB_SIZE, valid_fraction=0.15, seed=1)
+    prepare(source, folder, vocab_size=VOCAB_SIZE, valid_fraction=0.15, seed=1, tokenizer=tokenizer)
 
 
 def write_config(folder: Path, corpus: Path, **changes: Any) -> Path:

@@ -10,12 +10,12 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from slope_dist.config.data import DataConfig
 from slope_dist.config.fields import DIMENSION_MULTIPLE, Section, neighbours
 from slope_dist.config.model import ModelConfig
 from slope_dist.config.sections import (
     AdaptersConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluationConfig,
     LossScaleConfig,
     ParallelConfig,

@@ -189,26 +189,6 @@ class AdaptersConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """The corpus and its tokenizer."""
-
-    folder: PathText = Field(description="Folder of the prepared corpus.")
-    source: Literal["python-stdlib"] | None = Field(
-        default=None,
-        description="What to prepare into `folder` at first use where it is absent; null: never prepare.",
-    )
-    valid_fraction: float = Field(
-        default=0.02,
-        gt=0.0,
-        lt=1.0,
-        description="Share of the documents set apart for validation when preparing.",
-    )
-    tokenizer: PathText | None = Field(
-        default=None,
-        description="SentencePiece model to prepare with; null: train one of `model.vocab_size` pieces.",
-    )
-
-
 class TrainingConfig(Section):
     """Length, batch, optimizer and schedule."""
 

@@ -1,29 +1,25 @@
-"""One split of a prepared corpus, checked before it is read and memory-mapped by Megatron-core's own reader.
+"""One split of a corpus, checked before it is read.
 
-That reader trusts its index: offsets outside the file, counts in the billions or another dtype would end in a struct
-error, an endless allocation or silently other tokens. So `read_index` checks the index byte for byte first.
+Tokens are read by position, not through a mapping of the file: a mapped file that another process cuts short ends in a
+bus error, without a word, and every page of it that was touched counts as memory of the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import os
+import weakref
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slope_dist.data.prepare import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    file_sha256,
-    megatron_indexed_dataset,
-)
+from slope_dist.data.index import AGAIN, Index, read_index
+from slope_dist.data.prepare import FORMAT, MANIFEST, SPLITS, TOKENIZER, file_sha256
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
@@ -37,164 +33,132 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 
 _MAX_MANIFEST_BYTES = 2**26
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-# Megatron-core's codes of integer dtypes; its float dtypes are no token ids.
-_DTYPES: dict[int, type[np.integer[Any]]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
 _CHUNK = 1 << 20
-_AGAIN = "prepare the corpus again with tools/prepare_data.py"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Index:
-    """What an index file says: the dtype of the tokens, how many documents, how many tokens in all."""
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What only reading every token of a split tells.
 
-    dtype: np.dtype[Any]
-    documents: int
-    tokens: int
-
-
-def read_index(path: Path, bin_bytes: int) -> Index:
-    """Read a Megatron-core .idx file and check that it describes exactly a .bin file of `bin_bytes` bytes.
-
-    Sequences must lie one after another without holes, and documents must cover them, so that any run of tokens is
-    one slice of the .bin file.
-
-    Raises:
-        UserError: the index is truncated, damaged, of another kind, or of another .bin file.
+    Attributes:
+        tokens: how many.
+        tokenizer_sha256: of the tokenizer they were read with; None without one.
+        max_id: the largest of them.
+        fingerprint: hash of the tokenizer and the tokens.
+        text_bytes: UTF-8 bytes that they spell; None without a tokenizer.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or not header.startswith(_MAGIC):
-        raise UserError(f"{path} is not a Megatron-core index: {_found(size, header)}; {_AGAIN}")
-    _, version, code, sequences, boundaries = _HEADER.unpack(header)
-    if version != 1 or code not in _DTYPES:
-        raise UserError(
-            f"{path} has version {version} and dtype code {code}, not version 1 and an integer dtype; {_AGAIN}"
-        )
-    expected = _HEADER.size + sequences * (4 + 8) + boundaries * 8
-    if size != expected:
-        raise UserError(
-            f"{path} has {size} bytes where its header of {sequences} sequences and {boundaries} document "
-            f"boundaries needs {expected}: truncated or damaged; {_AGAIN}"
-        )
-    if sequences == 0 or boundaries < 2:
-        raise UserError(f"{path} holds no document; {_AGAIN} from text that has some")
-    dtype = np.dtype(_DTYPES[code])
-    raw = np.memmap(path, mode="r")
-    lengths_at = _HEADER.size
-    pointers_at = lengths_at + 4 * sequences
-    boundaries_at = pointers_at + 8 * sequences
-    end = 0
-    for start in range(0, sequences, _CHUNK):
-        count = min(_CHUNK, sequences - start)
-        lengths = np.frombuffer(raw, "<i4", count, lengths_at + 4 * start).astype(np.int64)
-        pointers = np.frombuffer(raw, "<i8", count, pointers_at + 8 * start)
-        if lengths.min() < 0:
-            raise UserError(f"{path} has a sequence of negative length: damaged; {_AGAIN}")
-        ends = end + np.cumsum(lengths * dtype.itemsize)
-        if pointers[0] != end or not np.array_equal(pointers[1:], ends[:-1]):
-            raise UserError(
-                f"{path} has offsets that do not follow from its lengths near sequence {start}: damaged; {_AGAIN}"
-            )
-        end = int(ends[-1])
-    previous = 0
-    for start in range(0, boundaries, _CHUNK):
-        count = min(_CHUNK, boundaries - start)
-        marks = np.frombuffer(raw, "<i8", count, boundaries_at + 8 * start)
-        if (start == 0 and marks[0] != 0) or marks[0] < previous or (marks[1:] < marks[:-1]).any():
-            raise UserError(f"{path} has document boundaries out of order: damaged; {_AGAIN}")
-        previous = int(marks[-1])
-    if previous != sequences:
-        raise UserError(f"{path} ends its last document at sequence {previous}, not {sequences}: damaged; {_AGAIN}")
-    if end != bin_bytes:
-        raise UserError(
-            f"{path.with_suffix('.bin')} has {bin_bytes} bytes where its index says {end}: truncated, or of "
-            f"another corpus; {_AGAIN}"
-        )
-    return Index(dtype=dtype, documents=boundaries - 1, tokens=end // dtype.itemsize)
 
-
-def _found(size: int, header: bytes) -> str:
-    return f"{size} bytes, fewer than a header" if len(header) < _HEADER.size else "its first bytes are others"
+    tokens: int
+    tokenizer_sha256: str | None
+    max_id: int
+    fingerprint: str
+    text_bytes: int | None
 
 
 class Corpus:
     """Tokens of one split, by position.
 
     Attributes:
+        name: last part of its folder's path.
         path: the .bin file.
         split: "train" or "valid".
         num_tokens, num_documents: sizes of the split.
         vocab_size: vocabulary that the ids were checked against.
         max_id: largest id of the split.
         text_bytes: UTF-8 bytes of the split's text; None for a corpus without manifest and tokenizer.
-        tokenizer_sha256: hash of the tokenizer; None where the folder has none.
-        end_of_document: id that ends a document; None where the folder has no tokenizer.
-        has_manifest: whether the folder has a manifest; without one, every token was read when this was opened.
+        tokenizer_sha256: hash of the tokenizer; None where there is none.
+        end_of_document: id that ends a document; None where there is no tokenizer.
+        has_manifest: whether the folder has a manifest; without one, every token was read, here or by who says so.
         fingerprint: names the data. With a manifest, a hash of what it states: the SHA-256 of the tokenizer, which was
             compared, and of the tokens of all splits, which `verify` compares. Without one, a hash of the tokenizer
             and of this split's tokens as they were read.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        vocab_size: int,
+        valid_fraction: float,
+        tokenizer: str | None,
+        summary: Summary | None,
+    ):
         """Use `open`."""
         self.folder = folder
+        self.name = folder.name
         self.split = split
         self.vocab_size = vocab_size
-        self.path = folder / f"{split}.bin"
-        if not folder.is_dir():
-            raise UserError(f"no corpus in {folder}; make one with tools/prepare_data.py")
-        self._tokenizer = self._load_tokenizer()
+        self.path = token_file(folder, split)
+        whole = not folder.is_dir()
+        self._manifest = None if whole else _read_manifest(folder / MANIFEST)
+        self.has_manifest = self._manifest is not None
+        self._tokenizer = self._load_tokenizer(tokenizer)
         self.tokenizer_sha256 = self._tokenizer.sha256 if self._tokenizer else None
         self.end_of_document = self._tokenizer.end_of_document if self._tokenizer else None
-        self._manifest = _read_manifest(folder / MANIFEST)
-        self.has_manifest = self._manifest is not None
         entry = self._check_manifest() if self._manifest else None
-        for path in (self.path, self.path.with_suffix(".idx")):
+        for path in (self.path, self.index_path):
             self._check_file(path, entry)
-        index = read_index(self.path.with_suffix(".idx"), self.path.stat().st_size)
-        self.num_tokens = index.tokens
-        self.num_documents = index.documents
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        self._as_opened = self._stat()
+        index = read_index(self.index_path, self._as_opened[0])
         self._dtype = index.dtype
-        self.text_bytes: int | None = entry["text_bytes"] if entry else None
+        self._first, end, self.num_documents = 0, index.tokens, index.documents
+        if whole:
+            self._first, end, self.num_documents = self._part(index, valid_fraction)
+        self.num_tokens = end - self._first
         if self._manifest and entry:
             self._check_against_index(index, entry)
             self.max_id: int = entry["max_id"]
             self.fingerprint = _fingerprint(self._manifest)
-            if self.max_id >= vocab_size:
-                raise _too_large(self.path, self.max_id, None, vocab_size)
-        dataset = megatron_indexed_dataset().IndexedDataset(str(folder / split), mmap=True)
-        self._reader = dataset.bin_reader
-        if not self._manifest:
-            self._scan()
+            self.text_bytes: int | None = entry["text_bytes"]
+        else:
+            own = (self.num_tokens, self.tokenizer_sha256)
+            if summary is None or (summary.tokens, summary.tokenizer_sha256) != own:
+                summary = self._scan()
+            self.max_id, self.fingerprint, self.text_bytes = summary.max_id, summary.fingerprint, summary.text_bytes
+        if self.max_id >= vocab_size:
+            raise _too_large(self.path, self.max_id, None, vocab_size)
 
     @classmethod
-    def open(cls, folder: Path | str, split: str, vocab_size: int) -> Corpus:
-        """Open and check one split of the corpus in `folder`.
-
-        A corpus made elsewhere (no manifest.json) is read through once, to check its ids.
+    def open(
+        cls,
+        folder: Path | str,
+        split: str,
+        vocab_size: int,
+        *,
+        valid_fraction: float = 0.02,
+        tokenizer: str | None = None,
+        summary: Summary | None = None,
+    ) -> Corpus:
+        """Open and check one split of a corpus.
 
         Args:
-            folder: the corpus folder.
+            folder: the corpus folder; or what the names of a .bin and an .idx file begin with, as Megatron-LM's
+                preprocessing makes them, of whose documents the last are for validation.
             split: "train" or "valid".
             vocab_size: ids must be below it.
+            valid_fraction: share of the documents for validation, where one pair of files holds all.
+            tokenizer: that of a corpus that has none with it.
+            summary: of a corpus made elsewhere (no manifest.json), where it is known; None: read it through once.
 
         Raises:
             UserError: a file is missing, empty, truncated, damaged, of another corpus, or has ids too large.
         """
         try:
-            return cls(Path(folder), split, vocab_size)
+            return cls(Path(folder), split, vocab_size, valid_fraction, tokenizer, summary)
         except OSError as error:
             raise UserError(f"cannot read corpus {folder}: {error.strerror or error}") from error
+
+    @property
+    def index_path(self) -> Path:
+        """The .idx file."""
+        return self.path.with_suffix(".idx")
+
+    @property
+    def summary(self) -> Summary:
+        """What opening this again need not read for."""
+        return Summary(self.num_tokens, self.tokenizer_sha256, self.max_id, self.fingerprint, self.text_bytes)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -210,12 +174,50 @@ class Corpus:
         """
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise ValueError(f"tokens {start} to {start + count} of {self.num_tokens} in {self.path}")
-        # A copy: what the reader returns points into a mapping that is gone when the reader is.
-        ids = np.array(self._reader.read(dtype=self._dtype, count=count, offset=start * self._dtype.itemsize), np.int64)
+        first = self._first + start
+        ids = self._read(first, count).astype(np.int64)
         if count and (ids.max() >= self.vocab_size or ids.min() < 0):
             bad = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
-            raise _too_large(self.path, int(ids[bad]), start + bad, self.vocab_size)
+            raise _too_large(self.path, int(ids[bad]), first + bad, self.vocab_size)
         return ids
+
+    def _read(self, first: int, count: int) -> np.ndarray:
+        size, begin = self._dtype.itemsize, first * self._dtype.itemsize
+        try:
+            data = more = os.pread(self._file, count * size, begin)
+            # A read of more than 2 GiB, or of some file systems, may give less at a time.
+            while more and len(data) < count * size:
+                more = os.pread(self._file, count * size - len(data), begin + len(data))
+                data += more
+        except OSError as error:
+            raise UserError(f"cannot read {self.path} at byte {begin}: {error.strerror or error}") from error
+        if len(data) < count * size:
+            raise UserError(
+                f"{self.path} ends at byte {begin + len(data)}, and had {self._as_opened[0]} bytes when it was opened: "
+                "it was cut short meanwhile; put it back and start the run again, which resumes"
+            )
+        return np.frombuffer(data, self._dtype)
+
+    def check_unchanged(self) -> None:
+        """See that the file of tokens is the one that was opened, and that nobody has written to it since.
+
+        Raises:
+            UserError: it is not, or cannot be found.
+        """
+        try:
+            now = self._stat()
+        except OSError as error:
+            raise UserError(f"{self.path} was there when the run began: {error.strerror or error}") from error
+        if now != self._as_opened:
+            raise UserError(
+                f"{self.path} was changed while the run reads it (it had {self._as_opened[0]} bytes, now {now[0]}; "
+                f"last written {datetime.fromtimestamp(now[1] / 1e9):%Y-%m-%d %H:%M:%S}); put it back and start the "
+                "run again, which resumes"
+            )
+
+    def _stat(self) -> tuple[int, int, int]:
+        status = os.stat(self.path)
+        return status.st_size, status.st_mtime_ns, status.st_ino
 
     def bytes_of(self, labels: torch.Tensor) -> int | None:
         """UTF-8 bytes of the text that `labels` spell; None without a tokenizer.
@@ -276,7 +278,7 @@ class Corpus:
             UserError: a file differs or cannot be read, or there is no manifest to compare with.
         """
         if self._manifest is None:
-            raise UserError(f"{self.folder} has no {MANIFEST}, so its files cannot be verified; {_AGAIN}")
+            raise UserError(f"{self.folder} has no {MANIFEST}, so its files cannot be verified; {AGAIN}")
         entry = self._manifest["splits"][self.split]
         for kind in ("bin", "idx"):
             path = self.path.with_suffix(f".{kind}")
@@ -286,7 +288,7 @@ class Corpus:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             if found != entry[f"{kind}_sha256"]:
                 raise UserError(
-                    f"{path} was altered: its SHA-256 is {found}, the manifest's {entry[f'{kind}_sha256']}; {_AGAIN}"
+                    f"{path} was altered: its SHA-256 is {found}, the manifest's {entry[f'{kind}_sha256']}; {AGAIN}"
                 )
 
     @cached_property
@@ -311,36 +313,51 @@ class Corpus:
             ]
         return [] if same else [f"data.tokenizer {given} does not apply: {self.folder} was made with another one"]
 
-    def _load_tokenizer(self) -> Tokenizer | None:
+    def _load_tokenizer(self, given: str | None) -> Tokenizer | None:
         path = self.folder / TOKENIZER
-        return Tokenizer.load(path) if path.exists() else None
+        if path.exists():
+            return Tokenizer.load(path)
+        return Tokenizer.load(given) if given and not self.has_manifest else None
+
+    def _part(self, index: Index, valid_fraction: float) -> tuple[int, int, int]:
+        """First token, end and number of documents of this split, where one pair of files holds both."""
+        valid = max(1, round(index.documents * valid_fraction))
+        if valid >= index.documents:
+            raise UserError(
+                f"{self.index_path} has {index.documents} documents, too few for training beside validation "
+                f"(data.valid_fraction {valid_fraction})"
+            )
+        border = index.first_token(index.documents - valid)
+        if self.split == "valid":
+            return border, index.tokens, valid
+        return 0, border, index.documents - valid
 
     def _check_manifest(self) -> dict[str, Any]:
         assert self._manifest is not None
         splits = self._manifest["splits"]
         if self.split not in splits:
-            raise UserError(f"{self.folder} has no {self.split} split; {_AGAIN}")
+            raise UserError(f"{self.folder} has no {self.split} split; {AGAIN}")
         path = self.folder / TOKENIZER
         if self.tokenizer_sha256 is None:
-            raise UserError(f"{path} is missing; put it back, or {_AGAIN}")
+            raise UserError(f"{path} is missing; put it back, or {AGAIN}")
         if self.tokenizer_sha256 != self._manifest["tokenizer_sha256"]:
             raise UserError(
                 f"{path} is not the tokenizer that the corpus was made with: its SHA-256 starts with "
                 f"{self.tokenizer_sha256[:12]}, the manifest's with {self._manifest['tokenizer_sha256'][:12]}; "
-                f"put the right one back, or {_AGAIN}"
+                f"put the right one back, or {AGAIN}"
             )
         return splits[self.split]
 
     def _check_file(self, path: Path, entry: dict[str, Any] | None) -> None:
         if not path.is_file():
-            raise UserError(f"{path} is missing; {_AGAIN}")
+            raise UserError(f"{path} is missing; {AGAIN}")
         size = path.stat().st_size
         if size == 0:
-            raise UserError(f"{path} is empty; {_AGAIN}")
+            raise UserError(f"{path} is empty; {AGAIN}")
         if entry and size != entry[f"{path.suffix[1:]}_bytes"]:
             raise UserError(
                 f"{path} has {size} bytes where the manifest says {entry[f'{path.suffix[1:]}_bytes']}: truncated "
-                f"or altered; {_AGAIN}"
+                f"or altered; {AGAIN}"
             )
 
     def _check_against_index(self, index: Index, entry: dict[str, Any]) -> None:
@@ -350,25 +367,41 @@ class Corpus:
         if in_index != in_manifest:
             raise UserError(
                 f"{self.path.with_suffix('.idx')} says dtype, tokens, documents {in_index}, the manifest "
-                f"{in_manifest}: damaged or of another corpus; {_AGAIN}"
+                f"{in_manifest}: damaged or of another corpus; {AGAIN}"
             )
 
-    def _scan(self) -> None:
-        """Set max_id, fingerprint and text_bytes of a corpus without a manifest; checks every id on the way."""
+    def _scan(self) -> Summary:
+        """Read every token, and check its id."""
         digest = hashlib.sha256(f"{self._dtype.name} {self.tokenizer_sha256} ".encode())
         piece_bytes = self._piece_bytes
-        text_bytes = 0
-        self.max_id = 0
+        text_bytes = max_id = 0
         for start in range(0, self.num_tokens, _CHUNK):
             ids = self.tokens(start, min(_CHUNK, self.num_tokens - start))
-            self.max_id = max(self.max_id, int(ids.max()))
+            max_id = max(max_id, int(ids.max()))
             digest.update(ids.astype(self._dtype).tobytes())
             if piece_bytes is not None:
-                if self.max_id >= len(piece_bytes):
-                    raise self._without_piece(self.max_id, len(piece_bytes))
+                if max_id >= len(piece_bytes):
+                    raise self._without_piece(max_id, len(piece_bytes))
                 text_bytes += int(piece_bytes[ids].sum())
-        self.text_bytes = None if piece_bytes is None else text_bytes
-        self.fingerprint = digest.hexdigest()
+        bytes_or_none = None if piece_bytes is None else text_bytes
+        return Summary(self.num_tokens, self.tokenizer_sha256, max_id, digest.hexdigest(), bytes_or_none)
+
+
+def token_file(folder: Path, split: str) -> Path:
+    """The .bin file of a split: in the corpus folder, or the one of all splits whose name begins as `folder` says.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if folder.is_dir():
+        return folder / f"{split}.bin"
+    whole = folder.with_name(f"{folder.name}.bin")
+    if not whole.exists() and not whole.with_suffix(".idx").exists():
+        raise UserError(
+            f"no corpus in {folder}, and no {whole.name} and {whole.stem}.idx beside it; make one with "
+            "tools/prepare_data.py"
+        )
+    return whole
 
 
 def _too_large(path: Path, token_id: int, position: int | None, vocab_size: int) -> UserError:
@@ -416,16 +449,16 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(read_bounded(path, _MAX_MANIFEST_BYTES).decode())
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; {_AGAIN}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: damaged; {_AGAIN}") from error
+        raise UserError(f"{path} is not JSON: damaged; {AGAIN}") from error
     if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')!r}; this program reads {FORMAT}; {_AGAIN}")
+        raise UserError(f"{path} has format {manifest.get('format')!r}; this program reads {FORMAT}; {AGAIN}")
     if not _has_types(manifest, _MANIFEST_TYPES):
-        raise UserError(f"{path} is not a corpus manifest: damaged; {_AGAIN}")
+        raise UserError(f"{path} is not a corpus manifest: damaged; {AGAIN}")
     for split, entry in manifest["splits"].items():
         if split not in SPLITS or not _has_types(entry, _SPLIT_TYPES):
-            raise UserError(f"{path} describes split {split!r} incompletely: damaged; {_AGAIN}")
+            raise UserError(f"{path} describes split {split!r} incompletely: damaged; {AGAIN}")
     return manifest
 
 

@@ -140,9 +140,12 @@ def prepare_if_absent(config: Config) -> bool:
     Raises:
         UserError: there is no corpus and no source to make it from, or as for `prepare`.
     """
+    if config.data.folder is None:
+        return False
     folder = Path(config.data.folder)
     try:
-        if _holds_something(folder):
+        # A pair of files may be meant, as Megatron-LM's preprocessing makes it.
+        if _holds_something(folder) or folder.with_name(f"{folder.name}.idx").exists():
             return False
     except OSError as error:
         raise UserError(f"cannot read corpus {folder} (data.folder): {_reason(error)}") from error

@@ -4,6 +4,7 @@ A split is cut into windows: window w covers tokens [w S, w S + S], S inputs and
 that the last label of a window is the first input of the next. No token is an input twice in an epoch, and only the
 tail that fills no window is left out. Each epoch visits all windows once, in an order that is a function of the seed
 and the epoch; samples are numbered from 0 over all epochs. Which rank reads a sample changes nothing of this.
+Of a mixture each corpus has its own order and its own epochs, and its part of the samples as blend.py says.
 
 B batch, S sequence.
 """
@@ -12,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from slope_dist.data.blend import Blend
 from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.errors import UserError
 
@@ -37,11 +40,12 @@ class SampleOrder:
     stored.
     """
 
-    def __init__(self, num_windows: int, seed: int):
+    def __init__(self, num_windows: int, seed: int, name: str = ""):
+        """The order of `num_windows` windows that `seed` gives, and of corpora of a mixture their `name` too."""
         if num_windows < 1:
             raise ValueError(f"{num_windows} windows; an order needs at least 1")
         self.num_windows = num_windows
-        self.seed = seed
+        self._source = f"sample order {seed}" + (f" of {name}" if name else "")
         self._half_bits = max(1, ((num_windows - 1).bit_length() + 1) // 2)
 
     def window(self, sample: int) -> int:
@@ -58,7 +62,7 @@ class SampleOrder:
         return result
 
     def _permute(self, places: np.ndarray, epoch: int) -> np.ndarray:
-        keys = _round_keys(self.seed, epoch)
+        keys = _round_keys(f"{self._source} {epoch}")
         values = self._feistel(places.astype(np.uint64), keys)
         outside = np.flatnonzero(values >= self.num_windows)
         while outside.size:
@@ -75,9 +79,9 @@ class SampleOrder:
         return (left << bits) | right
 
 
-@lru_cache(maxsize=8)
-def _round_keys(seed: int, epoch: int) -> np.ndarray:
-    digest = hashlib.blake2b(f"sample order {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
+@lru_cache(maxsize=256)
+def _round_keys(source: str) -> np.ndarray:
+    digest = hashlib.blake2b(source.encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
@@ -120,6 +124,20 @@ class TokenReader(Protocol):
         ...
 
 
+class Part(NamedTuple):
+    """A corpus of a mixture, or the only one.
+
+    Attributes:
+        corpus: one of its splits.
+        weight: its part of the samples, in any unit.
+        name: decides its order, with the seed; "" for the only one.
+    """
+
+    corpus: Corpus
+    weight: Fraction = Fraction(1)
+    name: str = ""
+
+
 class Batch(NamedTuple):
     """Samples of a step.
 
@@ -137,29 +155,39 @@ class Batch(NamedTuple):
 class BatchReader:
     """Batches of the training split by step. It has no state: the step says all."""
 
-    def __init__(self, corpus: Corpus, *, sequence_length: int, global_batch_size: int, seed: int):
-        """Read samples of `sequence_length` tokens from `corpus` in the order that `seed` gives.
+    def __init__(self, parts: Sequence[Part], *, sequence_length: int, global_batch_size: int, seed: int):
+        """Read samples of `sequence_length` tokens from the corpora of `parts`, in the order that `seed` gives.
 
         Raises:
-            UserError: the corpus has fewer tokens than one sample needs.
+            UserError: a corpus has fewer tokens than one sample needs.
         """
-        self.corpus = corpus
+        # In order of name, so that it does not matter in which order they were listed.
+        self.parts = sorted(parts, key=lambda part: part.name)
         self.sequence_length = sequence_length
         self.global_batch_size = global_batch_size
-        self.order = SampleOrder(windows_of(corpus, sequence_length), seed)
+        self.blend = Blend([part.weight for part in self.parts])
+        self.orders = [SampleOrder(windows_of(part.corpus, sequence_length), seed, part.name) for part in self.parts]
 
     def batch(self, step: int, positions: Sequence[int] | np.ndarray) -> Batch:
         """The samples at `positions` (from 0) of the global batch of step `step` (from 1).
 
         Raises:
             ValueError: a step below 1 or a position outside the global batch.
-            UserError: an id that is not below the vocabulary size.
+            UserError: an id that is not below the vocabulary size, or a corpus that was changed meanwhile.
         """
         places = np.asarray(positions, dtype=np.int64)
         if step < 1 or ((places < 0) | (places >= self.global_batch_size)).any():
             raise ValueError(f"step {step}, positions {places} of a global batch of {self.global_batch_size}")
         samples = (step - 1) * self.global_batch_size + places
-        tokens, labels = read_windows(self.corpus, self.order.windows(samples), self.sequence_length)
+        tokens = torch.empty(len(samples), self.sequence_length, dtype=torch.int64)
+        labels = torch.empty_like(tokens)
+        corpora, numbers = self.blend.places(samples)
+        for index in np.unique(corpora).tolist():
+            mine = np.flatnonzero(corpora == index)
+            corpus = self.parts[index].corpus
+            corpus.check_unchanged()
+            windows = self.orders[index].windows(numbers[mine])
+            tokens[mine], labels[mine] = read_windows(corpus, windows, self.sequence_length)
         return Batch(tokens, labels, torch.from_numpy(samples))
 
 

@@ -82,12 +82,17 @@ def _state_text(count: StateCount, divided: bool) -> str:
 
 
 def corpus_warning(config: Config) -> str | None:
-    """A line if the corpus is absent, saying what a real run would do."""
-    if (Path(config.data.folder) / "train.bin").exists():
+    """A line if a corpus is absent, saying what a real run would do."""
+    missing = [
+        part.folder
+        for part in config.data.corpora
+        if not (Path(part.folder) / "train.bin").exists() and not Path(f"{part.folder}.bin").exists()
+    ]
+    if not missing:
         return None
     what = (
         f'it will be prepared from "{config.data.source}" at first use'
         if config.data.source
         else "make it with tools/prepare_data.py"
     )
-    return f"warning: no corpus in {config.data.folder} yet: {what}"
+    return f"warning: no corpus in {', '.join(missing)} yet: {what}"

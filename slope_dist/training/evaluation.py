@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import exp, log
 
 from slope_dist.config import Config
-from slope_dist.data.corpus import Corpus
-from slope_dist.data.sampling import IGNORED_LABEL, evaluation_batches
+from slope_dist.data.blend import shares
+from slope_dist.data.corpus import IGNORED_LABEL, Corpus
+from slope_dist.data.sampling import Part, evaluation_batches
 from slope_dist.engine import Engine
 from slope_dist.parallel import collectives
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result over the validation split.
+    """Result over a validation split, or over those of a mixture.
 
     Attributes:
         loss: nats per token.
-        perplexity: exp(loss), per token.
-        bits_per_byte: bits per UTF-8 byte of text, comparable between tokenizers; None where the corpus does not say
-            how many bytes it stands for.
+        bytes_per_token: UTF-8 bytes of the text; None where a corpus does not say how many it stands for.
+        corpora: of a mixture, the result of each corpus by name.
     """
 
     loss: float
-    perplexity: float
-    bits_per_byte: float | None
+    bytes_per_token: float | None
+    corpora: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss), per token; a loss above 700, which would overflow, is no perplexity any more."""
+        return exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits per UTF-8 byte of text, comparable between tokenizers."""
+        return self.loss / log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    def __str__(self) -> str:
+        bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        each = "".join(f"; {name} {result.loss:.4f}" for name, result in self.corpora.items())
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits}{each}"
+
+
+def evaluate_mixture(
+    engine: Engine,
+    parts: Sequence[Part],
+    config: Config,
+    data_ranks: int,
+    data_rank: int,
+    *,
+    samples: int | None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
+    """Evaluate on each of `parts`; their means, by weight, are what a batch of the mixture has. As `evaluate`."""
+    results = {}
+    for part in parts:
+        result = evaluate(engine, part.corpus, config, data_ranks, data_rank, samples=samples, given_up=given_up)
+        if result is None:
+            return None
+        results[part.name] = result
+    if len(results) == 1:
+        return result
+    weights = dict(zip(results, map(float, shares([part.weight for part in parts])), strict=True))
+    sizes = {name: result.bytes_per_token for name, result in results.items() if result.bytes_per_token is not None}
+    return Evaluation(
+        sum(weights[name] * result.loss for name, result in results.items()),
+        sum(weights[name] * size for name, size in sizes.items()) if len(sizes) == len(results) else None,
+        results,
+    )
 
 
 def evaluate(
@@ -71,6 +114,4 @@ def evaluate(
             tokens += counted
             text_bytes += corpus.bytes_of(labels) or 0
     nats, all_tokens, all_bytes = collectives.sum_over_ranks([nats, float(tokens), float(text_bytes)])
-    mean = nats / all_tokens
-    # exp overflows above 709; a loss that large is no perplexity any more.
-    return Evaluation(mean, exp(min(mean, 700.0)), nats / log(2) / all_bytes if all_bytes else None)
+    return Evaluation(nats / all_tokens, all_bytes / all_tokens if all_bytes else None)

@@ -16,10 +16,10 @@ from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
 from slope_dist.config.model import ModelConfig
 from slope_dist.config.sections import SparsityConfig
-from slope_dist.data.corpus import Corpus
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 from slope_dist.parallel import collectives
+from slope_dist.training.corpora import Corpora
 from slope_dist.training.state import state_of, training_steps_of
 from slope_dist.transfer import Transfer
 
@@ -32,7 +32,7 @@ CHECKPOINTS = "checkpoints"
 _MAX_METRICS_BYTES = 2**32
 
 
-def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
+def identity(config: Config, corpora: Corpora) -> dict[str, Any]:
     """What two runs must share for one to go on from the other: model, masks, data and their order."""
     return {
         "model": config.model.model_dump(mode="json"),
@@ -44,8 +44,8 @@ def identity(config: Config, corpus: Corpus) -> dict[str, Any]:
             "layer_patterns": list(config.sparsity.layer_patterns),
         },
         "global_batch_size": config.training.global_batch_size,
-        "data": corpus.fingerprint,
-        "tokenizer": corpus.tokenizer_sha256,
+        "data": corpora.fingerprint,
+        "tokenizer": corpora.tokenizer_sha256,
     }
 
 

@@ -48,18 +48,16 @@ class Journal:
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """An evaluation after `step`."""
-        row = {
-            "step": step,
-            "eval_loss": finite(result.loss),
-            "perplexity": finite(result.perplexity),
-            "bits_per_byte": None if result.bits_per_byte is None else finite(result.bits_per_byte),
-        }
+        values = _values(result)
+        each = {name: _values(part) for name, part in result.corpora.items()}
+        row = {"step": step} | values | ({"corpora": each} if each else {})
         if row in self.rows:
             return  # Done again, because a kill came between this row and the picture.
         self._write(row)
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"valid/{name}", value, step)
+        for group, numbers in {"valid": values, **{f"valid {name}": part for name, part in each.items()}}.items():
+            for name, value in numbers.items():
+                if value is not None:
+                    self._board.add_scalar(f"{group}/{name}", value, step)
 
     def save(self, outcome: Outcome) -> None:
         """A checkpoint that has been written."""
@@ -87,6 +85,14 @@ class Journal:
     def _write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _values(result: Evaluation) -> dict[str, float | None]:
+    return {
+        "eval_loss": finite(result.loss),
+        "perplexity": finite(result.perplexity),
+        "bits_per_byte": None if result.bits_per_byte is None else finite(result.bits_per_byte),
+    }
 
 
 def finite(value: float) -> float | None:

@@ -11,9 +11,7 @@ from typing import Any
 from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
 from slope_dist.checkpoint.format import folder_name
 from slope_dist.config import Config, Derived, derive
-from slope_dist.data.corpus import Corpus
-from slope_dist.data.prepare import prepare_if_absent
-from slope_dist.data.sampling import BatchReader, rank_positions, windows_of
+from slope_dist.data.sampling import BatchReader, rank_positions
 from slope_dist.engine import Engine
 from slope_dist.engine.interface import MicroBatch
 from slope_dist.parallel import collectives
@@ -23,8 +21,9 @@ from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.training import fingerprint
 from slope_dist.training.build import build_engine, check_engine, count_state
+from slope_dist.training.corpora import Corpora
 from slope_dist.training.ending import Turn
-from slope_dist.training.evaluation import evaluate
+from slope_dist.training.evaluation import evaluate_mixture
 from slope_dist.training.folder import Resume, RunFolder, changed_settings, identity
 from slope_dist.training.guards import FiniteGuard, RunFailedError
 from slope_dist.training.journal import Journal, finite
@@ -73,9 +72,9 @@ class Trainer:
             refuse_what_will_not_fit(config, self.derived, environment)
             check_engine(config)
         self._take_turn()
-        self.train_corpus, self.valid_corpus = self._open_corpora()
-        self.notes = self.train_corpus.differs_from(config)
-        self.identity = identity(config, self.train_corpus)
+        self.corpora = Corpora(config, self.folder.path)
+        self.notes = self.corpora.notes
+        self.identity = identity(config, self.corpora)
         # Nothing is written into a folder before it is known to be this run's.
         found, self.skipped_checkpoints = self.folder.resume_point(
             self.identity,
@@ -84,17 +83,17 @@ class Trainer:
             resume or Resume(),
             Transfer("verifying checkpoints", print if environment.is_first else None),
         )
-        if found is None:
-            self._verify_corpora()
-        else:
+        self.corpora.verify()
+        if found is not None:
             self.notes += [f"goes on with other settings: {line}" for line in changed_settings(found.config, config)]
         self.finished = found is not None and found.step >= config.training.steps and self._is_evaluated(found.step)
         if not self.finished:
             self.folder.open(config)
             self._take_turn()
             self.turn.sign()
+            self.corpora.remember()
         self.reader = BatchReader(
-            self.train_corpus,
+            self.corpora.train,
             sequence_length=config.model.sequence_length,
             global_batch_size=config.training.global_batch_size,
             seed=config.run.seed,
@@ -217,7 +216,8 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, Any]:
         data_rank = self.groups.position.data
-        return fingerprint.measure(self.engine, self.valid_corpus, self.config, self.derived.data_ranks, data_rank)
+        first = self.corpora.valid[0].corpus
+        return fingerprint.measure(self.engine, first, self.config, self.derived.data_ranks, data_rank)
 
     def _make_saver(self) -> Saver:
         settings = self.config.checkpoint
@@ -238,28 +238,6 @@ class Trainer:
     def _asked_to_stop(self) -> bool:
         self.stopped = self.stopped or self.stopper.agreed()
         return bool(self.stopped)
-
-    def _open_corpora(self) -> tuple[Corpus, Corpus]:
-        config = self.config
-        with collectives.together():
-            if self.environment.is_first:
-                prepare_if_absent(config)
-        with collectives.together():
-            train, valid = (
-                Corpus.open(config.data.folder, split, config.model.vocab_size) for split in ("train", "valid")
-            )
-            # A split too short for one sample would otherwise end the run at its first evaluation.
-            for corpus in (train, valid):
-                windows_of(corpus, config.model.sequence_length)
-        return train, valid
-
-    def _verify_corpora(self) -> None:
-        """Read the corpus of a new run once and compare it with its manifest; a resume trusts the manifest."""
-        with collectives.together():
-            if self.environment.is_first:
-                for corpus in (self.train_corpus, self.valid_corpus):
-                    if corpus.has_manifest:
-                        corpus.verify()
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` is in the run folder, as rank 0 sees it."""
@@ -375,9 +353,9 @@ class Trainer:
             self.journal.save(outcome)
 
     def _evaluate(self) -> None:
-        result = evaluate(
+        result = evaluate_mixture(
             self.engine,
-            self.valid_corpus,
+            self.corpora.valid,
             self.config,
             self.derived.data_ranks,
             self.groups.position.data,
@@ -386,10 +364,7 @@ class Trainer:
         )
         if result is None:
             return
-        bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
-        self.progress.say(
-            f"evaluation after step {self.step}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}{bits}"
-        )
+        self.progress.say(f"evaluation after step {self.step}: {result}")
         if self.journal is not None:
             self.journal.evaluation(self.step, result)
             self.journal.draw(str(self.folder.path))

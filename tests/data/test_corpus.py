@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from slope_dist.config.schema import Config
-from slope_dist.data.corpus import Corpus, read_index
-from slope_dist.data.sampling import IGNORED_LABEL, BatchReader, evaluation_batches
+from slope_dist.data.corpus import Corpus
+from slope_dist.data.index import read_index
+from slope_dist.data.sampling import IGNORED_LABEL, BatchReader, Part, evaluation_batches
 from slope_dist.data.tokenizer import Tokenizer, train_tokenizer
 from slope_dist.errors import UserError
 
@@ -103,7 +104,7 @@ def test_an_id_that_the_manifest_hides_is_refused_when_it_is_read(corpus_folder)
     assert len(corpus.tokens(0, 37)) == 37
     with pytest.raises(UserError, match=r"train\.bin has id 60000 at token 37"):
         corpus.tokens(30, 20)
-    reader = BatchReader(corpus, sequence_length=corpus.num_tokens - 1, global_batch_size=1, seed=0)
+    reader = BatchReader([Part(corpus)], sequence_length=corpus.num_tokens - 1, global_batch_size=1, seed=0)
     with pytest.raises(UserError, match=r"train\.bin has id 60000 at token 37"):
         reader.batch(1, [0])
 
@@ -164,12 +165,21 @@ BAD_INDICES = {
     "2^63 sequences": (index_bytes([3, 4], sequences=2**63), "truncated or damaged"),
     "no document": (index_bytes([], boundaries=[0]), "holds no document"),
     "no boundary": (index_bytes([7], boundaries=[]), "holds no document"),
-    "a negative length": (index_bytes([10, -3]), "negative length"),
-    "an offset outside": (index_bytes([3, 4], pointers=[0, 2**40]), "offsets"),
-    "a negative offset": (index_bytes([3, 4], pointers=[-2, 6]), "offsets"),
-    "overlap": (index_bytes([3, 4], pointers=[0, 0]), "offsets"),
-    "boundaries out of order": (index_bytes([3, 4], boundaries=[0, 2, 1, 2]), "out of order"),
-    "boundaries not from 0": (index_bytes([3, 4], boundaries=[1, 2]), "out of order"),
+    "a negative length": (index_bytes([10, -3]), "gives sequence 1 a negative length -3"),
+    "an offset outside": (
+        index_bytes([3, 4], pointers=[0, 2**40]),
+        "sequence 1 at byte 1099511627776, .* make 6",
+    ),
+    "a negative offset": (index_bytes([3, 4], pointers=[-2, 6]), "puts sequence 0 at byte -2"),
+    "overlap": (index_bytes([3, 4], pointers=[0, 0]), "puts sequence 1 at byte 0"),
+    "boundaries out of order": (
+        index_bytes([3, 4], boundaries=[0, 2, 1, 2]),
+        "boundary 2 at sequence 1, out of order",
+    ),
+    "boundaries not from 0": (
+        index_bytes([3, 4], boundaries=[1, 2]),
+        "boundary 0 at sequence 1, out",
+    ),
     "boundaries short": (index_bytes([3, 4], boundaries=[0, 1]), "ends its last document"),
     "more than the .bin": (index_bytes([3, 5]), "has 14 bytes where its index says 16"),
     "less than the .bin": (index_bytes([3, 3]), "has 14 bytes where its index says 12"),
@@ -180,7 +190,7 @@ BAD_INDICES = {
 @pytest.mark.parametrize("chunk", [1, 1 << 20], ids=["in many chunks", "in one chunk"])
 @pytest.mark.parametrize("damage", BAD_INDICES)
 def test_a_damaged_index_is_refused(tmp_path, monkeypatch, damage, chunk):
-    monkeypatch.setattr("slope_dist.data.corpus._CHUNK", chunk)
+    monkeypatch.setattr("slope_dist.data.index._CHUNK", chunk)
     content, message = BAD_INDICES[damage]
     (tmp_path / "train.idx").write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -190,7 +200,7 @@ def test_a_damaged_index_is_refused(tmp_path, monkeypatch, damage, chunk):
 
 @pytest.mark.parametrize("chunk", [1, 2, 1 << 20])
 def test_a_right_index_is_read(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("slope_dist.data.corpus._CHUNK", chunk)
+    monkeypatch.setattr("slope_dist.data.index._CHUNK", chunk)
     (tmp_path / "train.idx").write_bytes(index_bytes([3, 4]))
     index = read_index(tmp_path / "train.idx", 14)
     assert (index.dtype, index.documents, index.tokens) == (np.uint16, 2, 7)

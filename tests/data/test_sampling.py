@@ -7,6 +7,7 @@ Not tested here: reading from real files (test_corpus.py).
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slope_dist.data.blend import Blend
 from slope_dist.data.sampling import (
     IGNORED_LABEL,
     BatchReader,
+    Part,
     SampleOrder,
     evaluation_batches,
     num_windows,
@@ -46,9 +49,16 @@ class Counting:
         assert start >= 0 and start + count <= self.num_tokens
         return np.arange(start, start + count, dtype=np.int64)
 
+    def check_unchanged(self) -> None:
+        pass
+
 
 def counting(num_tokens: int) -> Any:
     return Counting(num_tokens)
+
+
+def parts(num_tokens: int) -> list[Part]:
+    return [Part(counting(num_tokens))]
 
 
 @settings(deadline=None, max_examples=150)
@@ -146,7 +156,7 @@ def test_an_input_is_kept_when_the_label_it_also_is_gets_ignored():
 
 def test_steps_walk_through_the_epochs():
     """10 windows, 4 samples a step: step 3 crosses into the second epoch."""
-    reader = BatchReader(counting(31), sequence_length=3, global_batch_size=4, seed=5)
+    reader = BatchReader(parts(31), sequence_length=3, global_batch_size=4, seed=5)
     firsts = []
     for step in range(1, 6):
         batch = reader.batch(step, np.arange(4))
@@ -158,7 +168,7 @@ def test_steps_walk_through_the_epochs():
 
 
 def test_a_rank_reads_the_same_rows_as_the_whole_batch():
-    reader = BatchReader(counting(1000), sequence_length=7, global_batch_size=8, seed=11)
+    reader = BatchReader(parts(1000), sequence_length=7, global_batch_size=8, seed=11)
     whole = reader.batch(3, np.arange(8))
     part = reader.batch(3, [5, 2])
     assert torch.equal(part.tokens, whole.tokens[[5, 2]])
@@ -167,14 +177,14 @@ def test_a_rank_reads_the_same_rows_as_the_whole_batch():
 
 @pytest.mark.parametrize(("step", "positions"), [(0, [0]), (1, [8]), (1, [-1])])
 def test_steps_and_positions_out_of_range_are_refused(step, positions):
-    reader = BatchReader(counting(100), sequence_length=7, global_batch_size=8, seed=1)
+    reader = BatchReader(parts(100), sequence_length=7, global_batch_size=8, seed=1)
     with pytest.raises(ValueError):
         reader.batch(step, positions)
 
 
 def test_a_corpus_shorter_than_a_sample_is_refused():
     with pytest.raises(UserError, match=r"counting.bin has 8 tokens, fewer than one sample of 8 \+ 1"):
-        BatchReader(counting(8), sequence_length=8, global_batch_size=1, seed=0)
+        BatchReader(parts(8), sequence_length=8, global_batch_size=1, seed=0)
 
 
 @settings(deadline=None, max_examples=60)
@@ -202,3 +212,69 @@ def test_evaluation_reads_the_same_windows_in_every_layout(windows, micro, ranks
             seen.extend((tokens[real][:, 0] // 5).tolist())
     assert sorted(seen) == list(range(min(windows, limit)))
     assert len(shapes) == 1 and next(iter(shapes))[1:] == ((micro, 5),)
+
+
+MIXTURES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9)), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    mixture=MIXTURES,
+    length=st.integers(1, 6),
+    layouts=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 4)), min_size=1, max_size=4),
+    seed=SEEDS,
+)
+def test_every_token_once_an_epoch_in_any_mixture_layout_and_after_any_resume(mixture, length, layouts, seed):
+    """Each entry of `layouts` is a part of the run: micro-batch and data ranks, resumed from the step before."""
+    corpora = [
+        Part(counting(windows * length + 1), Fraction(weight), f"c{i}") for i, (windows, weight) in enumerate(mixture)
+    ]
+    global_batch_size = 12
+    blend = Blend([part.weight for part in corpora])
+    read: list[list[int]] = [[] for _ in corpora]
+    for step, (micro, ranks) in enumerate([layout for layout in layouts for _ in range(3)], start=1):
+        micro, ranks = (micro, ranks) if global_batch_size % (micro * ranks) == 0 else (1, 1)
+        # As a resumed process has it: nothing but the config and the step.
+        reader = BatchReader(
+            draw_order(corpora, step), sequence_length=length, global_batch_size=global_batch_size, seed=seed
+        )
+        rows = []
+        for index in range(global_batch_size // (micro * ranks)):
+            for rank in range(ranks):
+                batch = reader.batch(
+                    step,
+                    rank_positions(
+                        global_batch_size=global_batch_size,
+                        micro_batch_size=micro,
+                        data_ranks=ranks,
+                        data_rank=rank,
+                        micro_index=index,
+                    ),
+                )
+                rows += list(zip(batch.samples.tolist(), batch.tokens, batch.labels, strict=True))
+        assert [sample for sample, *_ in rows] == list(range(global_batch_size * (step - 1), global_batch_size * step))
+        places, _ = blend.places(np.array([sample for sample, *_ in rows]))
+        for corpus, (_, tokens, labels) in zip(places.tolist(), rows, strict=True):
+            window = int(tokens[0]) // length
+            assert tokens.tolist() == list(range(window * length, (window + 1) * length))
+            assert torch.equal(labels, tokens + 1)
+            read[corpus].append(window)
+    for (windows, _), seen in zip(mixture, read, strict=True):
+        for begin in range(0, len(seen), windows):
+            epoch = seen[begin : begin + windows]
+            assert len(set(epoch)) == len(epoch)
+            assert len(epoch) < windows or sorted(epoch) == list(range(windows))
+
+
+def draw_order(corpora: list[Part], step: int) -> list[Part]:
+    """The corpora as somebody else might list them."""
+    return corpora[step % len(corpora) :] + corpora[: step % len(corpora)]
+
+
+def test_the_order_of_a_corpus_follows_its_name():
+    """Two of one size would otherwise be walked through alike."""
+    first, second = (
+        BatchReader([Part(counting(101), name=name)], sequence_length=1, global_batch_size=100, seed=1) for name in "ab"
+    )
+    orders = [reader.batch(1, range(100)).tokens[:, 0].tolist() for reader in (first, second)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])

@@ -9,7 +9,7 @@ from torch import nn
 
 from slope_dist.config import Config, derive, load_config
 from slope_dist.data.corpus import Corpus
-from slope_dist.data.sampling import BatchReader
+from slope_dist.data.sampling import BatchReader, Part
 from slope_dist.layers import logical_tensors
 from slope_dist.sparse import SparseWeight
 from slope_dist.training.build import build, layer_factory
@@ -27,7 +27,7 @@ def plain_run(path: str, skipped: list[int]) -> dict[str, Any]:
     model = _model(config, adapters=False)
     optimizer = _optimizer(config, model)
     reader = BatchReader(
-        Corpus.open(config.data.folder, "train", config.model.vocab_size),
+        [Part(Corpus.open(config.data.corpora[0].folder, "train", config.model.vocab_size))],
         sequence_length=config.model.sequence_length,
         global_batch_size=config.training.global_batch_size,
         seed=config.run.seed,

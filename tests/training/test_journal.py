@@ -42,7 +42,7 @@ def fill(folder: RunFolder, steps: int) -> None:
     journal = Journal(folder, 0)
     for step in range(1, steps + 1):
         journal.step(step_row(step))
-        journal.evaluation(step, Evaluation(loss=4.0, perplexity=54.6, bits_per_byte=None))
+        journal.evaluation(step, Evaluation(loss=4.0, bytes_per_token=None))
     journal.close()
 
 
@@ -81,13 +81,15 @@ def test_what_is_not_finite_becomes_null(folder: RunFolder) -> None:
     assert [finite(value) for value in (nan, inf, -inf, 0.0, -1.5)] == [None, None, None, 0.0, -1.5]
     journal = Journal(folder, 0)
     journal.step(step_row(1, loss=finite(nan)))
-    journal.evaluation(1, Evaluation(loss=nan, perplexity=inf, bits_per_byte=2.0))
+    journal.evaluation(1, Evaluation(loss=nan, bytes_per_token=2.0, corpora={"a": Evaluation(4.0, None)}))
     with pytest.raises(ValueError, match="JSON"):
         journal.step(step_row(2, loss=nan))
     journal.close()
     rows = read_rows(folder.metrics)
     assert rows[0]["loss"] is None
-    assert rows[1] == {"step": 1, "eval_loss": None, "perplexity": None, "bits_per_byte": 2.0}
+    numbers = {"eval_loss": None, "perplexity": None, "bits_per_byte": None}
+    alone = {"eval_loss": 4.0, "perplexity": pytest.approx(54.598), "bits_per_byte": None}
+    assert rows[1] == {"step": 1, **numbers, "corpora": {"a": alone}}
 
 
 def test_picture_is_a_png_also_of_rows_without_numbers(folder: RunFolder) -> None:
@@ -97,7 +99,7 @@ def test_picture_is_a_png_also_of_rows_without_numbers(folder: RunFolder) -> Non
     journal.step(step_row(1, loss=None))
     for step in range(2, 6):
         journal.step(step_row(step, loss=6.0 - step / 2))
-    journal.evaluation(5, Evaluation(loss=4.0, perplexity=54.6, bits_per_byte=1.0))
+    journal.evaluation(5, Evaluation(loss=4.0, bytes_per_token=3.5))
     journal.draw("a run")
     drawn = folder.picture.read_bytes()
     journal.close()
