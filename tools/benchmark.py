@@ -4,6 +4,7 @@
     python tools/benchmark.py layer --widths 512 1024 --dtypes bf16 --threads 1 --output layer.json
     python tools/benchmark.py traffic
     python tools/benchmark.py checkpoint --folder /where/checkpoints/go
+    python tools/benchmark.py loader
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
@@ -14,6 +15,9 @@ the command starts itself on the CPU. "linears" is the block without its biases 
 
 checkpoint: saves and loads of the same state, dense and 2:4, by slope_dist, torch.distributed.checkpoint and DeepSpeed
 itself, on two ranks which the command starts. Each is first seen to load what it saved; a wrong one is not timed.
+
+loader: batches read from a corpus that the command writes, by slope_dist and by Megatron-core's GPTDataset, and what
+reading all of it once adds to the memory that the process holds.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from slope_dist.benchmark import layer, machine, ranks, traffic
+from slope_dist.benchmark import layer, loading, machine, ranks, traffic
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -54,6 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     options = commands.add_parser("layer", help="one linear layer, forward and backward")
+    options.set_defaults(check=_check_layer, run=run_layer)
     options.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048], metavar="N", help="%(default)s")
     options.add_argument(
         "--projections",
@@ -70,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--seconds", type=float, default=2.0, metavar="S", help="timing of one row (%(default)s)")
     _add_output(options)
     options = commands.add_parser("traffic", help="bytes of a block through the data-parallel group")
+    options.set_defaults(check=_check_traffic, run=run_traffic)
     options.add_argument(
         "--engines", nargs="+", choices=traffic.ENGINES, default=list(traffic.ENGINES), help="ZeRO stages, FSDP2 (all)"
     )
@@ -85,6 +91,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--ffn", type=int, default=sizes.ffn_size, metavar="N", help="inner width (%(default)s)")
     _add_output(options)
     options = commands.add_parser("checkpoint", help="saves and loads beside torch's and DeepSpeed's")
+    options.set_defaults(check=_check_checkpoint, run=run_checkpoint)
     model = checkpoint_rivals.Size()
     options.add_argument("--hidden", type=int, default=model.hidden_size, metavar="N", help="width (%(default)s)")
     options.add_argument("--layers", type=int, default=model.num_layers, metavar="N", help="blocks (%(default)s)")
@@ -99,6 +106,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, metavar="N", help="saves and loads of each (%(default)s)")
     options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
     _add_output(options)
+    options = commands.add_parser("loader", help="batches read from a corpus, beside Megatron-core's")
+    options.set_defaults(check=_check_loader, run=run_loader)
+    read = loading.Size()
+    options.add_argument("--samples", type=int, default=read.samples, metavar="N", help="in the corpus (%(default)s)")
+    options.add_argument("--length", type=int, default=read.sequence_length, metavar="N", help="tokens (%(default)s)")
+    options.add_argument("--batch", type=int, default=read.batch_size, metavar="N", help="samples (%(default)s)")
+    options.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of timing (%(default)s)")
+    options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
+    _add_output(options)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen
@@ -109,7 +125,7 @@ def _add_output(options: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    {"layer": _check_layer, "traffic": _check_traffic, "checkpoint": _check_checkpoint}[options.command](options)
+    options.check(options)
     # Before the minutes of measuring, not after.
     if options.output is not None:
         _check_output(options.output)
@@ -130,7 +146,18 @@ def _check_checkpoint(options: argparse.Namespace) -> None:
         size.config("2:4", 1)
     except ValidationError as error:
         raise UserError(f"--hidden {options.hidden} --layers {options.layers}: {error.errors()[0]['msg']}") from error
-    folder = options.folder
+    _check_folder(options.folder)
+
+
+def _check_loader(options: argparse.Namespace) -> None:
+    for name, least in (("samples", 200), ("length", 2), ("batch", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} {getattr(options, name)} is less than {least}")
+    _check_seconds(options.seconds)
+    _check_folder(options.folder)
+
+
+def _check_folder(folder: Path | None) -> None:
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"--folder {folder} is not a folder that can be written to")
 
@@ -148,10 +175,14 @@ def _check_layer(options: argparse.Namespace) -> None:
         number = getattr(options, name)
         if number is not None and number < 1:
             raise UserError(f"--{name} {number} is less than 1")
-    if not 0 <= options.seconds < float("inf"):
-        raise UserError(f"--seconds {options.seconds} is not a time of 0 or more")
+    _check_seconds(options.seconds)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device; leave the option out")
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"--seconds {seconds} is not a time of 0 or more")
 
 
 def _check_output(path: Path) -> None:
@@ -208,6 +239,31 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     with Console(stderr=True).status(f"{checkpoint_rivals.RANKS} ranks save and load"):
         rows = checkpoint_rivals.measure(size, options.stages, options.rounds, options.folder)
     _report("checkpoint", rows, facts, checkpoint_table(rows, facts), options.output)
+
+
+def run_loader(options: argparse.Namespace) -> None:
+    """Measure both readers, print the table and write the numbers."""
+    size = loading.Size(samples=options.samples, sequence_length=options.length, batch_size=options.batch)
+    facts = machine.describe(torch.device("cpu")) | {"megatron-core": version("megatron-core")}
+    with Console(stderr=True).status(f"{size.samples} samples"):
+        row = loading.measure(size, options.seconds, options.folder)
+    _report("loader", [row], facts, loader_table(row, facts), options.output)
+
+
+def loader_table(row: dict, facts: dict[str, object]) -> Table:
+    """The row for a reader."""
+    table = Table(
+        title=f"batches of {row['batch_size']} x {row['sequence_length']} tokens from "
+        f"{row['corpus_bytes'] / GB:.2f} GB, {facts['device']}, megatron-core {facts['megatron-core']}",
+        caption="x: median of the ratios of time, round by round, with quartiles. Memory: what the resident memory "
+        f"grows by while {row['samples']} samples are read.",
+    )
+    for heading in ("", "million tokens/s", "time x", "memory MiB"):
+        table.add_column(heading, justify="right")
+    for name, rival in row["rivals"].items():
+        speed = f"{rival['tokens_per_second'] / 1e6:.1f}"
+        table.add_row(name, speed, _ratio(rival), f"{rival['grown_bytes'] / MIB:.1f}")
+    return table
 
 
 def checkpoint_table(rows: list[dict], facts: dict[str, object]) -> Table:
@@ -312,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
         options = parse(arguments)
-        {"layer": run_layer, "traffic": run_traffic, "checkpoint": run_checkpoint}[options.command](options)
+        options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -320,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A rank has failed, on a full disk for one; the text ends in its own words.
         print(f"not measured: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
-    except layer.WrongResultError as error:
+    except (layer.WrongResultError, loading.WrongBatchError) as error:
         print(f"wrong result, nothing was timed: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
     except KeyboardInterrupt:

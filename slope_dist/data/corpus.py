@@ -175,11 +175,11 @@ class Corpus:
         if start < 0 or count < 0 or start + count > self.num_tokens:
             raise ValueError(f"tokens {start} to {start + count} of {self.num_tokens} in {self.path}")
         first = self._first + start
-        ids = self._read(first, count).astype(np.int64)
-        if count and (ids.max() >= self.vocab_size or ids.min() < 0):
+        ids = self._read(first, count)
+        if count and (ids.max() >= self.vocab_size or (self._dtype.kind == "i" and ids.min() < 0)):
             bad = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
             raise _too_large(self.path, int(ids[bad]), first + bad, self.vocab_size)
-        return ids
+        return ids.astype(np.int64)
 
     def _read(self, first: int, count: int) -> np.ndarray:
         size, begin = self._dtype.itemsize, first * self._dtype.itemsize

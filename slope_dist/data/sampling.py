@@ -25,6 +25,7 @@ from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.errors import UserError
 
 _ROUNDS = 8
+_PLACES = 4096
 
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:
@@ -167,6 +168,8 @@ class BatchReader:
         self.global_batch_size = global_batch_size
         self.blend = Blend([part.weight for part in self.parts])
         self.orders = [SampleOrder(windows_of(part.corpus, sequence_length), seed, part.name) for part in self.parts]
+        # What a place costs is the same for one as for many, so many are worked out at a time.
+        self._places = lru_cache(maxsize=4)(self._places_of)
 
     def batch(self, step: int, positions: Sequence[int] | np.ndarray) -> Batch:
         """The samples at `positions` (from 0) of the global batch of step `step` (from 1).
@@ -179,16 +182,22 @@ class BatchReader:
         if step < 1 or ((places < 0) | (places >= self.global_batch_size)).any():
             raise ValueError(f"step {step}, positions {places} of a global batch of {self.global_batch_size}")
         samples = (step - 1) * self.global_batch_size + places
-        tokens = torch.empty(len(samples), self.sequence_length, dtype=torch.int64)
-        labels = torch.empty_like(tokens)
-        corpora, numbers = self.blend.places(samples)
-        for index in np.unique(corpora).tolist():
-            mine = np.flatnonzero(corpora == index)
-            corpus = self.parts[index].corpus
+        read = []
+        for sample in samples.tolist():
+            corpora, windows = self._places(sample // _PLACES)
+            read.append((self.parts[corpora[sample % _PLACES]].corpus, int(windows[sample % _PLACES])))
+        for corpus in {corpus for corpus, _ in read}:
             corpus.check_unchanged()
-            windows = self.orders[index].windows(numbers[mine])
-            tokens[mine], labels[mine] = read_windows(corpus, windows, self.sequence_length)
-        return Batch(tokens, labels, torch.from_numpy(samples))
+        return Batch(*read_windows(read, self.sequence_length), torch.from_numpy(samples))
+
+    def _places_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Corpus and window of `_PLACES` samples in a row."""
+        corpora, numbers = self.blend.places(block * _PLACES + np.arange(_PLACES))
+        windows = np.empty_like(numbers)
+        for corpus, order in enumerate(self.orders):
+            mine = corpora == corpus
+            windows[mine] = order.windows(numbers[mine])
+        return corpora, windows
 
 
 def windows_of(corpus: Corpus, sequence_length: int) -> int:
@@ -206,12 +215,14 @@ def windows_of(corpus: Corpus, sequence_length: int) -> int:
     return windows
 
 
-def read_windows(reader: TokenReader, windows: np.ndarray, sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels of the given windows: int64 [B] to two of int64 [B, S]."""
-    rows = np.stack([reader.tokens(int(w) * sequence_length, sequence_length + 1) for w in windows])
-    whole = torch.from_numpy(rows)
-    # Copies: of a single row `contiguous` would give two views, and whoever masks a label would spoil an input.
-    return whole[:, :-1].clone(), whole[:, 1:].clone()
+def read_windows(windows: Sequence[tuple[TokenReader, int]], sequence_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels of windows, each given by where it is read and its number: B of them to int64 [B, S] twice."""
+    # Two arrays, not views of one: whoever masks a label would spoil an input.
+    tokens, labels = (np.empty((len(windows), sequence_length), dtype=np.int64) for _ in range(2))
+    for row, (reader, window) in enumerate(windows):
+        ids = reader.tokens(window * sequence_length, sequence_length + 1)
+        tokens[row], labels[row] = ids[:-1], ids[1:]
+    return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
 def evaluation_batches(
@@ -246,6 +257,6 @@ def evaluation_batches(
     for first in range(data_rank * micro_batch_size, -(-total // together) * together, together):
         windows = np.arange(first, first + micro_batch_size)
         real = windows < total
-        tokens, labels = read_windows(corpus, np.where(real, windows, 0), sequence_length)
+        tokens, labels = read_windows([(corpus, int(window)) for window in np.where(real, windows, 0)], sequence_length)
         labels[torch.from_numpy(~real)] = IGNORED_LABEL
         yield tokens, labels

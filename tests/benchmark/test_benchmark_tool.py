@@ -57,6 +57,8 @@ def test_a_small_run_reports_every_rival_and_the_machine(tmp_path: Path) -> None
         (["checkpoint", "--layers", "0"], "--layers 0 is less than 1"),
         (["checkpoint", "--folder", "no/such"], "--folder no/such is not a folder"),
         (["checkpoint", "--stages", "2"], "invalid choice: 2"),
+        (["loader", "--samples", "10"], "--samples 10 is less than 200"),
+        (["loader", "--folder", "no/such"], "--folder no/such is not a folder"),
         (["gemm"], "invalid choice: 'gemm'"),
         ([], "COMMAND"),
     ],

@@ -136,14 +136,14 @@ def test_no_input_is_left_out_but_the_tail(num_tokens, length):
     windows = num_windows(num_tokens, length)
     assert windows * length + 1 <= num_tokens < (windows + 1) * length + 1
     if windows:
-        tokens, labels = read_windows(counting(num_tokens), np.arange(windows), length)
+        tokens, labels = read_windows([(counting(num_tokens), window) for window in range(windows)], length)
         assert tokens.flatten().tolist() == list(range(windows * length))
         assert torch.equal(labels, tokens + 1)
 
 
 def test_an_input_is_kept_when_the_label_it_also_is_gets_ignored():
     """Of a single row both might be views of one memory; with three ranks for one window, two rows are padding."""
-    tokens, labels = read_windows(counting(6), np.array([0]), 5)
+    tokens, labels = read_windows([(counting(6), 0)], 5)
     labels.fill_(IGNORED_LABEL)
     assert tokens.tolist() == [[0, 1, 2, 3, 4]]
     for rank in (1, 2):
