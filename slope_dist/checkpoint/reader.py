@@ -203,7 +203,8 @@ class Checkpoint:
     def _check_unchanged(self, name: str) -> None:
         """Refuse a file that is not as it was when the checkpoint was opened, before anything of it was hashed."""
         try:
-            stamp = _stamp(os.lstat(self.path / name))
+            # Asked twice a read; Path's own joining would take longer than the answer.
+            stamp = _stamp(os.lstat(f"{self.path}/{name}"))
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}") from error
         if stamp != self._stamps[name]:

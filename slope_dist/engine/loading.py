@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _check_numbers(fragment: Fragment, stored: Tensor) -> None:
     if (stored.dtype == torch.uint8) != (fragment.tensor.dtype == torch.uint8):
         raise UserError(f"the state to resume from holds {fragment.kind} {fragment.name} as {stored.dtype}")
     # A sum is finite only if everything in it is, and takes a twentieth of the time; a large one may overflow.
-    if stored.is_floating_point() and not stored.sum().isfinite() and not stored.isfinite().all():
+    if stored.is_floating_point() and not isfinite(stored.sum()) and not stored.isfinite().all():
         raise UserError(f"the state to resume from holds NaN or infinity in {fragment.kind} {fragment.name}")
     if fragment.kind == "exp_avg_sq" and stored.numel() and stored.min() < 0:
         raise UserError(f"the state to resume from holds a negative mean of squares of {fragment.name}")
