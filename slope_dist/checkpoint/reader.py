@@ -56,6 +56,7 @@ class Checkpoint:
         self.scalars: Mapping[str, Any] = manifest.scalars
         self.identity: Mapping[str, Any] = manifest.identity
         self.config: Mapping[str, Any] = manifest.config
+        self._stamps: dict[str, tuple[int, int, int]] = {}
         self._handles: dict[str, safe_open] = {}
         self._headers: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in manifest.files}
         for tensor in manifest.tensors.values():
@@ -113,11 +114,12 @@ class Checkpoint:
         """Elements [start, stop) of `rectangle` in row-major order, on the CPU, 1-D, in the dtype they were stored in.
 
         Files are mapped into memory and only the pages that hold the wanted elements are read; the extra memory is
-        the returned tensor. The result owns its memory.
+        the returned tensor. The result owns its memory, and holds nothing of files that have changed since they were
+        opened: each file's size, time of change and inode are looked at before and after its elements are copied.
 
         Raises:
             KeyError: if this state is not there, or the range does not lie inside it.
-            CheckpointError: if the file does not hold what the manifest says.
+            CheckpointError: if a file does not hold what the manifest says, has changed or is gone.
         """
         tensor = self.manifest.tensors.get(f"{kind}/{name}")
         if tensor is None:
@@ -133,6 +135,7 @@ class Checkpoint:
         result = torch.empty(stop - start, dtype=DTYPES[tensor.dtype])
         wanted = list(boxes(rectangle, start, stop))
         filled = 0
+        touched = set()
         for part in tensor.fragments:
             if part.rectangle == rectangle:
                 # The writer's own layout: a run of elements, and no need to look at the many other pieces closely.
@@ -140,6 +143,7 @@ class Checkpoint:
                 if low < high:
                     result[low - start : high - start] = self._slice(part, low, high)
                     filled += high - low
+                    touched.add(part.file)
                 continue
             if intersect(part.rectangle, rectangle) is None:
                 continue
@@ -151,11 +155,16 @@ class Checkpoint:
                         source = view_of_box(self._slice(part, first, last), first, part.rectangle, box)
                         view_of_box(result, start, rectangle, box).copy_(source)
                         filled += rectangle_size(box)
+                        touched.add(part.file)
+        for file in touched:
+            self._check_unchanged(file)
         assert filled == stop - start, "the fragments tile the tensor: checked when the checkpoint was opened"
         return result
 
     def _slice(self, part: StoredFragment, first: int, last: int) -> Tensor:
         """Elements [first, last) of the fragment's rectangle, all of them its own: a 1-D view of the mapped file."""
+        # To touch a page that is no longer in the file would end the process.
+        self._check_unchanged(part.file)
         view: Tensor = self._open_file(part.file).get_slice(part.key)[first - part.start : last - part.start]
         return view
 
@@ -186,9 +195,22 @@ class Checkpoint:
         for name in sorted(found - expected.keys()):
             raise CheckpointError(f"{self.path}: {name!r}: expected only the manifest's files, found this one too")
         for name, entry in expected.items():
-            size = _size_of_regular_file(self.path, name)
-            if size != entry.bytes:
-                raise CheckpointError(f"{self.path}: {name}: expected {entry.bytes} bytes, found {size}")
+            found_file = _regular_file(self.path, name)
+            if found_file.st_size != entry.bytes:
+                raise CheckpointError(f"{self.path}: {name}: expected {entry.bytes} bytes, found {found_file.st_size}")
+            self._stamps[name] = _stamp(found_file)
+
+    def _check_unchanged(self, name: str) -> None:
+        """Refuse a file that is not as it was when the checkpoint was opened, before anything of it was hashed."""
+        try:
+            # Asked twice a read; Path's own joining would take longer than the answer.
+            stamp = _stamp(os.lstat(f"{self.path}/{name}"))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}") from error
+        if stamp != self._stamps[name]:
+            raise CheckpointError(
+                f"{self.path}: {name}: expected it to stay as it was when it was opened, found it changed"
+            )
 
 
 class Search(NamedTuple):
@@ -220,7 +242,7 @@ def find_newest(checkpoints: Path) -> Search:
         CheckpointError: if the folder cannot be read.
     """
     names, leftovers = _listing(checkpoints)
-    return Search(*_search(checkpoints, names, slice(None), lambda problem: [problem]), leftovers)
+    return Search(*_search(checkpoints, names, 0, 1, lambda problem: [problem]), leftovers)
 
 
 def find_newest_on_all_ranks(checkpoints: Path, transfer: Transfer | None = None) -> Search:
@@ -244,8 +266,7 @@ def find_newest_on_all_ranks(checkpoints: Path, transfer: Transfer | None = None
     names, leftovers, error = broadcast_json([names, leftovers, error])
     if error is not None:
         raise CheckpointError(error)
-    share = slice(rank(), None, world_size())
-    return Search(*_search(checkpoints, names, share, all_gather_json, transfer), leftovers)
+    return Search(*_search(checkpoints, names, rank(), world_size(), all_gather_json, transfer), leftovers)
 
 
 def _listing(checkpoints: Path) -> tuple[list[str], list[str]]:
@@ -266,17 +287,18 @@ def _listing(checkpoints: Path) -> tuple[list[str], list[str]]:
 def _search(
     checkpoints: Path,
     names: list[str],
-    share: slice,
+    here: int,
+    ranks: int,
     gather: Callable[[str | None], list[str | None]],
     transfer: Transfer | None = None,
 ) -> tuple[Checkpoint | None, list[str]]:
-    """Verify one folder after the other, `share` of each one's files here, until `gather` returns no problem."""
+    """Verify one folder after the other, this rank's share of each one's files, until `gather` returns no problem."""
     damaged: list[str] = []
     for name in names:
         checkpoint, problem = None, None
         try:
             checkpoint = Checkpoint.open(checkpoints / name, verify=False)
-            checkpoint.verify(sorted(checkpoint.manifest.files)[share], transfer)
+            checkpoint.verify(_share(checkpoint.manifest.files, here, ranks), transfer)
         except CheckpointError as error:
             problem = str(error)
         first = next((found for found in gather(problem) if found is not None), None)
@@ -286,13 +308,24 @@ def _search(
     return None, damaged
 
 
+def _share(files: Collection[str], here: int, ranks: int) -> list[str]:
+    """The files that rank `here` of `ranks` hashes: those of its part of the writers, both sorts.
+
+    Ranks write equal parts of the state, but the files of the optimizer are six times as large as those of the
+    weights. Where as many read as wrote, a rank hashes what it will load, and finds it still in memory then.
+    """
+    writers = sorted({name.partition(".")[0] for name in files})
+    own = {writer for at, writer in enumerate(writers) if at * ranks // len(writers) == here}
+    return sorted(name for name in files if name.partition(".")[0] in own)
+
+
 def _read_manifest(path: Path) -> Manifest:
     """The folder's manifest, checked by itself and against the folder's name."""
     if not stat.S_ISDIR(os.lstat(path).st_mode):
         raise CheckpointError(f"{path}: expected a folder, found a file or a link")
     if not os.path.lexists(path / MANIFEST):
         raise CheckpointError(f"{path}: {MANIFEST}: expected a file, found none")
-    _size_of_regular_file(path, MANIFEST)
+    _regular_file(path, MANIFEST)
     try:
         manifest = decode(read_bounded(path / MANIFEST, MAX_MANIFEST_BYTES))
     except ValueError as error:
@@ -303,11 +336,15 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _size_of_regular_file(folder: Path, name: str) -> int:
+def _regular_file(folder: Path, name: str) -> os.stat_result:
     found = os.lstat(folder / name)
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{folder}: {name}: expected a plain file, found a link or something else")
-    return found.st_size
+    return found
+
+
+def _stamp(file: os.stat_result) -> tuple[int, int, int]:
+    return file.st_size, file.st_mtime_ns, file.st_ino
 
 
 def _sha256(path: Path, transfer: Transfer) -> str:

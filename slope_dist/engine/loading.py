@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.sparse import Pattern, SparseWeight, codec
 from slope_dist.transfer import Transfer
+
+CHUNK_BYTES = 4 * 2**20
+"""Most of a fragment that is read at once. Small, so that it is checked and copied while it is in a cache."""
 
 _INDICES, _COLUMN_MASK = ".indices", ".column_mask"
 
@@ -35,6 +40,9 @@ def load_fragments(
 ) -> None:
     """Write a stored state into an engine's live fragments, except derived ones. Collective over all ranks.
 
+    What the source returns is checked and then copied, chunk by chunk: what was checked is what is loaded. The extra
+    memory is a few chunks, and the metadata of layers whose column masks are state.
+
     Args:
         source: where it is; its run may have had another precision.
         fragments: this rank's.
@@ -49,15 +57,17 @@ def load_fragments(
     wanted = [fragment for fragment in fragments if not fragment.derived and fragment.name not in keep]
     transfer = transfer or Transfer()
     transfer.begin(sum(fragment.tensor.nbytes for fragment in wanted))
+    masked = {fragment.name.removesuffix(_COLUMN_MASK) for fragment in wanted if fragment.name.endswith(_COLUMN_MASK)}
     indices: dict[tuple[object, ...], Tensor] = {}
     with collectives.together():
-        for fragment in wanted:
+        for fragment in (chunk for whole in wanted for chunk in _chunks(whole)):
             stored = _read(source, fragment)
             transfer.add(fragment.tensor.nbytes)
             _check_numbers(fragment, stored)
             place = fragment.rectangle, fragment.start, fragment.stop
             if fragment.name in patterns:
-                indices[fragment.name, *place] = stored
+                if fragment.name.removesuffix(_INDICES) in masked:
+                    indices[fragment.name, *place] = stored
                 try:
                     codec.check(stored.view(1, -1), patterns[fragment.name])
                 except ValueError as error:
@@ -72,6 +82,15 @@ def load_fragments(
             fragment.tensor.copy_(stored)
 
 
+def _chunks(fragment: Fragment) -> Iterator[Fragment]:
+    """The fragment in pieces of at most `CHUNK_BYTES`; metadata and column mask of a layer are cut alike."""
+    step = CHUNK_BYTES // fragment.tensor.element_size()
+    for start in range(fragment.start, fragment.stop, step):
+        stop = min(fragment.stop, start + step)
+        tensor = fragment.tensor[start - fragment.start : stop - fragment.start]
+        yield replace(fragment, start=start, stop=stop, tensor=tensor)
+
+
 def _check_numbers(fragment: Fragment, stored: Tensor) -> None:
     """Refuse what no run can have saved: a step whose gradients are not finite changes nothing.
 
@@ -81,7 +100,7 @@ def _check_numbers(fragment: Fragment, stored: Tensor) -> None:
     if (stored.dtype == torch.uint8) != (fragment.tensor.dtype == torch.uint8):
         raise UserError(f"the state to resume from holds {fragment.kind} {fragment.name} as {stored.dtype}")
     # A sum is finite only if everything in it is, and takes a twentieth of the time; a large one may overflow.
-    if stored.is_floating_point() and not stored.sum().isfinite() and not stored.isfinite().all():
+    if stored.is_floating_point() and not isfinite(stored.sum()) and not stored.isfinite().all():
         raise UserError(f"the state to resume from holds NaN or infinity in {fragment.kind} {fragment.name}")
     if fragment.kind == "exp_avg_sq" and stored.numel() and stored.min() < 0:
         raise UserError(f"the state to resume from holds a negative mean of squares of {fragment.name}")

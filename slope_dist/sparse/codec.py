@@ -126,9 +126,7 @@ def check(indices: Tensor, pattern: Pattern) -> None:
         ValueError: naming the first bad row.
     """
     if pattern.is_two_four:
-        first = torch.stack([indices & 3, indices >> 4 & 3], dim=2)
-        second = torch.stack([indices >> 2 & 3, indices >> 6 & 3], dim=2)
-        good = (first < second).flatten(1)
+        good = ((indices & 3) < (indices >> 2 & 3)) & ((indices >> 4 & 3) < indices >> 6)
     else:
         groups = unpack_bits(indices).view(indices.shape[0], -1, pattern.m)
         good = groups.sum(dim=2) == pattern.n

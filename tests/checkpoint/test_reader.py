@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slope_dist.checkpoint import Checkpoint, CheckpointError, find_newest, find_newest_on_all_ranks, save
+from slope_dist.checkpoint import Checkpoint, CheckpointError, find_newest, find_newest_on_all_ranks, reader, save
 from slope_dist.checkpoint.format import DTYPES, encode
 from slope_dist.parallel.fragments import Fragment, MemorySource, StateSource, whole
 
@@ -310,6 +310,27 @@ def test_two_ranks_choose_alike(tmp_path: Path, damaged: int) -> None:
             find_newest_on_all_ranks(victim)
 
     assert in_ranks(find, 2, tmp_path) == [0, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("writers", [1, 2, 3, 8])
+def test_ranks_share_the_hashing(writers: int, ranks: int) -> None:
+    """Each file is hashed once; nobody has more than its part of the writers, one's files at the least."""
+    files = [f"rank-{writer:05d}.{sort}.safetensors" for writer in range(writers) for sort in ("optimizer", "weights")]
+    shares = [reader._share(files, here, ranks) for here in range(ranks)]
+    assert sorted(name for share in shares for name in share) == files
+    for share in shares:
+        assert [name.split(".")[1] for name in share] == ["optimizer", "weights"] * (len(share) // 2)
+        assert len(share) // 2 <= -(-writers // ranks)
+
+
+@pytest.mark.parametrize("spoil", [Path.touch, Path.unlink, lambda path: os.truncate(path, 8)])
+def test_what_changes_after_it_was_hashed_is_not_read(spoilt: Path, spoil: Callable[[Path], None]) -> None:
+    checkpoint = Checkpoint.open(spoilt)
+    assert checkpoint.read("norm.bias", "weight", whole((5,)), 0, 5).numel() == 5
+    spoil(spoilt / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*(found it changed|cannot be read)"):
+        checkpoint.read("norm.bias", "weight", whole((5,)), 0, 5)
 
 
 def test_a_small_range_does_not_read_the_file(tmp_path: Path) -> None:
