@@ -242,7 +242,8 @@ class EvaluationConfig(Section):
 
     interval: CountOrZero = Field(default=1000, description="Steps between two evaluations; 0: only at the end.")
     samples: Count | None = Field(
-        default=None, description="Validation samples of an evaluation; null: the whole validation split."
+        default=None,
+        description="Validation samples of an evaluation, of each corpus; null: the whole validation split.",
     )
 
 
