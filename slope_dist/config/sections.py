@@ -205,7 +205,8 @@ class DataConfig(Section):
     )
     tokenizer: PathText | None = Field(
         default=None,
-        description="SentencePiece model to prepare with; null: train one of `model.vocab_size` pieces.",
+        description="Tokenizer to prepare with: a SentencePiece model, a tokenizer.json, or a folder that holds one of "
+        "them or GPT-2's vocab.json and merges.txt; null: train one of `model.vocab_size` pieces.",
     )
 
 

@@ -16,14 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slope_dist.data.prepare import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    TOKENIZER,
-    file_sha256,
-    megatron_indexed_dataset,
-)
+from slope_dist.data.jobs import SPLITS
+from slope_dist.data.journal import file_sha256
+from slope_dist.data.load_tokenizer import FILES, load_tokenizer
+from slope_dist.data.prepare import FORMAT, MANIFEST, megatron_indexed_dataset
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
@@ -295,7 +291,7 @@ class Corpus:
 
     def _without_piece(self, token_id: int, pieces: int) -> UserError:
         return UserError(
-            f"{self.path} has id {token_id}, but its tokenizer {self.folder / TOKENIZER} has {pieces} ids; "
+            f"{self.path} has id {token_id}, but its tokenizer in {self.folder} has {pieces} ids; "
             "put the right tokenizer there, or none"
         )
 
@@ -303,24 +299,27 @@ class Corpus:
         if given is None:
             return []
         try:
-            same = file_sha256(Path(given)) == self.tokenizer_sha256
-        except OSError as error:
-            return [
-                f"data.tokenizer {given} cannot be read ({error.strerror or error}); {self.folder} has a tokenizer, "
-                "which is used"
-            ]
+            other = load_tokenizer(given)
+        except UserError as error:
+            return [f"data.tokenizer does not apply ({error}): {self.folder} has a tokenizer, which is used"]
+        same = (other.sha256, other.end_of_document) == (self.tokenizer_sha256, self.end_of_document)
         return [] if same else [f"data.tokenizer {given} does not apply: {self.folder} was made with another one"]
 
     def _load_tokenizer(self) -> Tokenizer | None:
-        path = self.folder / TOKENIZER
-        return Tokenizer.load(path) if path.exists() else None
+        found = [name for name in FILES if (self.folder / name).exists()]
+        if len(found) > 1:
+            raise UserError(
+                f"{self.folder} has both {' and '.join(found)}; remove the one that it was not made with, or {_AGAIN}"
+            )
+        return load_tokenizer(self.folder / found[0]) if found else None
 
     def _check_manifest(self) -> dict[str, Any]:
         assert self._manifest is not None
         splits = self._manifest["splits"]
         if self.split not in splits:
             raise UserError(f"{self.folder} has no {self.split} split; {_AGAIN}")
-        path = self.folder / TOKENIZER
+        # Those who wrote no name knew of one kind only.
+        path = self.folder / str(self._manifest.get("tokenizer", FILES[-1]))
         if self.tokenizer_sha256 is None:
             raise UserError(f"{path} is missing; put it back, or {_AGAIN}")
         if self.tokenizer_sha256 != self._manifest["tokenizer_sha256"]:
@@ -328,6 +327,12 @@ class Corpus:
                 f"{path} is not the tokenizer that the corpus was made with: its SHA-256 starts with "
                 f"{self.tokenizer_sha256[:12]}, the manifest's with {self._manifest['tokenizer_sha256'][:12]}; "
                 f"put the right one back, or {_AGAIN}"
+            )
+        if self.end_of_document != self._manifest.get("end_of_document", self.end_of_document):
+            raise UserError(
+                f"{path} has the end-of-document id {self.end_of_document}, the manifest "
+                f"{self._manifest['end_of_document']}: tokenizer_config.json beside it was altered; put it back, or "
+                f"{_AGAIN}"
             )
         return splits[self.split]
 

@@ -19,8 +19,9 @@ import torch
 
 from slope_dist.config.schema import Config
 from slope_dist.data.corpus import Corpus, read_index
+from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.sampling import IGNORED_LABEL, BatchReader, evaluation_batches
-from slope_dist.data.tokenizer import Tokenizer, train_tokenizer
+from slope_dist.data.sentencepiece_model import train_tokenizer
 from slope_dist.errors import UserError
 
 VOCAB_SIZE = 400
@@ -248,7 +249,7 @@ def test_the_fingerprint_is_that_of_tokens_and_tokenizer(corpus_folder, whole_co
     right = Corpus.open(whole_corpus, "train", VOCAB_SIZE)
     assert right.fingerprint == Corpus.open(whole_corpus, "valid", VOCAB_SIZE).fingerprint
     assert right.fingerprint == Corpus.open(corpus_folder, "train", VOCAB_SIZE).fingerprint
-    assert right.tokenizer_sha256 == Tokenizer.load(whole_corpus / "tokenizer.model").sha256
+    assert right.tokenizer_sha256 == load_tokenizer(whole_corpus / "tokenizer.model").sha256
     for folder in (corpus_folder, shutil.copytree(corpus_folder, tmp_path / "altered")):
         (folder / "manifest.json").unlink()
     content = bytearray((tmp_path / "altered" / "train.bin").read_bytes())
@@ -323,7 +324,10 @@ def test_settings_that_an_existing_corpus_does_not_follow_are_named(corpus_folde
         ({"valid_fraction": 0.3}, "data.valid_fraction 0.3 does not apply: .* was split with 0.2$"),
         ({"seed": 2}, "run.seed 2 does not apply to the split .* was split with seed 1$"),
         ({"tokenizer": str(other)}, "data.tokenizer .*other.model does not apply: "),
-        ({"tokenizer": str(tmp_path / "absent")}, "data.tokenizer .*absent cannot be read .No such file"),
+        (
+            {"tokenizer": str(tmp_path / "absent")},
+            "data.tokenizer does not apply .cannot read tokenizer .*absent: No such file",
+        ),
     ):
         (line,) = corpus.differs_from(config_of(corpus_folder, **change))
         assert re.match(expected, line), line
