@@ -4,6 +4,7 @@
     python tools/benchmark.py layer --widths 512 1024 --dtypes bf16 --threads 1 --output layer.json
     python tools/benchmark.py traffic
     python tools/benchmark.py checkpoint --folder /where/checkpoints/go
+    python tools/benchmark.py data --megabytes 80
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
@@ -14,6 +15,9 @@ the command starts itself on the CPU. "linears" is the block without its biases 
 
 checkpoint: saves and loads of the same state, dense and 2:4, by slope_dist, torch.distributed.checkpoint and DeepSpeed
 itself, on two ranks which the command starts. Each is first seen to load what it saved; a wrong one is not timed.
+
+data: a .jsonl file made for it to tokens on disk, by prepare and by datasets.map with the same tokenizer and as many
+processes. Both are first seen to make as many tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from slope_dist.benchmark import layer, machine, ranks, traffic
+from slope_dist.benchmark import layer, machine, preparing, ranks, traffic
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -99,6 +103,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, metavar="N", help="saves and loads of each (%(default)s)")
     options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
     _add_output(options)
+    options = commands.add_parser("data", help="text to tokens, beside datasets.map")
+    options.add_argument("--megabytes", type=float, default=80.0, metavar="N", help="of text (%(default)s)")
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes of each (%(default)s)"
+    )
+    options.add_argument(
+        "--tokenizers", nargs="+", choices=preparing.KINDS, default=list(preparing.KINDS), help="kinds (%(default)s)"
+    )
+    options.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
+    _add_output(options)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen
@@ -109,7 +123,8 @@ def _add_output(options: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    {"layer": _check_layer, "traffic": _check_traffic, "checkpoint": _check_checkpoint}[options.command](options)
+    checks = {"layer": _check_layer, "traffic": _check_traffic, "checkpoint": _check_checkpoint, "data": _check_data}
+    checks[options.command](options)
     # Before the minutes of measuring, not after.
     if options.output is not None:
         _check_output(options.output)
@@ -133,6 +148,15 @@ def _check_checkpoint(options: argparse.Namespace) -> None:
     folder = options.folder
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"--folder {folder} is not a folder that can be written to")
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    for name in ("workers", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} is less than 1")
+    # A tokenizer is trained on it.
+    if not 2 <= options.megabytes <= 10_000:
+        raise UserError(f"--megabytes {options.megabytes} is not between 2 and 10000")
 
 
 def _check_width(name: str, width: int) -> None:
@@ -208,6 +232,32 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     with Console(stderr=True).status(f"{checkpoint_rivals.RANKS} ranks save and load"):
         rows = checkpoint_rivals.measure(size, options.stages, options.rounds, options.folder)
     _report("checkpoint", rows, facts, checkpoint_table(rows, facts), options.output)
+
+
+def run_data(options: argparse.Namespace) -> None:
+    """Measure both rivals with each tokenizer, print the table and write the numbers."""
+    libraries = ("datasets", "tokenizers", "sentencepiece")
+    facts = machine.describe(torch.device("cpu")) | {name: version(name) for name in libraries}
+    with Console(stderr=True).status(f"{options.megabytes:g} MB on {options.workers} processes"):
+        rows = preparing.measure(options.megabytes, options.workers, options.rounds, options.tokenizers)
+    _report("data", rows, facts, data_table(rows, facts), options.output)
+
+
+def data_table(rows: list[dict], facts: dict[str, object]) -> Table:
+    """The rows for a reader: MB/s of each, and the ratio of their times."""
+    table = Table(
+        title=f"{rows[0]['bytes'] / preparing.MB:.0f} MB of .jsonl to tokens, {rows[0]['workers']} processes, "
+        f"{facts['device']}, datasets {facts['datasets']}, tokenizers {facts['tokenizers']}, sentencepiece "
+        f"{facts['sentencepiece']}",
+        caption="Medians. datasets: load_dataset and map. x: seconds of prepare over those of "
+        "datasets, round by round. prepare also reads each document back, splits, and hashes.",
+    )
+    for heading in ("tokenizer", "prepare MB/s", "datasets MB/s", "x"):
+        table.add_column(heading, justify="left" if heading == "tokenizer" else "right")
+    for row in rows:
+        speeds = (f"{row['rivals'][name]['mb_per_second']:.1f}" for name in (preparing.OURS, preparing.THEIRS))
+        table.add_row(row["tokenizer"], *speeds, f"{row['ratio']:.2f}")
+    return table
 
 
 def checkpoint_table(rows: list[dict], facts: dict[str, object]) -> Table:
@@ -312,7 +362,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
         options = parse(arguments)
-        {"layer": run_layer, "traffic": run_traffic, "checkpoint": run_checkpoint}[options.command](options)
+        runs = {"layer": run_layer, "traffic": run_traffic, "checkpoint": run_checkpoint, "data": run_data}
+        runs[options.command](options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -320,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A rank has failed, on a full disk for one; the text ends in its own words.
         print(f"not measured: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
-    except layer.WrongResultError as error:
+    except (layer.WrongResultError, preparing.WrongResultError) as error:
         print(f"wrong result, nothing was timed: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ class JsonTokenizer(Tokenizer):
             UserError: not a tokenizer.json, of no known end, one that cannot spell every byte, or that changes text.
         """
         description = _description(model, path)
+        _check_model(description.get("model"), path)
         tokenizer = _loaded(model, path)
         added = tokenizer.get_added_tokens_decoder()
         special = {number for number, token in added.items() if token.special}
@@ -175,13 +176,33 @@ def _description(content: bytes, path: Path | str) -> dict[str, Any]:
     return found
 
 
+def _check_model(model: object, path: Path | str) -> None:
+    """Refuse what the library does not check, and would panic at."""
+    if not isinstance(model, dict):
+        raise UserError(f"{path} is not a tokenizer.json: it has no model")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        # Of no use where pieces are bytes.
+        if model.get(name):
+            raise UserError(f"{path} marks the parts of words (its model.{name} is not null), which loses blanks")
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if isinstance(vocabulary, dict) and isinstance(merges, list):
+        for number, pair in enumerate(merges):
+            pair = pair.split(" ") if isinstance(pair, str) else pair
+            if not (isinstance(pair, list) and all(isinstance(part, str) for part in pair)) or not (
+                len(pair) == 2 and {*pair, "".join(pair)} <= vocabulary.keys()
+            ):
+                raise UserError(f"{path}: model.merges[{number}] is no pair of tokens whose merge is another; damaged")
+
+
 def _loaded(model: bytes, path: Path | str) -> Any:
     import tokenizers
 
     try:
         tokenizer = tokenizers.Tokenizer.from_buffer(model)
-    except Exception as error:
-        # The library has no class of its own for what it cannot read.
+    except BaseException as error:
+        # The library has no class of its own for what it cannot read, and that of its panics is no Exception.
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} is not a tokenizer.json, or a damaged one: {reason}") from error
     tokenizer.no_truncation()
