@@ -228,7 +228,7 @@ def with_dropout() -> tokenizers.Tokenizer:
 
 
 LOSSY = {
-    "BERT": (lowercase, "its decoder is WordPiece"),
+    "BERT": (lowercase, "marks the parts of words"),
     "lower case": (lambda: with_normalizer(normalizers.Lowercase()), "its normalizer is Lowercase"),
     "compositions": (lambda: with_normalizer(normalizers.NFC()), "its normalizer is NFC"),
     "a blank put before": (lambda: byte_level(add_prefix_space=True), "changes text"),
@@ -255,7 +255,38 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_damaged_files_are_refused_or_loaded():
+ODD_VALUES = (None, 0, -1, "", "x", [], {}, 2**31, 1.5, True, [None], {"type": "Sequence"})
+
+
+def places(part: object, place: tuple = ()) -> list[tuple]:
+    """Where a value may be put in a tokenizer.json, but for single tokens."""
+    inner = part.items() if isinstance(part, dict) else enumerate(part[:3]) if isinstance(part, list) else ()
+    found = [place] if place else []
+    if place[-1:] in (("vocab",), ("merges",)):
+        return found
+    return found + [deeper for name, value in inner for deeper in places(value, (*place, name))]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_odd_values_are_refused_or_loaded(kind, capfd):
+    """Among them those at which the library would panic, which is told on stderr, or end the process."""
+    whole = MAKERS[kind]().to_str()
+    draw = random.Random(6)
+    everywhere = [(place, value) for place in places(json.loads(whole)) for value in ODD_VALUES]
+    chosen = [*draw.sample(everywhere, 200), (("model", "continuing_subword_prefix"), "x")]
+    for place, value in chosen:
+        damaged = part = json.loads(whole)
+        for name in place[:-1]:
+            part = part[name]
+        part[place[-1]] = value
+        try:
+            reads_back(JsonTokenizer(json.dumps(damaged).encode()), TEXTS[0])
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert capfd.readouterr().err == ""
+
+
+def test_damaged_files_are_refused_or_loaded(capfd):
     whole = byte_level().to_str().encode()
     draw = random.Random(5)
     refused = 0
@@ -269,6 +300,7 @@ def test_damaged_files_are_refused_or_loaded():
             refused += 1
             assert "\n" not in str(error)
     assert refused > 50
+    assert capfd.readouterr().err == "", "the library did not panic"
 
 
 def test_a_corpus_keeps_the_tokenizer_and_its_end(make_source, make_texts, tmp_path):
@@ -284,6 +316,7 @@ def test_a_corpus_keeps_the_tokenizer_and_its_end(make_source, make_texts, tmp_p
         seed=1,
         tokenizer=tmp_path / "given",
         end_of_document="</s>",
+        workers=2,
     )
     assert manifest["tokenizer"] == "tokenizer.json"
     assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "given" / "tokenizer.json").read_bytes()
