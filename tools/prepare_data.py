@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted: no corpus was written; the same command goes on where this one was", file=sys.stderr)
+        print("interrupted: no corpus was written; the same command goes on with what was done", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

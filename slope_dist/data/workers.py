@@ -91,7 +91,8 @@ class _Worker:
         # Each is one of many, so its libraries need no threads. Its own process group: Ctrl-C is for this process,
         # which ends the others.
         self._process: subprocess.Popen[bytes] = subprocess.Popen(
-            [sys.executable, "-m", "slope_dist.data.worker"],
+            # -P: nothing in the current folder is taken for a library.
+            [sys.executable, "-P", "-m", "slope_dist.data.worker"],
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -77,7 +77,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, tokenizer_fil
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
-    assert error == "interrupted: no corpus was written; the same command goes on where this one was\n"
+    assert error == "interrupted: no corpus was written; the same command goes on with what was done\n"
     assert not (tmp_path / "corpus").exists()
     result = run(*options, "--workers", 1)
     assert result.returncode == 0 and f"going on with {tmp_path}/corpus.partial" in result.stderr

@@ -33,6 +33,7 @@ readers._BYTES_AT_ONCE = 5_000
 add = journal.TokenFiles.add
 
 def told(self, *arguments):
+    sys.stdin.readline()
     add(self, *arguments)
     print(self.state["batches"], flush=True)
 
@@ -41,6 +42,8 @@ text, folder, workers, vocab_size = sys.argv[1:]
 source = sources.text_files([text], skip_bad_rows=True)
 prepare.prepare(source, folder, vocab_size=int(vocab_size), valid_fraction=0.2, seed=3, workers=int(workers))
 """
+"""Each batch waits for a line, or for the end of the input."""
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
@@ -54,9 +57,10 @@ def text(tmp_path_factory, make_texts):
     return folder
 
 
-def start(text: Path, folder: Path, workers: int = 2) -> subprocess.Popen[str]:
+def start(text: Path, folder: Path, workers: int = 2, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(text), str(folder), str(workers), "400"],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -78,17 +82,29 @@ def whole(text, tmp_path_factory):
     return files_of(folder)
 
 
+def stop_after(process: subprocess.Popen[str], batches: int, which: signal.Signals) -> str:
+    """Stop it somewhere in the batch behind these, or between the batches; returns what it said."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("\n" * batches)
+    process.stdin.flush()
+    for _ in range(batches):
+        process.stdout.readline()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.send_signal(which)
+    process.wait()
+    assert process.stderr is not None
+    return process.stderr.read()
+
+
 def test_kills_at_random_points_change_no_byte(text, whole, tmp_path):
     draw = random.Random(7)
     folder = tmp_path / "corpus"
     kills, went_on = 0, 0
     for _ in range(12):
-        process = start(text, folder, workers=draw.choice([1, 2]))
-        assert process.stdout is not None
-        for _ in range(draw.randrange(4)):
-            process.stdout.readline()
-        process.send_signal(draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
-        _, error = process.communicate()
+        process = start(text, folder, workers=draw.choice([1, 2]), stdin=subprocess.PIPE)
+        which = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+        error = stop_after(process, draw.randrange(4), which)
         went_on += "going on with" in error
         if folder.exists():
             break
@@ -108,12 +124,7 @@ def test_kills_at_random_points_change_no_byte(text, whole, tmp_path):
 
 def stopped(text: Path, folder: Path, after: int = 5) -> Path:
     """The folder that a kill after so many batches leaves."""
-    process = start(text, folder)
-    assert process.stdout is not None
-    for _ in range(after):
-        process.stdout.readline()
-    process.kill()
-    process.communicate()
+    stop_after(start(text, folder, stdin=subprocess.PIPE), after, signal.SIGKILL)
     return folder.with_name(folder.name + ".partial")
 
 
@@ -239,6 +250,7 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_gone_on_with(text, whole, tmp
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
     )
     assert process.returncode == 1 and "File too large; the same command goes on" in process.stderr.splitlines()[-1]
     assert "going on with" in finished(text, tmp_path / "corpus")

@@ -10,9 +10,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slope_dist.data import prepare as preparing
@@ -112,8 +112,8 @@ def test_few_batches_are_read_ahead(tokenizer_file):
     results.close()
 
 
-def children() -> list[int]:
-    return [int(number) for number in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()]
+def children(of: int | None = None) -> list[int]:
+    return [child.pid for child in psutil.Process(of).children()]
 
 
 @pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM])
@@ -160,7 +160,7 @@ def test_workers_end_with_their_parent_and_say_nothing(tmp_path, tokenizer_file,
     )
     try:
         assert process.stdout is not None and process.stdout.readline() == b"midway\n"
-        own = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        own = children(process.pid)
         # To the whole group, as a terminal sends Ctrl-C.
         os.killpg(process.pid, which)
         # Both pipes end when the last process that holds them does.
