@@ -29,6 +29,7 @@ setup(
         "safetensors>=0.8",
         "sentencepiece>=0.2.1",
         "tensorboard>=2.21",
+        "tokenizers>=0.23.3",
         "torch>=2.11",
     ],
     extras_require={

@@ -5,6 +5,7 @@
     python tools/benchmark.py traffic
     python tools/benchmark.py checkpoint --folder /where/checkpoints/go
     python tools/benchmark.py loader
+    python tools/benchmark.py data --megabytes 80
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
@@ -18,6 +19,9 @@ itself, on two ranks which the command starts. Each is first seen to load what i
 
 loader: batches read from a corpus that the command writes, by slope_dist and by Megatron-core's GPTDataset, and what
 reading all of it once adds to the memory that the process holds.
+
+data: a .jsonl file made for it to tokens on disk, by prepare and by datasets.map with the same tokenizer and as many
+processes. Both are first seen to make as many tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from slope_dist.benchmark import layer, loading, machine, ranks, traffic
+from slope_dist.benchmark import layer, loading, machine, preparing, ranks, traffic
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -115,6 +119,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of timing (%(default)s)")
     options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
     _add_output(options)
+    options = commands.add_parser("data", help="text to tokens, beside datasets.map")
+    options.set_defaults(check=_check_data, run=run_data)
+    options.add_argument("--megabytes", type=float, default=80.0, metavar="N", help="of text (%(default)s)")
+    options.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes of each (%(default)s)"
+    )
+    options.add_argument(
+        "--tokenizers", nargs="+", choices=preparing.KINDS, default=list(preparing.KINDS), help="kinds (%(default)s)"
+    )
+    options.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
+    _add_output(options)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen
@@ -160,6 +175,15 @@ def _check_loader(options: argparse.Namespace) -> None:
 def _check_folder(folder: Path | None) -> None:
     if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"--folder {folder} is not a folder that can be written to")
+
+
+def _check_data(options: argparse.Namespace) -> None:
+    for name in ("workers", "rounds"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} is less than 1")
+    # A tokenizer is trained on it.
+    if not 2 <= options.megabytes <= 10_000:
+        raise UserError(f"--megabytes {options.megabytes} is not between 2 and 10000")
 
 
 def _check_width(name: str, width: int) -> None:
@@ -263,6 +287,32 @@ def loader_table(row: dict, facts: dict[str, object]) -> Table:
     for name, rival in row["rivals"].items():
         speed = f"{rival['tokens_per_second'] / 1e6:.1f}"
         table.add_row(name, speed, _ratio(rival), f"{rival['grown_bytes'] / MIB:.1f}")
+    return table
+
+
+def run_data(options: argparse.Namespace) -> None:
+    """Measure both rivals with each tokenizer, print the table and write the numbers."""
+    libraries = ("datasets", "tokenizers", "sentencepiece")
+    facts = machine.describe(torch.device("cpu")) | {name: version(name) for name in libraries}
+    with Console(stderr=True).status(f"{options.megabytes:g} MB on {options.workers} processes"):
+        rows = preparing.measure(options.megabytes, options.workers, options.rounds, options.tokenizers)
+    _report("data", rows, facts, data_table(rows, facts), options.output)
+
+
+def data_table(rows: list[dict], facts: dict[str, object]) -> Table:
+    """The rows for a reader: MB/s of each, and the ratio of their times."""
+    table = Table(
+        title=f"{rows[0]['bytes'] / preparing.MB:.0f} MB of .jsonl to tokens, {rows[0]['workers']} processes, "
+        f"{facts['device']}, datasets {facts['datasets']}, tokenizers {facts['tokenizers']}, sentencepiece "
+        f"{facts['sentencepiece']}",
+        caption="Medians. datasets: load_dataset and map. x: seconds of prepare over those of "
+        "datasets, round by round. prepare also reads each document back, splits, and hashes.",
+    )
+    for heading in ("tokenizer", "prepare MB/s", "datasets MB/s", "x"):
+        table.add_column(heading, justify="left" if heading == "tokenizer" else "right")
+    for row in rows:
+        speeds = (f"{row['rivals'][name]['mb_per_second']:.1f}" for name in (preparing.OURS, preparing.THEIRS))
+        table.add_row(row["tokenizer"], *speeds, f"{row['ratio']:.2f}")
     return table
 
 
@@ -376,7 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A rank has failed, on a full disk for one; the text ends in its own words.
         print(f"not measured: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
-    except (layer.WrongResultError, loading.WrongBatchError) as error:
+    except (layer.WrongResultError, loading.WrongBatchError, preparing.WrongResultError) as error:
         print(f"wrong result, nothing was timed: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
     except KeyboardInterrupt:

@@ -1,12 +1,21 @@
 """Text to a corpus that launch/pretrain.py reads.
 
     python tools/prepare_data.py texts/ more.jsonl.zst rows.parquet --output data/mine --vocab-size 32000
+    python tools/prepare_data.py texts/ --output data/gpt2 --tokenizer gpt2/
     python tools/prepare_data.py --dataset wikitext:wikitext-103-raw-v1 --output data/wikitext
     python tools/prepare_data.py --source python-stdlib --output data/python-stdlib
 
 A .txt file is one document; of .jsonl and .parquet each row is one, its text under --field; .gz and .zst are read as
-they are. --dataset takes what Hugging Face `datasets` loads by name, or a folder it saved. The output has the tokens in
-Megatron-core's format (train and valid), the tokenizer and a manifest, and appears whole or not at all.
+they are. --dataset takes what Hugging Face `datasets` loads by name, or a folder it saved.
+
+--tokenizer takes a SentencePiece model, a tokenizer.json, or a folder that holds tokenizer.json, tokenizer.model, or
+GPT-2's vocab.json and merges.txt. One that cannot give every text back is refused. The token that ends a document is
+the one that tokenizer_config.json beside it names, or a known one such as <|endoftext|>; else name it.
+
+The output has the tokens in Megatron-core's format (train and valid), the tokenizer, and a manifest with the SHA-256 of
+them and of every input file; it is the same bytes with any number of workers, and appears whole or not at all. What was
+interrupted, by Ctrl-C, a kill or a full disk, lies in DIR.partial, and the same command goes on with it: it reads the
+text that was done once more, to compare it, and does not encode it again.
 """
 
 from __future__ import annotations
@@ -42,9 +51,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--skip-bad-rows", action="store_true", help="leave out and count rows without text, instead of stopping"
     )
     tokenizer = parser.add_mutually_exclusive_group()
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="SentencePiece model to use")
+    tokenizer.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="SentencePiece model, tokenizer.json, or a folder"
+    )
     tokenizer.add_argument(
         "--vocab-size", type=int, metavar="N", help=f"pieces of a tokenizer to train ({DEFAULT_VOCAB_SIZE})"
+    )
+    parser.add_argument("--end-of-document", metavar="TOKEN", help="special token of --tokenizer that ends a document")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="processes that read rows and encode them (the cores there are)"
     )
     parser.add_argument(
         "--valid-fraction",
@@ -66,6 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--split and --stream are for --dataset")
     if options.source and (options.skip_bad_rows or options.field != "text"):
         parser.error("--field and --skip-bad-rows are for INPUT and --dataset")
+    if options.end_of_document is not None and options.tokenizer is None:
+        parser.error("--end-of-document is for --tokenizer")
     return options
 
 
@@ -92,6 +109,8 @@ def run(options: argparse.Namespace) -> None:
         valid_fraction=options.valid_fraction,
         seed=options.seed,
         tokenizer=options.tokenizer,
+        end_of_document=options.end_of_document,
+        workers=options.workers,
     )
     if manifest["rows_rejected"]:
         print(f"rows left out: {manifest['rows_rejected']}")
@@ -111,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("interrupted: no corpus was written", file=sys.stderr)
+        print("interrupted: no corpus was written; the same command goes on with what was done", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
 

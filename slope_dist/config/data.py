@@ -62,7 +62,8 @@ class DataConfig(Section):
     )
     tokenizer: PathText | None = Field(
         default=None,
-        description="SentencePiece model to prepare with, or that of a corpus made elsewhere; null: train one of "
+        description="Tokenizer to prepare with, or that of a corpus made elsewhere: a SentencePiece model, a "
+        "tokenizer.json, or a folder that holds one of them or GPT-2's vocab.json and merges.txt; null: train one of "
         "`model.vocab_size` pieces.",
     )
 

@@ -19,7 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slope_dist.data.index import AGAIN, Index, read_index
-from slope_dist.data.prepare import FORMAT, MANIFEST, SPLITS, TOKENIZER, file_sha256
+from slope_dist.data.jobs import SPLITS
+from slope_dist.data.journal import BLOCK_BYTES, blocks_sha256, file_sha256
+from slope_dist.data.load_tokenizer import FILES, load_tokenizer
+from slope_dist.data.prepare import FORMAT, MANIFEST
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
@@ -287,8 +290,10 @@ class Corpus:
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             if found != entry[f"{kind}_sha256"]:
+                where = _altered(path, entry.get("bin_blocks_sha256") if kind == "bin" else None)
                 raise UserError(
-                    f"{path} was altered: its SHA-256 is {found}, the manifest's {entry[f'{kind}_sha256']}; {AGAIN}"
+                    f"{path} was altered{where}: its SHA-256 is {found}, the manifest's {entry[f'{kind}_sha256']}; "
+                    f"{AGAIN}"
                 )
 
     @cached_property
@@ -297,7 +302,7 @@ class Corpus:
 
     def _without_piece(self, token_id: int, pieces: int) -> UserError:
         return UserError(
-            f"{self.path} has id {token_id}, but its tokenizer {self.folder / TOKENIZER} has {pieces} ids; "
+            f"{self.path} has id {token_id}, but its tokenizer in {self.folder} has {pieces} ids; "
             "put the right tokenizer there, or none"
         )
 
@@ -305,19 +310,21 @@ class Corpus:
         if given is None:
             return []
         try:
-            same = file_sha256(Path(given)) == self.tokenizer_sha256
-        except OSError as error:
-            return [
-                f"data.tokenizer {given} cannot be read ({error.strerror or error}); {self.folder} has a tokenizer, "
-                "which is used"
-            ]
+            other = load_tokenizer(given)
+        except UserError as error:
+            return [f"data.tokenizer does not apply ({error}): {self.folder} has a tokenizer, which is used"]
+        same = (other.sha256, other.end_of_document) == (self.tokenizer_sha256, self.end_of_document)
         return [] if same else [f"data.tokenizer {given} does not apply: {self.folder} was made with another one"]
 
     def _load_tokenizer(self, given: str | None) -> Tokenizer | None:
-        path = self.folder / TOKENIZER
-        if path.exists():
-            return Tokenizer.load(path)
-        return Tokenizer.load(given) if given and not self.has_manifest else None
+        found = [name for name in FILES if (self.folder / name).exists()]
+        if len(found) > 1:
+            raise UserError(
+                f"{self.folder} has both {' and '.join(found)}; remove the one that it was not made with, or {AGAIN}"
+            )
+        if found:
+            return load_tokenizer(self.folder / found[0])
+        return load_tokenizer(given) if given and not self.has_manifest else None
 
     def _part(self, index: Index, valid_fraction: float) -> tuple[int, int, int]:
         """First token, end and number of documents of this split, where one pair of files holds both."""
@@ -337,7 +344,8 @@ class Corpus:
         splits = self._manifest["splits"]
         if self.split not in splits:
             raise UserError(f"{self.folder} has no {self.split} split; {AGAIN}")
-        path = self.folder / TOKENIZER
+        # Those who wrote no name knew of one kind only.
+        path = self.folder / str(self._manifest.get("tokenizer", FILES[-1]))
         if self.tokenizer_sha256 is None:
             raise UserError(f"{path} is missing; put it back, or {AGAIN}")
         if self.tokenizer_sha256 != self._manifest["tokenizer_sha256"]:
@@ -345,6 +353,12 @@ class Corpus:
                 f"{path} is not the tokenizer that the corpus was made with: its SHA-256 starts with "
                 f"{self.tokenizer_sha256[:12]}, the manifest's with {self._manifest['tokenizer_sha256'][:12]}; "
                 f"put the right one back, or {AGAIN}"
+            )
+        if self.end_of_document != self._manifest.get("end_of_document", self.end_of_document):
+            raise UserError(
+                f"{path} has the end-of-document id {self.end_of_document}, the manifest "
+                f"{self._manifest['end_of_document']}: tokenizer_config.json beside it was altered; put it back, or "
+                f"{AGAIN}"
             )
         return splits[self.split]
 
@@ -402,6 +416,17 @@ def token_file(folder: Path, split: str) -> Path:
             "tools/prepare_data.py"
         )
     return whole
+
+
+def _altered(path: Path, blocks: Any) -> str:
+    """Where a file differs from what its blocks should be, as far as they tell."""
+    if not isinstance(blocks, list):
+        return ""
+    found = blocks_sha256(path)
+    bad = next((number for number, block in enumerate(found) if blocks[number : number + 1] != [block]), None)
+    if bad is None:
+        return ""
+    return f" within bytes {bad * BLOCK_BYTES} to {min((bad + 1) * BLOCK_BYTES, path.stat().st_size)}"
 
 
 def _too_large(path: Path, token_id: int, position: int | None, vocab_size: int) -> UserError:

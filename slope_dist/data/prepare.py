@@ -1,46 +1,58 @@
 """Text to a corpus on disk: a folder that appears whole or not at all.
 
 A corpus folder holds `train.bin` and `train.idx`, `valid.bin` and `valid.idx` (Megatron-core's indexed dataset: one
-sequence a document, ended by the end-of-document id), `tokenizer.model`, and `manifest.json`, which has the counts,
-sizes and SHA-256 of the others.
+sequence a document, ended by the end-of-document id), the tokenizer (`tokenizer.model`, or `tokenizer.json` with
+`tokenizer_config.json`), and `manifest.json`, which has the counts, sizes and SHA-256 of the others and of the files
+that the text was read from.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from slope_dist.data.readers import Document
-from slope_dist.data.sources import Source, embedded_source
-from slope_dist.data.tokenizer import NEWLINE, Tokenizer, train_tokenizer
+from slope_dist import __version__
+from slope_dist.data import json_tokenizer
+from slope_dist.data.jobs import SPLITS, Encode, Job, Result, RowOptions, Sample, token_dtype
+from slope_dist.data.journal import (
+    JOURNAL,
+    LENGTHS,
+    DamagedJournalError,
+    TokenFiles,
+    begin_journal,
+    read_journal,
+)
+from slope_dist.data.load_tokenizer import FILES, load_tokenizer
+from slope_dist.data.progress import progress, say
+from slope_dist.data.readers import Document, Lines, Row
+from slope_dist.data.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
+from slope_dist.data.sources import ChangedInputError, Source, embedded_source
+from slope_dist.data.staging import fsync, holds_something, kept, remove, staged
+from slope_dist.data.tokenizer import NEWLINE, Tokenizer
+from slope_dist.data.workers import UnfinishedError, in_order
 from slope_dist.errors import UserError
 
 if TYPE_CHECKING:
     from slope_dist.config.schema import Config
 
 FORMAT = 1
-SPLITS = ("train", "valid")
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 
-_PARTIAL_MARK = "being-prepared-by-slope-dist"
-_OUR_FILES = {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")}
-_OUR_FILES |= {TOKENIZER, MANIFEST, _PARTIAL_MARK}
+_TEMPORARY = {JOURNAL, *LENGTHS}
+_OUR_FILES = {f"{split}.{kind}" for split in SPLITS for kind in ("bin", "idx")} | _TEMPORARY
+_OUR_FILES |= {*FILES, json_tokenizer.CONFIG_FILE, MANIFEST}
 _TOKENIZER_BYTES = 32 << 20
-_TOKENIZER_CHUNK = 1 << 16
-_BATCH_CHARACTERS = 1 << 22
-_PLAIN_LINE_SECONDS = 5.0
+_BATCH_BYTES = 1 << 20
+# Less is done before another process has started.
+_BYTES_A_WORKER = 8 << 20
 
 
 def megatron_indexed_dataset() -> ModuleType:
@@ -50,19 +62,13 @@ def megatron_indexed_dataset() -> ModuleType:
     return indexed_dataset
 
 
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
-    """The dtype that ids below `vocab_size` are stored in."""
-    return np.uint16 if vocab_size <= 65535 else np.int32
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Options:
+    """What decides the bytes of a corpus, beside its text and its tokenizer."""
 
-
-def is_valid_document(name: str, seed: int, valid_fraction: float) -> bool:
-    """Whether a document belongs to the validation split: a function of its name and the seed alone."""
-    return _unit_hash("split", seed, name) < valid_fraction
-
-
-def _unit_hash(*parts: object) -> float:
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") / 2.0**64
+    vocab_size: int | None
+    valid_fraction: float
+    seed: int
 
 
 def prepare(
@@ -73,6 +79,8 @@ def prepare(
     valid_fraction: float,
     seed: int,
     tokenizer: Path | str | None = None,
+    end_of_document: str | None = None,
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Write the corpus of `source` into `folder`, which must not exist or be empty, and return its manifest.
 
@@ -83,48 +91,41 @@ def prepare(
             (None: any number).
         valid_fraction: share of the documents for validation, above 0 and below 1.
         seed: decides the split and what the tokenizer is trained on.
-        tokenizer: SentencePiece model to use instead of training one.
+        tokenizer: what `load_tokenizer` takes, to use instead of training one.
+        end_of_document: token of a given tokenizer that ends a document, where it cannot be told.
+        workers: processes that read rows and encode them; None: as many as there are cores, fewer for little text.
 
     Raises:
-        UserError: bad input, a folder that holds something, a split without documents, a disk that is full.
+        UserError: bad input, a folder that holds something, a split without documents, text that changes while it is
+            read; a disk that is full, a worker that dies.
 
-    The same source, arguments and library versions give the same bytes. After an interruption nothing is at `folder`.
+    The same source, arguments and library versions give the same bytes, with any number of workers. Nothing is at
+    `folder` before all is. Where a kill, Ctrl-C, a full disk or a lost worker ends this while tokens are written, the
+    same call goes on where it was: the text that was done is read again and compared by its hash, not encoded again.
     """
     if not 0.0 < valid_fraction < 1.0:
         raise UserError(f"validation fraction {valid_fraction} is out of range; use one above 0 and below 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"{workers} workers are less than 1")
     folder = Path(folder)
-    given = Tokenizer.load(tokenizer) if tokenizer is not None else None
+    given = load_tokenizer(tokenizer, end_of_document) if tokenizer is not None else None
+    if given is None and vocab_size is None:
+        raise ValueError("neither a tokenizer nor the size of one to train")
     if given is not None and vocab_size is not None and given.vocab_size > vocab_size:
         raise UserError(
             f"{tokenizer} has {given.vocab_size} ids, more than the vocabulary of {vocab_size}; "
             "use a larger vocabulary or a smaller tokenizer"
         )
+    options = _Options(vocab_size=vocab_size, valid_fraction=valid_fraction, seed=seed)
+    workers = workers or _cores_for(source)
     try:
-        with _staged(folder) as partial:
-            if given is None:
-                if vocab_size is None:
-                    raise ValueError("neither a tokenizer nor the size of one to train")
-                used = _train_on(source, vocab_size, valid_fraction, seed)
-            else:
-                used = given
-            (partial / TOKENIZER).write_bytes(used.model)
-            splits, empty = _write_splits(source, partial, used, valid_fraction, seed)
-            manifest = {
-                "format": FORMAT,
-                "vocab_size": used.vocab_size,
-                "end_of_document": used.end_of_document,
-                "dtype": token_dtype(used.vocab_size).__name__,
-                "tokenizer_sha256": used.sha256,
-                "source": source.description,
-                "documents_without_text": empty,
-                "rows_rejected": source.rejections.count,
-                "valid_fraction": valid_fraction,
-                "seed": seed,
-                "splits": splits,
-            }
+        with staged(folder, _OUR_FILES, _TEMPORARY) as partial:
+            manifest = _write(source, partial, given, options, workers)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write corpus {folder}: {_reason(error)}") from error
+        raise UserError(f"cannot write corpus {folder}: {_reason(error)}{_how_to_go_on(folder)}") from error
+    except UnfinishedError as error:
+        raise UserError(f"{error}{_how_to_go_on(folder)}") from error
     finally:
         # Above all where nothing is left: they say why.
         _tell_of_rejections(source)
@@ -145,7 +146,7 @@ def prepare_if_absent(config: Config) -> bool:
     folder = Path(config.data.folder)
     try:
         # A pair of files may be meant, as Megatron-LM's preprocessing makes it.
-        if _holds_something(folder) or folder.with_name(f"{folder.name}.idx").exists():
+        if holds_something(folder) or folder.with_name(f"{folder.name}.idx").exists():
             return False
     except OSError as error:
         raise UserError(f"cannot read corpus {folder} (data.folder): {_reason(error)}") from error
@@ -165,251 +166,237 @@ def prepare_if_absent(config: Config) -> bool:
     return True
 
 
-def _holds_something(folder: Path) -> bool:
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-
-
 def _reason(error: OSError) -> str:
     what = error.strerror or str(error)
     return what if error.filename is None else f"{what} ({error.filename})"
 
 
-def _refuse_if_taken(folder: Path) -> None:
-    if _holds_something(folder):
-        raise UserError(
-            f"{folder} already holds a corpus or other files, which are never overwritten; "
-            "remove it or name another folder"
-        )
+def _how_to_go_on(folder: Path) -> str:
+    return "; the same command goes on where this one was" if kept(folder) else ""
 
 
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder `<folder>.partial` that becomes `folder`, on disk, if the body succeeds, and goes if it fails.
+def _cores_for(source: Source) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 1 + source.num_bytes // _BYTES_A_WORKER) if source.num_bytes else cores
 
-    A mark inside it is locked while its process lives, which tells a leftover of ours from one in use.
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Where a batch ends: the bytes on disk that were read for it, and a hash of all rows up to its end."""
+
+    num_bytes: int
+    digest: str
+
+
+_Batches = Iterator[tuple[list[Row], _Mark]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Attempt:
+    """What is written, with what, and the rows that are left."""
+
+    tokenizer: Tokenizer
+    files: TokenFiles
+    batches: _Batches
+    num_bytes: int
+
+
+def _write(source: Source, partial: Path, given: Tokenizer | None, options: _Options, workers: int) -> dict[str, Any]:
+    """Write all but the manifest, from the beginning or from where an earlier attempt was; return the manifest."""
+    key = _key(source, given, options)
+    attempt = _gone_on_with(source, partial, key) or _begun(source, partial, key, given, options, workers)
+    used, files = attempt.tokenizer, attempt.files
+    try:
+        _encode(source, attempt, Encode(used, partial, _rows(source, options)), workers)
+        _check_splits(files.state["splits"], options.valid_fraction)
+        splits = files.finish()
+    finally:
+        files.close()
+    return {
+        "format": FORMAT,
+        "vocab_size": used.vocab_size,
+        "end_of_document": used.end_of_document,
+        "dtype": token_dtype(used.vocab_size).__name__,
+        "tokenizer": next(iter(used.files())),
+        "tokenizer_sha256": used.sha256,
+        "source": source.description,
+        "inputs": source.inputs.files,
+        "documents_without_text": files.state["without_text"],
+        "rows_rejected": source.rejections.count,
+        "valid_fraction": options.valid_fraction,
+        "seed": options.seed,
+        "splits": splits,
+    }
+
+
+def _rows(source: Source, options: _Options) -> RowOptions:
+    return RowOptions(seed=options.seed, valid_fraction=options.valid_fraction, skip_bad_rows=source.skip_bad_rows)
+
+
+def _key(source: Source, given: Tokenizer | None, options: _Options) -> dict[str, Any]:
+    """What an attempt must agree in with an earlier one to go on with it, by what to call it."""
+    return {
+        "versions": [__version__, version("sentencepiece"), version("tokenizers")],
+        "text": [source.description, source.num_bytes],
+        "tokenizer": [given.sha256, given.end_of_document] if given else options.vocab_size,
+        "options": asdict(_rows(source, options)),
+    }
+
+
+def _begun(
+    source: Source,
+    partial: Path,
+    key: dict[str, Any],
+    given: Tokenizer | None,
+    options: _Options,
+    workers: int,
+) -> _Attempt:
+    """A new attempt, with a tokenizer that is on the disk."""
+    source.inputs.expected = None
+    used = given or _train_on(source, options, workers)
+    for name, content in used.files().items():
+        (partial / name).write_bytes(content)
+        fsync(partial / name)
+    if given is None and source.num_bytes:
+        # The tokenizer is that of this text only if the next pass reads the same.
+        source.inputs.expected = source.inputs.files
+    identity = [used.sha256, used.end_of_document]
+    begin_journal(partial, {"key": key, "tokenizer": identity, "inputs": source.inputs.expected})
+    files = TokenFiles(partial, used.vocab_size, used.end_of_document)
+    files.commit()
+    return _Attempt(tokenizer=used, files=files, batches=_batches(source), num_bytes=source.num_bytes)
+
+
+def _gone_on_with(source: Source, partial: Path, key: dict[str, Any]) -> _Attempt | None:
+    """The earlier attempt that was left, behind what it has written; None if there is none of this text.
+
+    One of other text or options is removed, and that is told.
     """
-    _refuse_if_taken(folder)
-    # A last name that is ".." or a link would put the sibling elsewhere than the folder that it is to become.
-    folder = Path(os.path.realpath(folder))
-    _refuse_if_taken(folder)
-    if folder == Path(os.path.realpath(os.curdir)):
-        raise UserError(f"{folder} is the current folder, which cannot be replaced by a corpus; name one below it")
-    partial = folder.with_name(folder.name + ".partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = _lock(partial)
+    found = read_journal(partial)
+    if found is None:
+        remove(partial, _OUR_FILES)
+        return None
     try:
-        # Another process may have finished between the first look and the lock.
-        _refuse_if_taken(folder)
-        _remove_ours(partial, keep_mark=True)
-        yield partial
-        for path in sorted(partial.iterdir()):
-            _fsync(path)
-        _fsync(partial)
-        os.rename(partial, folder)
-        _fsync(folder.parent)
-        (folder / _PARTIAL_MARK).unlink()
-    except BaseException:
-        # Whatever stops the clean-up, the next attempt does it again; the error to report is the first one.
-        with suppress(OSError):
-            _remove_ours(partial)
-            partial.rmdir()
-        raise
-    finally:
-        os.close(mark)
+        return _compared(source, partial, key, *found)
+    except (DamagedJournalError, ChangedInputError) as error:
+        say(f"not going on with {partial}: {error}; starting over")
+    except (KeyError, TypeError, AttributeError, ValueError):
+        say(f"not going on with {partial}: its journal is damaged; starting over")
+    remove(partial, _OUR_FILES)
+    return None
 
 
-def _lock(partial: Path) -> int:
-    """Make or take over the folder, and return the file descriptor that holds its lock."""
-    while True:
-        partial.mkdir(exist_ok=True)
-        # A process that finishes meanwhile moves the folder away under our hands: then look again.
-        with suppress(FileNotFoundError):
-            names = set(os.listdir(partial))
-            if names and (_PARTIAL_MARK not in names or names - _OUR_FILES):
-                raise UserError(f"{partial} is in the way and was not made by an earlier attempt; move it")
-            mark = os.open(partial / _PARTIAL_MARK, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(mark), os.stat(partial / _PARTIAL_MARK)):
-                    return mark
-            except BlockingIOError as error:
-                os.close(mark)
-                raise UserError(f"another process is writing {partial}; wait for it to end") from error
-            except BaseException:
-                os.close(mark)
-                raise
-            os.close(mark)
-
-
-def _remove_ours(partial: Path, *, keep_mark: bool = False) -> None:
-    """Remove the files that we write; the mark goes last, as without it the rest is not known to be ours."""
-    for name in set(os.listdir(partial)) & _OUR_FILES - {_PARTIAL_MARK}:
-        (partial / name).unlink()
-    if not keep_mark:
-        (partial / _PARTIAL_MARK).unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _compared(
+    source: Source, partial: Path, key: dict[str, Any], header: dict[str, Any], state: dict[str, Any]
+) -> _Attempt:
+    """The earlier attempt, if all that it has done is of the text that is read now."""
+    other = [name for name, value in key.items() if header["key"].get(name) != value]
+    if other:
+        raise DamagedJournalError(f"it was begun with other {' and '.join(other)}")
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        used = load_tokenizer(partial)
+    except UserError as error:
+        raise DamagedJournalError("its tokenizer is damaged") from error
+    if [used.sha256, used.end_of_document] != header["tokenizer"]:
+        raise DamagedJournalError("its tokenizer is another")
+    source.inputs.expected = header["inputs"]
+    batches = _batches(source)
+    digest, done = "", 0
+    if state["batches"]:
+        with progress("comparing the text with what was done", source.num_bytes) as advance:
+            for _ in range(state["batches"]):
+                _, mark = next(batches, ([], _Mark(0, "none")))
+                digest = mark.digest
+                done += mark.num_bytes
+                advance(mark.num_bytes)
+    if digest != state["input"]:
+        raise DamagedJournalError("its text was another")
+    files = TokenFiles(partial, used.vocab_size, used.end_of_document, state)
+    source.rejections.extend(state["rejected"], state["reasons"])
+    documents = sum(counts["documents"] for counts in state["splits"].values())
+    say(f"going on with {partial}: {documents} documents were done")
+    return _Attempt(tokenizer=used, files=files, batches=batches, num_bytes=max(0, source.num_bytes - done))
 
 
-def _train_on(source: Source, vocab_size: int, valid_fraction: float, seed: int) -> Tokenizer:
+def _train_on(source: Source, options: _Options, workers: int) -> Tokenizer:
     """A tokenizer trained on the training split, or on a sample of it that the seed and the names decide."""
-    share = min(1.0, _TOKENIZER_BYTES / max(1, source.num_bytes))
+    assert options.vocab_size is not None
+    job = Sample(min(1.0, _TOKENIZER_BYTES / max(1, source.num_bytes)), _rows(source, options))
     lines: list[str] = []
     taken = 0
-    with _progress("reading text for the tokenizer", source.num_bytes) as advance:
-        for document, num_bytes in source.documents():
-            # Of a source of unknown size it is the beginning.
-            if source.num_bytes == 0 and taken >= _TOKENIZER_BYTES:
-                break
-            if not is_valid_document(document.name, seed, valid_fraction):
-                for start in range(0, len(document.text), _TOKENIZER_CHUNK):
-                    if _unit_hash("tokenizer", seed, document.name, start) < share:
-                        chunk = document.text[start : start + _TOKENIZER_CHUNK]
-                        taken += len(chunk)
-                        lines.extend(chunk.split(NEWLINE))
-            advance(num_bytes)
-    _say(f"training a tokenizer of {vocab_size} pieces on {sum(map(len, lines)) / 1e6:.1f} M characters")
-    model = train_tokenizer((line for line in lines if line), vocab_size, where="the training split")
-    return Tokenizer(model)
+    title = "reading text for the tokenizer"
+    for _, result in _results(source, _batches(source), job, workers, title, source.num_bytes):
+        for part in result.parts:
+            text = part.decode()
+            taken += len(text)
+            lines.extend(text.split(NEWLINE))
+        # Of a source of unknown size it is the beginning.
+        if source.num_bytes == 0 and taken >= _TOKENIZER_BYTES:
+            break
+    say(f"training a tokenizer of {options.vocab_size} pieces on {sum(map(len, lines)) / 1e6:.1f} M characters")
+    model = train_tokenizer((line for line in lines if line), options.vocab_size, where="the training split")
+    return SentencePieceTokenizer(model)
 
 
-class _SplitWriter:
-    """One split: Megatron-core's builder, and the counts for the manifest."""
-
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer):
-        dtype = token_dtype(tokenizer.vocab_size)
-        self._paths = {kind: folder / f"{split}.{kind}" for kind in ("bin", "idx")}
-        self._builder = megatron_indexed_dataset().IndexedDatasetBuilder(str(self._paths["bin"]), dtype=dtype)
-        self._end = tokenizer.end_of_document
-        self.documents = self.tokens = self.text_bytes = 0
-        self.max_id = self._end
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Add one document: int32 [T] without its end, which is added here."""
-        self._builder.add_document(np.append(ids, self._end), [len(ids) + 1])
-        self.documents += 1
-        self.tokens += len(ids) + 1
-        self.text_bytes += text_bytes
-        self.max_id = max(self.max_id, int(ids.max(initial=0)))
-
-    def close(self) -> dict[str, Any]:
-        """Write the index and return the split's part of the manifest."""
-        self._builder.finalize(str(self._paths["idx"]))
-        entry: dict[str, Any] = {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "max_id": self.max_id,
-        }
-        for kind, path in self._paths.items():
-            entry[f"{kind}_bytes"] = path.stat().st_size
-            entry[f"{kind}_sha256"] = file_sha256(path)
-        return entry
+def _encode(source: Source, attempt: _Attempt, job: Encode, workers: int) -> None:
+    """Write the tokens of all batches that are left."""
+    files = attempt.files
+    for mark, result in _results(source, attempt.batches, job, workers, "writing tokens", attempt.num_bytes):
+        files.state |= {"rejected": source.rejections.count, "reasons": source.rejections.reasons}
+        files.add(result, mark.digest)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _results(
+    source: Source, batches: _Batches, job: Job, workers: int, title: str, num_bytes: int
+) -> Iterator[tuple[_Mark, Result]]:
+    """What the job makes of each batch, in order; its bad rows are counted, or the first one is refused."""
+    # Workers end with the loop, not when the last one who holds an error lets go of it.
+    with progress(title, num_bytes) as advance, closing(in_order(job, batches, workers)) as results:
+        for mark, result in results:
+            if result.facts["error"] is not None:
+                raise UserError(result.facts["error"])
+            source.rejections.extend(result.facts["rejected"], result.facts["reasons"])
+            yield mark, result
+            advance(mark.num_bytes)
 
 
-def _write_splits(
-    source: Source, folder: Path, tokenizer: Tokenizer, valid_fraction: float, seed: int
-) -> tuple[dict[str, Any], int]:
-    """Encode all documents; return the manifest's `splits` and the number of documents without text."""
-    writers = {split: _SplitWriter(folder, split, tokenizer) for split in SPLITS}
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    empty = 0
-    with _progress("writing tokens", source.num_bytes) as advance:
-        for batch in _batches(source):
-            texts = [document.text for document, _ in batch]
-            encoded = tokenizer.encode_batch(texts, threads)
-            decoded = tokenizer.decode_batch(encoded)
-            for (document, num_bytes), ids, read_back in zip(batch, encoded, decoded, strict=True):
-                if read_back != document.text:
-                    raise UserError(
-                        f"the tokenizer changes the text of {document.name}; use one that is lossless, "
-                        "such as one trained here"
-                    )
-                if document.text:
-                    valid = is_valid_document(document.name, seed, valid_fraction)
-                    writers["valid" if valid else "train"].add(ids, len(document.text.encode()))
-                else:
-                    empty += 1
-                advance(num_bytes)
-    for split, writer in writers.items():
-        if writer.documents == 0:
+def _batches(source: Source) -> _Batches:
+    """All rows, in batches that are the same in every pass over the same text."""
+    digest = hashlib.sha256()
+    batch: list[Row] = []
+    size = read = 0
+    for row, num_bytes in source.items():
+        if isinstance(row, Lines):
+            name, data = f"{row.name}:{row.first}", row.data
+        elif isinstance(row, Document):
+            name, data = row.name, row.text.encode()
+        else:
+            name, data = row.reason, b""
+        digest.update(f"{name}\0{len(data)}\0".encode())
+        digest.update(data)
+        batch.append(row)
+        size += len(data)
+        read += num_bytes
+        if size >= _BATCH_BYTES:
+            yield batch, _Mark(read, digest.hexdigest())
+            batch, size, read = [], 0, 0
+    if batch:
+        yield batch, _Mark(read, digest.hexdigest())
+
+
+def _check_splits(splits: dict[str, dict[str, int]], valid_fraction: float) -> None:
+    for split, counts in splits.items():
+        if counts["documents"] == 0:
             raise UserError(
                 f"no document fell into the {split} split (documents: "
-                f"{sum(w.documents for w in writers.values())}, validation fraction: {valid_fraction}); "
+                f"{sum(counts['documents'] for counts in splits.values())}, validation fraction: {valid_fraction}); "
                 "a .txt file is one document: give more documents, or change the fraction or the seed"
             )
-    return {split: writer.close() for split, writer in writers.items()}, empty
 
 
 def _tell_of_rejections(source: Source) -> None:
     rejections = source.rejections
     for reason in rejections.reasons:
-        _say(f"left out: {reason}")
+        say(f"left out: {reason}")
     if rejections.count > len(rejections.reasons):
-        _say(f"left out: {rejections.count - len(rejections.reasons)} more rows")
-
-
-def _batches(source: Source) -> Iterator[list[tuple[Document, int]]]:
-    batch: list[tuple[Document, int]] = []
-    characters = 0
-    for document, num_bytes in source.documents():
-        batch.append((document, num_bytes))
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show bytes done, of `total`, with MB/s on stderr: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        with _progress_bar(title, total) as advance_bar:
-            yield advance_bar
-        return
-    start = said = time.monotonic()
-    done = 0
-
-    def line() -> str:
-        speed = done / 1e6 / max(time.monotonic() - start, 1e-9)
-        share = f"{100 * done / total:.0f} %, " if total else ""
-        return f"{title}: {share}{done / 1e6:.1f} MB, {speed:.1f} MB/s"
-
-    def advance(num_bytes: int) -> None:
-        nonlocal done, said
-        done += num_bytes
-        if time.monotonic() - said >= _PLAIN_LINE_SECONDS:
-            said = time.monotonic()
-            _say(line())
-
-    yield advance
-    _say(line())
-
-
-@contextmanager
-def _progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total or None)
-        yield lambda num_bytes: bar.advance(task, num_bytes)
+        say(f"left out: {rejections.count - len(rejections.reasons)} more rows")

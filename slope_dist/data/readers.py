@@ -23,6 +23,7 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ENDINGS = (*(plain + packed for plain in (".txt", ".jsonl") for packed in ("", *COMPRESSIONS)), ".parquet")
 
 _ROWS_AT_ONCE = 1024
+_BYTES_AT_ONCE = 1 << 18
 _TEXT_TYPES = ("string", "large_string", "string_view", "null")
 
 
@@ -41,8 +42,27 @@ class Rejected:
     reason: str
 
 
-Item = tuple[Document | Rejected, int]
-"""A row, and the bytes on disk that were read for it."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lines:
+    """Whole lines of a .jsonl file, not yet parsed: that takes longest, and any process can do it."""
+
+    name: str
+    path: str
+    field: str
+    first: int
+    data: bytes
+
+    def rows(self) -> Iterator[Document | Rejected]:
+        """What is in each line that is not blank."""
+        for number, row in enumerate(self.data.split(b"\n"), start=self.first):
+            if row.strip():
+                yield _of_json(row, self.field, f"{self.name}:{number}", f"{self.path}:{number}")
+
+
+Row = Document | Rejected | Lines
+
+Item = tuple[Row, int]
+"""A row or many lines, and the bytes on disk that were read for them."""
 
 
 def read_file(name: str, path: Path, field: str) -> Iterator[Item]:
@@ -93,13 +113,13 @@ def _read_text(name: str, path: Path, _: str) -> Iterator[Item]:
 
 def _read_lines(name: str, path: Path, field: str) -> Iterator[Item]:
     with _opened(path) as (stream, position):
-        # A line at a time; a compressed stream reads ahead, so its first lines stand for more bytes than the others.
-        before = 0
-        for number, row in enumerate(stream, start=1):
+        # A compressed stream reads ahead, so its first lines stand for more bytes than the others.
+        before, first = 0, 1
+        while data := stream.read(_BYTES_AT_ONCE):
+            data += stream.readline()
             now = position()
-            if row.strip():
-                yield _of_json(row, field, f"{name}:{number}", f"{path}:{number}"), now - before
-                before = now
+            yield Lines(name=name, path=str(path), field=field, first=first, data=data), now - before
+            before, first = now, first + data.count(b"\n")
 
 
 def _of_json(row: bytes, field: str, name: str, where: str) -> Document | Rejected:

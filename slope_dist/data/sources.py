@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import platform
 import sysconfig
@@ -12,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from slope_dist.data.readers import ENDINGS, Document, Item, of_text, read_file
+from slope_dist.data.readers import ENDINGS, Document, Item, Lines, of_text, read_file
 from slope_dist.errors import UserError
 
 _ENDINGS_TEXT = ", ".join(ENDINGS)
@@ -44,9 +45,63 @@ class Rejections:
 
     def add(self, reason: str) -> None:
         """Count one more."""
-        self.count += 1
-        if len(self.reasons) < MOST_REASONS:
-            self.reasons.append(reason)
+        self.extend(1, [reason])
+
+    def extend(self, count: int, reasons: Sequence[str]) -> None:
+        """Count `count` more, with the reasons of the first ones."""
+        self.count += count
+        self.reasons.extend(reasons[: MOST_REASONS - len(self.reasons)])
+
+
+class ChangedInputError(UserError):
+    """A file is not what it was when it was read before."""
+
+
+class Inputs:
+    """The files of the last pass, hashed before they are read.
+
+    Attributes:
+        files: name, bytes and sha256 of each that was begun.
+        expected: what an earlier pass found, which this one must find too; None: anything.
+    """
+
+    def __init__(self) -> None:
+        self.files: list[dict[str, Any]] = []
+        self.expected: list[dict[str, Any]] | None = None
+
+    def read(self, name: str, path: Path, field: str) -> Iterator[Item]:
+        """The rows of a file.
+
+        Raises:
+            ChangedInputError: it is not what an earlier pass found, or changes meanwhile.
+            UserError: as for `read_file`.
+        """
+        before = _state_of(path)
+        try:
+            with path.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        found = {"name": name, "bytes": before[0], "sha256": sha256}
+        number = len(self.files)
+        if self.expected is not None and self.expected[number : number + 1] != [found]:
+            raise _changed(path)
+        self.files.append(found)
+        yield from read_file(name, path, field)
+        if _state_of(path) != before:
+            raise _changed(path)
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path) -> ChangedInputError:
+    return ChangedInputError(f"{path} changed since it was first read; let nothing write to it, and prepare again")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +112,26 @@ class Source:
         description: what the source is, for the corpus's manifest; holds no path of the machine.
         num_bytes: bytes on disk, or of text, for progress and sampling; 0 where they are not known.
         documents: starts a new pass; yields (document, bytes on disk read for it).
+        unparsed: as `documents`, but bad rows come too, and rows of .jsonl as they lie in the file; None: there are
+            documents only.
+        skip_bad_rows: whether bad rows are left out and counted, which are otherwise refused.
         rejections: what of the pass was left out.
+        inputs: the files of the pass.
     """
 
     description: dict[str, Any]
     num_bytes: int
     documents: Callable[[], Iterator[tuple[Document, int]]]
+    unparsed: Callable[[], Iterator[Item]] | None = None
+    skip_bad_rows: bool = False
     rejections: Rejections = field(default_factory=Rejections)
+    inputs: Inputs = field(default_factory=Inputs)
+
+    def items(self) -> Iterator[Item]:
+        """Start a new pass over `unparsed`; its bad rows are counted by who parses it."""
+        self.rejections.clear()
+        self.inputs.files = []
+        return self.documents() if self.unparsed is None else self.unparsed()
 
 
 def python_stdlib() -> Source:
@@ -148,15 +216,18 @@ def text_files(inputs: Sequence[str], text_field: str = "text", *, skip_bad_rows
     if not found:
         raise UserError(f"no input: name files ({_ENDINGS_TEXT}), folders of them, or patterns")
 
+    log = Inputs()
+
     def items() -> Iterator[Item]:
         for name, path in found:
-            yield from read_file(name, path, text_field)
+            yield from log.read(name, path, text_field)
 
     return _checked(
         items,
         {"kind": "files", "files": [name for name, _ in found], "field": text_field},
         sum(path.stat().st_size for _, path in found),
         skip_bad_rows,
+        log,
     )
 
 
@@ -203,7 +274,7 @@ def dataset(
     # A folder's path is the machine's.
     known = Path(name).name if Path(name).is_dir() else name
     description = {"kind": "dataset", "name": known, "split": split, "field": text_field}
-    return _checked(items, description, size, skip_bad_rows)
+    return _checked(items, description, size, skip_bad_rows, Inputs())
 
 
 def _load_dataset(name: str, split: str, stream: bool) -> Any:
@@ -235,22 +306,37 @@ def _first_line(error: BaseException) -> str:
 
 
 def _checked(
-    items: Callable[[], Iterator[Item]], description: dict[str, Any], num_bytes: int, skip_bad_rows: bool
+    items: Callable[[], Iterator[Item]],
+    description: dict[str, Any],
+    num_bytes: int,
+    skip_bad_rows: bool,
+    inputs: Inputs,
 ) -> Source:
     """The source of these items: its bad rows refused, or left out and counted."""
     rejections = Rejections()
 
     def documents() -> Iterator[tuple[Document, int]]:
         rejections.clear()
+        inputs.files = []
         for item, read in items():
-            if isinstance(item, Document):
-                yield item, read
-            elif skip_bad_rows:
-                rejections.add(item.reason)
-            else:
-                raise UserError(item.reason)
+            for row in item.rows() if isinstance(item, Lines) else (item,):
+                if isinstance(row, Document):
+                    yield row, read
+                    read = 0
+                elif skip_bad_rows:
+                    rejections.add(row.reason)
+                else:
+                    raise UserError(row.reason)
 
-    return Source(description=description, num_bytes=num_bytes, documents=documents, rejections=rejections)
+    return Source(
+        description=description,
+        num_bytes=num_bytes,
+        documents=documents,
+        unparsed=items,
+        skip_bad_rows=skip_bad_rows,
+        rejections=rejections,
+        inputs=inputs,
+    )
 
 
 def _find(given: str) -> Iterator[tuple[str, Path]]:

@@ -1,243 +1,110 @@
-"""A SentencePiece tokenizer that gives every text back exactly.
-
-SentencePiece writes a space as U+2581 and reads U+2581 back as a space, so a text that holds U+2581 itself would not
-survive. `Tokenizer` spells that one character as its three UTF-8 byte pieces, which are read back as they are.
-"""
+"""What a tokenizer must be able to do here: give every text back exactly, and end a document with an id of its own."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from slope_dist.errors import UserError
-from slope_dist.files import read_bounded
 
-END_OF_DOCUMENT_PIECE = "<|endoftext|>"
 NEWLINE = "\n"
+SPACE_MARK = "\u2581"
+"""What SentencePiece, and those that follow it, write for a space."""
 
-_SPACE_MARK = "\u2581"
-_SPACE_MARK_BYTES = _SPACE_MARK.encode()
-# 256 bytes, newline, unknown, end of document, and one character.
-_MIN_VOCAB = 260
-_MAX_TRAINING_LINE = 4096
-_MAX_CHUNK = 1 << 18
-# What a lossy model would change: runs of blanks, compatibility forms, controls, rare characters, names of controls.
 MAX_BYTES = 2**28
 """Of a tokenizer's file: far more than any holds."""
 
-_PROBE = (
-    "  a\tb  \u2581c\r\n\n\u00a0\ufb01 e\u0301\u00e9 \uff21 \u0000\U0001f469\u200d\U0001f467 \U0010fffe</s><unk>\n "
-)
+# What a lossy model would change: runs of blanks, compatibility forms, controls, rare characters, names of controls.
+PROBE = "  a\tb  \u2581c\r\n\n\u00a0\ufb01 e\u0301\u00e9 \uff21 \u0000\U0001f469\u200d\U0001f467 \U0010fffe</s><unk>\n "
 
 
-def train_tokenizer(lines: Iterable[str], vocab_size: int, *, where: str = "the text") -> bytes:
-    """Train a byte-pair model on `lines` and return it as the bytes of a SentencePiece file.
-
-    Args:
-        lines: text without newlines; blanks are kept as they are. Held in memory, as the trainer needs them all.
-        vocab_size: exact number of ids, among them 256 bytes, newline, unknown and end of document.
-        where: what the lines are, for messages.
-
-    Raises:
-        UserError: the text has too few different pieces for `vocab_size`, or too many characters.
-
-    The same lines in the same order give the same bytes: one thread, no sampling by the trainer.
-    """
-    import sentencepiece
-
-    if not _MIN_VOCAB <= vocab_size < 2**31:
-        raise UserError(
-            f"vocabulary of {vocab_size} is out of range; use at least {_MIN_VOCAB} (the bytes alone are 256)"
-        )
-    sentences = [
-        line[start : start + _MAX_TRAINING_LINE]
-        for line in lines
-        # NUL ends a C string inside the trainer; as a byte piece it needs no training.
-        for line in [line.replace("\0", "")]
-        for start in range(0, len(line), _MAX_TRAINING_LINE)
-    ]
-    if not sentences:
-        raise UserError(f"{where} has no text to train a tokenizer on; give text, or a tokenizer")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            user_defined_symbols=[NEWLINE],
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            eos_piece=END_OF_DOCUMENT_PIECE,
-            character_coverage=0.9995,
-            max_sentence_length=4 * _MAX_TRAINING_LINE,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise _training_error(str(error), vocab_size, where) from error
-    return model.getvalue()
-
-
-def _training_error(message: str, vocab_size: int, where: str) -> Exception:
-    if found := re.search(r"value <= (\d+)", message):
-        return UserError(
-            f"vocabulary of {vocab_size} is too large for {where}: it has no more than {found[1]} pieces; "
-            f"use a vocabulary of at most {found[1]}, or more text"
-        )
-    if found := re.search(r"(\d+) vs (\d+)", message):
-        return UserError(
-            f"vocabulary of {vocab_size} is too small for {where}: bytes and single characters alone need "
-            f"{found[2]}; use a vocabulary of at least {found[2]}"
-        )
-    return RuntimeError(message)
-
-
-class Tokenizer:
-    """A loaded SentencePiece model that was checked to be lossless.
+class Tokenizer(ABC):
+    """A loaded tokenizer that was checked to be lossless.
 
     Attributes:
-        vocab_size: number of ids.
+        vocab_size: number of ids, unused ones among them.
         end_of_document: id that ends a document; no text encodes to it.
-        sha256: hash of the model file, in hex.
-        model: the bytes of the model file.
+        sha256: hash of the tokenizer's file, in hex.
+        model: the bytes of that file.
     """
 
-    def __init__(self, model: bytes, *, path: Path | str = "tokenizer"):
-        """Load the bytes of a SentencePiece file; `path` is used in messages.
+    end_of_document: int
 
-        Raises:
-            UserError: not a SentencePiece model, without byte fallback or end id, or one that changes text.
-        """
-        import sentencepiece
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-        from sentencepiece import sentencepiece_model_pb2
-
-        proto: Any = sentencepiece_model_pb2.ModelProto()
-        try:
-            if not model:
-                raise DecodeError("empty")
-            proto.ParseFromString(model)
-            processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (DecodeError, RuntimeError) as error:
-            raise UserError(
-                f"{path} is not a SentencePiece model: empty, damaged or of another kind; "
-                "give a .model file that SentencePiece wrote"
-            ) from error
+    def __init__(self, model: bytes, pieces: Sequence[bytes]):
+        """Keep the file and the bytes that each id stands for, none where it is no text."""
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = processor.get_piece_size()
-        self.end_of_document: int = processor.eos_id()
-        self._processor = processor
-        pieces = proto.pieces
-        self._text_pieces = [p.piece for p in pieces if p.type in (p.NORMAL, p.USER_DEFINED)]
-        self._byte_ids = {int(p.piece[3:5], 16): i for i, p in enumerate(pieces) if p.type == p.BYTE}
-        self._piece_bytes = np.array([_num_bytes(p) for p in pieces], dtype=np.int32)
-        # Text may be cut after a newline only where no piece reaches over it and no prefix is added to a part.
-        self._newline_is_a_piece = not proto.normalizer_spec.add_dummy_prefix and [
-            (p.piece, p.type == p.USER_DEFINED) for p in pieces if NEWLINE in p.piece
-        ] == [(NEWLINE, True)]
-        self._check_lossless(path)
+        self.vocab_size = len(pieces)
+        self._pieces = pieces
+        # What some put around a text: a space before it.
+        self._around = (b"", b"")
 
-    @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
-        """Load a SentencePiece file.
+    @abstractmethod
+    def files(self) -> dict[str, bytes]:
+        """What `load_tokenizer` needs in a corpus folder, by name."""
 
-        Raises:
-            UserError: the file cannot be read, or as for the constructor.
-        """
-        try:
-            model = read_bounded(path, MAX_BYTES)
-        except OSError as error:
-            raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from error
-        return cls(model, path=path)
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, without end-of-document ids: int32 [T] each."""
 
-    def _check_lossless(self, path: Path | str) -> None:
-        if len(self._byte_ids) != 256:
-            raise UserError(
-                f"{path} cannot spell every text: it has {len(self._byte_ids)} of 256 byte pieces; "
-                "use a model trained with byte_fallback"
-            )
-        if self.end_of_document < 0:
-            raise UserError(
-                f"{path} has no end-of-document id; use a model trained with eos_id set to an id of its own"
-            )
-        if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(
-                f"{path} changes text: blanks or characters are lost; use a model trained with "
-                "normalization_rule_name identity and remove_extra_whitespaces false"
-            )
-
-    def piece_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of text each id stands for: int32 [vocab_size]; 0 for ids that are no text."""
-        return self._piece_bytes.copy()
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of `ids`; ids that are no text, such as the end of a document, give nothing."""
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, without an end-of-document id: int32 [T]."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
-        """Ids of each text, without end-of-document ids: int32 [T] each. `threads` changes the speed only."""
-        marks = [self._stand_in(text) if _SPACE_MARK in text else "" for text in texts]
-        parts: list[str] = []
-        counts: list[int] = []
-        for text, mark in zip(texts, marks, strict=True):
-            own = self._cut(text.replace(_SPACE_MARK, mark) if mark else text)
-            parts.extend(own)
-            counts.append(len(own))
-        encoded = iter(self._processor.encode(parts, num_threads=threads))
-        batch = []
-        for count, mark in zip(counts, marks, strict=True):
-            ids = np.concatenate([np.array(next(encoded), dtype=np.int32) for _ in range(count)])
-            batch.append(self._put_back(ids, mark) if mark else ids)
-        return batch
+    def piece_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of text each id stands for: int32 [vocab_size]; 0 for ids that are no text."""
+        return np.fromiter(map(len, self._pieces), dtype=np.int32, count=self.vocab_size)
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of `ids`; ids that are no text, such as the end of a document, give nothing."""
-        return self._processor.decode(np.asarray(ids, dtype=np.int64).tolist())
+    def spells(self, ids: np.ndarray, text: bytes) -> bool:
+        """Whether the pieces of `ids`, one after another, are exactly this text in UTF-8."""
+        spelled = b"".join(map(self._pieces.__getitem__, ids.tolist()))
+        before, after = self._around
+        return spelled == (before + text + after if text else text)
 
-    def decode_batch(self, batch: Sequence[np.ndarray]) -> list[str]:
-        """The text of each array of ids."""
-        return self._processor.decode([ids.tolist() for ids in batch]) if batch else []
+    def _check_lossless(self, path: Path | str, probe: str, remedy: str) -> None:
+        """Refuse a tokenizer that changes text, or whose pieces are not what it decodes them to."""
+        around = b"".join(map(self._pieces.__getitem__, self.encode("a").tolist()))
+        if around in (b" a", b"a "):
+            before, _, after = around.partition(b"a")
+            self._around = (before, after)
+        ids = self.encode(probe)
+        if self.decode(ids) != probe or not self.spells(ids, probe.encode()):
+            raise UserError(f"{path} changes text: blanks or characters are lost; {remedy}")
 
-    def _cut(self, text: str) -> list[str]:
-        """`text` in parts of about `_MAX_CHUNK` characters that encode as the whole does."""
-        if not self._newline_is_a_piece or len(text) <= _MAX_CHUNK:
-            return [text]
-        parts = []
-        start = 0
-        while start < len(text):
-            newline = text.find(NEWLINE, start + _MAX_CHUNK)
-            stop = len(text) if newline < 0 else newline + 1
-            parts.append(text[start:stop])
-            start = stop
-        return parts
 
-    def _stand_in(self, text: str) -> str:
-        """A character that is in neither `text` nor any piece, so that it is always spelled in bytes."""
-        return next(
-            mark
-            for mark in map(chr, range(0x10FFFF, 0xFFFF, -1))
-            if mark not in text and not any(mark in piece for piece in self._text_pieces)
-        )
+class SpaceMarks:
+    """Texts that hold U+2581 itself, for models in which that character is a space.
 
-    def _put_back(self, ids: np.ndarray, mark: str) -> np.ndarray:
+    It is hidden behind a character that no piece has, which such a model spells in bytes; they are then replaced.
+
+    Args:
+        pieces: texts of all pieces.
+        byte_ids: id of each of the 256 bytes.
+    """
+
+    def __init__(self, pieces: Iterable[str], byte_ids: dict[int, int]):
+        self._characters = set("".join(pieces))
+        self._byte_ids = byte_ids
+
+    def stand_in(self, text: str) -> str:
+        """A character that is in neither `text` nor any piece; "" where `text` has no U+2581."""
+        if SPACE_MARK not in text:
+            return ""
+        used = self._characters.union(text)
+        return next(mark for mark in map(chr, range(0x10FFFF, 0xFFFF, -1)) if mark not in used)
+
+    def put_back(self, ids: np.ndarray, mark: str) -> np.ndarray:
         """`ids` with the byte pieces of U+2581 where those of its stand-in are."""
         stand_in = [self._byte_ids[byte] for byte in mark.encode()]
-        space_mark = [self._byte_ids[byte] for byte in _SPACE_MARK_BYTES]
+        space_mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode()]
         kept: list[int] = []
         listed = ids.tolist()
         position = 0
@@ -249,11 +116,3 @@ class Tokenizer:
                 kept.append(listed[position])
                 position += 1
         return np.array(kept, dtype=np.int32)
-
-
-def _num_bytes(piece: Any) -> int:
-    if piece.type == piece.BYTE:
-        return 1
-    if piece.type in (piece.NORMAL, piece.USER_DEFINED):
-        return len(piece.piece.replace(_SPACE_MARK, " ").encode())
-    return 0

@@ -13,7 +13,8 @@ from typing import Any
 from slope_dist.config import Config
 from slope_dist.data.blend import shares
 from slope_dist.data.corpus import Corpus, Summary, token_file
-from slope_dist.data.prepare import SPLITS, prepare_if_absent
+from slope_dist.data.jobs import SPLITS
+from slope_dist.data.prepare import prepare_if_absent
 from slope_dist.data.sampling import Part, windows_of
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded

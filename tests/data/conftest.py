@@ -12,8 +12,8 @@ import pytest
 
 from slope_dist.data.prepare import prepare
 from slope_dist.data.readers import Document
+from slope_dist.data.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
 from slope_dist.data.sources import Source
-from slope_dist.data.tokenizer import Tokenizer, train_tokenizer
 
 VOCAB_SIZE = 400
 WORDS = re.findall(r"\w+", "the sparse weight is kept in groups of four and two of them stay while others go")
@@ -58,12 +58,12 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    return Tokenizer(train_tokenizer("\n".join(_make_texts(60)).split("\n"), VOCAB_SIZE))
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(train_tokenizer("\n".join(_make_texts(60)).split("\n"), VOCAB_SIZE))
 
 
 @pytest.fixture(scope="session")
-def tokenizer_file(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tokenizer_file(tokenizer: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "given.model"
     path.write_bytes(tokenizer.model)
     return path

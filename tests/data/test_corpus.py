@@ -20,8 +20,10 @@ import torch
 from slope_dist.config.schema import Config
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.index import read_index
+from slope_dist.data.journal import blocks_sha256
+from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.sampling import IGNORED_LABEL, BatchReader, Part, evaluation_batches
-from slope_dist.data.tokenizer import Tokenizer, train_tokenizer
+from slope_dist.data.sentencepiece_model import train_tokenizer
 from slope_dist.errors import UserError
 
 VOCAB_SIZE = 400
@@ -115,11 +117,33 @@ def test_verify_finds_one_flipped_bit(corpus_folder):
     content = bytearray((corpus_folder / "train.bin").read_bytes())
     content[100] ^= 1
     (corpus_folder / "train.bin").write_bytes(content)
-    with pytest.raises(UserError, match=r"train\.bin was altered"):
+    with pytest.raises(UserError, match=rf"train\.bin was altered within bytes 0 to {len(content)}: its SHA-256"):
         corpus.verify()
     (corpus_folder / "train.bin").unlink()
     with pytest.raises(UserError, match=r"cannot read .*train\.bin"):
         corpus.verify()
+
+
+def test_an_alteration_is_told_by_its_block(whole_corpus, corpus_folder, monkeypatch):
+    for module in ("journal", "corpus"):
+        monkeypatch.setattr(f"slope_dist.data.{module}.BLOCK_BYTES", 100)
+    path = corpus_folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    content = (corpus_folder / "train.bin").read_bytes()
+    manifest["splits"]["train"]["bin_blocks_sha256"] = blocks_sha256(corpus_folder / "train.bin")
+    path.write_text(json.dumps(manifest))
+    for place, where in ((250, "200 to 300"), (len(content) - 1, f"{len(content) - len(content) % 100} to")):
+        altered = bytearray(content)
+        altered[place] ^= 1
+        (corpus_folder / "train.bin").write_bytes(altered)
+        with pytest.raises(UserError, match=f"was altered within bytes {where}"):
+            Corpus.open(corpus_folder, "train", VOCAB_SIZE).verify()
+    # Of a manifest without them, or with nonsense, the file alone is named.
+    for nonsense in (None, [], "x"):
+        manifest["splits"]["train"]["bin_blocks_sha256"] = nonsense
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="was altered"):
+            Corpus.open(corpus_folder, "train", VOCAB_SIZE).verify()
 
 
 BAD_MANIFESTS = {
@@ -258,7 +282,7 @@ def test_the_fingerprint_is_that_of_tokens_and_tokenizer(corpus_folder, whole_co
     right = Corpus.open(whole_corpus, "train", VOCAB_SIZE)
     assert right.fingerprint == Corpus.open(whole_corpus, "valid", VOCAB_SIZE).fingerprint
     assert right.fingerprint == Corpus.open(corpus_folder, "train", VOCAB_SIZE).fingerprint
-    assert right.tokenizer_sha256 == Tokenizer.load(whole_corpus / "tokenizer.model").sha256
+    assert right.tokenizer_sha256 == load_tokenizer(whole_corpus / "tokenizer.model").sha256
     for folder in (corpus_folder, shutil.copytree(corpus_folder, tmp_path / "altered")):
         (folder / "manifest.json").unlink()
     content = bytearray((tmp_path / "altered" / "train.bin").read_bytes())
@@ -333,7 +357,10 @@ def test_settings_that_an_existing_corpus_does_not_follow_are_named(corpus_folde
         ({"valid_fraction": 0.3}, "data.valid_fraction 0.3 does not apply: .* was split with 0.2$"),
         ({"seed": 2}, "run.seed 2 does not apply to the split .* was split with seed 1$"),
         ({"tokenizer": str(other)}, "data.tokenizer .*other.model does not apply: "),
-        ({"tokenizer": str(tmp_path / "absent")}, "data.tokenizer .*absent cannot be read .No such file"),
+        (
+            {"tokenizer": str(tmp_path / "absent")},
+            "data.tokenizer does not apply .cannot read tokenizer .*absent: No such file",
+        ),
     ):
         (line,) = corpus.differs_from(config_of(corpus_folder, **change))
         assert re.match(expected, line), line

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from slope_dist.data.corpus import Corpus
-from slope_dist.data.prepare import is_valid_document, prepare, prepare_if_absent, token_dtype
+from slope_dist.data.jobs import is_valid_document, token_dtype
+from slope_dist.data.prepare import prepare, prepare_if_absent
 from slope_dist.data.sources import text_files
 from slope_dist.errors import UserError
 

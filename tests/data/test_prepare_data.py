@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -60,6 +62,27 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert not (tmp_path / "corpus").exists()
 
 
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, tokenizer_file, make_texts):
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for text in make_texts(3000) * 2:
+            file.write(json.dumps({"text": text}) + "\n")
+    options = (tmp_path / "rows.jsonl", "--output", tmp_path / "corpus", "--tokenizer", tokenizer_file)
+    command = [sys.executable, str(TOOL), *map(str, options), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    journal = tmp_path / "corpus.partial" / "journal.jsonl"
+    # Its second line is there from the first moment that can be gone on with.
+    while not journal.exists() or journal.read_text().count("\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert error == "interrupted: no corpus was written; the same command goes on with what was done\n"
+    assert not (tmp_path / "corpus").exists()
+    result = run(*options, "--workers", 1)
+    assert result.returncode == 0 and f"going on with {tmp_path}/corpus.partial" in result.stderr
+
+
 def test_bad_rows_are_left_out_and_told(tmp_path, make_texts):
     rows = [json.dumps({"text": text}) for text in make_texts(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join([*rows, "{", *rows]))
@@ -105,6 +128,9 @@ BAD_ARGUMENTS = {
     "absent tokenizer": (["a.txt", "--output", "corpus", "--tokenizer", "t.model"], "t.model"),
     "small vocabulary": (["a.txt", "--output", "corpus", "--vocab-size", "-5"], "out of range"),
     "large vocabulary": (["a.txt", "--output", "corpus", "--vocab-size", "9999"], "too large"),
+    "end without tokenizer": (["a.txt", "--output", "corpus", "--end-of-document", "</s>"], "is for --tokenizer"),
+    "no workers": (["a.txt", "--output", "corpus", "--workers", "0"], "0 workers are less than 1"),
+    "folder without tokenizer": (["a.txt", "--output", "corpus", "--tokenizer", "."], "folder . holds no tokenizer"),
     "fraction": (["a.txt", "--output", "corpus", "--valid-fraction", "1"], "validation fraction 1.0"),
     "output is here": (["a.txt", "--output", "."], "never overwritten"),
     "output without a name": (["a.txt", "--output", ""], "never overwritten"),
