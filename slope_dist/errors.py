@@ -12,3 +12,7 @@ EXIT_STOPPED = 75
 
 class UserError(Exception):
     """What is wrong, where, and what would be right, in one line."""
+
+
+class UnfinishedError(UserError):
+    """What stopped the work is not in its input, so it may go on where it was."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from slope_dist.config.fields import PathText, Section
-from slope_dist.data.blend import MOST_PLACES, period
+from slope_dist.config.weights import MOST_PLACES, period
 
 MOST_CORPORA = 100
 
@@ -25,8 +25,11 @@ class CorpusPart(NamedTuple):
 
 def _mixture_entry(text: str) -> str:
     folder, _, weight = text.rpartition("=")
-    if not Path(folder).name or "\0" in folder or not _WEIGHT.fullmatch(weight) or Fraction(weight) == 0:
-        raise ValueError('must be "FOLDER=WEIGHT" with a weight above 0, such as "data/code=0.3" or "data/code=1/3"')
+    if Path(folder).name in ("", "..") or "\0" in folder or not _WEIGHT.fullmatch(weight) or Fraction(weight) == 0:
+        raise ValueError(
+            'must be "FOLDER=WEIGHT", a folder that ends in a name and a weight above 0, such as "data/code=0.3" or '
+            '"data/code=1/3"'
+        )
     return text
 
 

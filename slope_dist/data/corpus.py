@@ -7,9 +7,9 @@ bus error, without a word, and every page of it that was touched counts as memor
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slope_dist.data.index import AGAIN, Index, read_index
-from slope_dist.data.jobs import SPLITS
 from slope_dist.data.journal import BLOCK_BYTES, blocks_sha256, file_sha256
 from slope_dist.data.load_tokenizer import FILES, load_tokenizer
-from slope_dist.data.prepare import FORMAT, MANIFEST
+from slope_dist.data.manifest import fingerprint_of, read_manifest
+from slope_dist.data.prepare import MANIFEST
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.files import read_bounded
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 # The label of a position that no loss is taken of.
 IGNORED_LABEL = -100
 
-_MAX_MANIFEST_BYTES = 2**26
 _CHUNK = 1 << 20
 
 
@@ -62,7 +60,6 @@ class Corpus:
     """Tokens of one split, by position.
 
     Attributes:
-        name: last part of its folder's path.
         path: the .bin file.
         split: "train" or "valid".
         num_tokens, num_documents: sizes of the split.
@@ -72,6 +69,7 @@ class Corpus:
         tokenizer_sha256: hash of the tokenizer; None where there is none.
         end_of_document: id that ends a document; None where there is no tokenizer.
         has_manifest: whether the folder has a manifest; without one, every token was read, here or by who says so.
+        stamps: size, time of last write and inode of the .bin and the .idx file, before anything was read of them.
         fingerprint: names the data. With a manifest, a hash of what it states: the SHA-256 of the tokenizer, which was
             compared, and of the tokens of all splits, which `verify` compares. Without one, a hash of the tokenizer
             and of this split's tokens as they were read.
@@ -85,15 +83,15 @@ class Corpus:
         valid_fraction: float,
         tokenizer: str | None,
         summary: Summary | None,
+        passed: Callable[[int], None],
     ):
         """Use `open`."""
         self.folder = folder
-        self.name = folder.name
         self.split = split
         self.vocab_size = vocab_size
         self.path = token_file(folder, split)
-        whole = not folder.is_dir()
-        self._manifest = None if whole else _read_manifest(folder / MANIFEST)
+        whole = self.path.parent != folder
+        self._manifest = None if whole else read_manifest(folder / MANIFEST)
         self.has_manifest = self._manifest is not None
         self._tokenizer = self._load_tokenizer(tokenizer)
         self.tokenizer_sha256 = self._tokenizer.sha256 if self._tokenizer else None
@@ -103,7 +101,9 @@ class Corpus:
             self._check_file(path, entry)
         self._file = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
-        self._as_opened = self._stat()
+        # Before anything is read of them.
+        self._as_opened = _stamp(os.fstat(self._file))
+        self.stamps = [list(self._as_opened), list(_stamp(os.stat(self.index_path)))]
         index = read_index(self.index_path, self._as_opened[0])
         self._dtype = index.dtype
         self._first, end, self.num_documents = 0, index.tokens, index.documents
@@ -113,12 +113,12 @@ class Corpus:
         if self._manifest and entry:
             self._check_against_index(index, entry)
             self.max_id: int = entry["max_id"]
-            self.fingerprint = _fingerprint(self._manifest)
+            self.fingerprint = fingerprint_of(self._manifest)
             self.text_bytes: int | None = entry["text_bytes"]
         else:
             own = (self.num_tokens, self.tokenizer_sha256)
             if summary is None or (summary.tokens, summary.tokenizer_sha256) != own:
-                summary = self._scan()
+                summary = self._scan(passed)
             self.max_id, self.fingerprint, self.text_bytes = summary.max_id, summary.fingerprint, summary.text_bytes
         if self.max_id >= vocab_size:
             raise _too_large(self.path, self.max_id, None, vocab_size)
@@ -133,6 +133,7 @@ class Corpus:
         valid_fraction: float = 0.02,
         tokenizer: str | None = None,
         summary: Summary | None = None,
+        passed: Callable[[int], None] = lambda count: None,
     ) -> Corpus:
         """Open and check one split of a corpus.
 
@@ -144,12 +145,13 @@ class Corpus:
             valid_fraction: share of the documents for validation, where one pair of files holds all.
             tokenizer: that of a corpus that has none with it.
             summary: of a corpus made elsewhere (no manifest.json), where it is known; None: read it through once.
+            passed: told of the bytes that are read for that, often.
 
         Raises:
             UserError: a file is missing, empty, truncated, damaged, of another corpus, or has ids too large.
         """
         try:
-            return cls(Path(folder), split, vocab_size, valid_fraction, tokenizer, summary)
+            return cls(Path(folder), split, vocab_size, valid_fraction, tokenizer, summary, passed)
         except OSError as error:
             raise UserError(f"cannot read corpus {folder}: {error.strerror or error}") from error
 
@@ -208,7 +210,7 @@ class Corpus:
             UserError: it is not, or cannot be found.
         """
         try:
-            now = self._stat()
+            now = _stamp(os.stat(self.path))
         except OSError as error:
             raise UserError(f"{self.path} was there when the run began: {error.strerror or error}") from error
         if now != self._as_opened:
@@ -217,10 +219,6 @@ class Corpus:
                 f"last written {datetime.fromtimestamp(now[1] / 1e9):%Y-%m-%d %H:%M:%S}); put it back and start the "
                 "run again, which resumes"
             )
-
-    def _stat(self) -> tuple[int, int, int]:
-        status = os.stat(self.path)
-        return status.st_size, status.st_mtime_ns, status.st_ino
 
     def bytes_of(self, labels: torch.Tensor) -> int | None:
         """UTF-8 bytes of the text that `labels` spell; None without a tokenizer.
@@ -246,10 +244,10 @@ class Corpus:
     def differs_from(self, config: Config) -> list[str]:
         """One line for each setting of `config` about making a corpus that this one, already there, does not follow.
 
-        A corpus made elsewhere has no manifest, so nothing is known to differ.
+        A corpus made elsewhere has no manifest, so nothing is known to differ but its tokenizer.
         """
         if self._manifest is None:
-            return []
+            return self._differing_tokenizer(config.data.tokenizer) if self._tokenizer else []
         made, data = self._manifest, config.data
         lines = []
         if made["valid_fraction"] != data.valid_fraction:
@@ -274,8 +272,11 @@ class Corpus:
             )
         return lines + self._differing_tokenizer(data.tokenizer)
 
-    def verify(self) -> None:
+    def verify(self, passed: Callable[[int], None] = lambda count: None) -> None:
         """Read all files of the split and compare their SHA-256 with the manifest's.
+
+        Args:
+            passed: told of the bytes that are read, often.
 
         Raises:
             UserError: a file differs or cannot be read, or there is no manifest to compare with.
@@ -286,7 +287,7 @@ class Corpus:
         for kind in ("bin", "idx"):
             path = self.path.with_suffix(f".{kind}")
             try:
-                found = file_sha256(path)
+                found = file_sha256(path, passed)
             except OSError as error:
                 raise UserError(f"cannot read {path}: {error.strerror or error}") from error
             if found != entry[f"{kind}_sha256"]:
@@ -384,7 +385,7 @@ class Corpus:
                 f"{in_manifest}: damaged or of another corpus; {AGAIN}"
             )
 
-    def _scan(self) -> Summary:
+    def _scan(self, passed: Callable[[int], None]) -> Summary:
         """Read every token, and check its id."""
         digest = hashlib.sha256(f"{self._dtype.name} {self.tokenizer_sha256} ".encode())
         piece_bytes = self._piece_bytes
@@ -393,6 +394,7 @@ class Corpus:
             ids = self.tokens(start, min(_CHUNK, self.num_tokens - start))
             max_id = max(max_id, int(ids.max()))
             digest.update(ids.astype(self._dtype).tobytes())
+            passed(len(ids) * self._dtype.itemsize)
             if piece_bytes is not None:
                 if max_id >= len(piece_bytes):
                     raise self._without_piece(max_id, len(piece_bytes))
@@ -407,15 +409,26 @@ def token_file(folder: Path, split: str) -> Path:
     Raises:
         UserError: there is neither.
     """
-    if folder.is_dir():
-        return folder / f"{split}.bin"
-    whole = folder.with_name(f"{folder.name}.bin")
-    if not whole.exists() and not whole.with_suffix(".idx").exists():
+    own, whole = folder / f"{split}.bin", Path(f"{folder}.bin")
+    if own.exists():
+        return own
+    if whole.exists() or whole.with_suffix(".idx").exists():
+        return whole
+    if not folder.is_dir():
         raise UserError(
             f"no corpus in {folder}, and no {whole.name} and {whole.stem}.idx beside it; make one with "
             "tools/prepare_data.py"
         )
-    return whole
+    return own
+
+
+def stamps_of(path: Path) -> list[list[int]]:
+    """`Corpus.stamps` of a .bin file and its index, as they are now."""
+    return [list(_stamp(os.stat(file))) for file in (path, path.with_suffix(".idx"))]
+
+
+def _stamp(file: os.stat_result) -> tuple[int, int, int]:
+    return file.st_size, file.st_mtime_ns, file.st_ino
 
 
 def _altered(path: Path, blocks: Any) -> str:
@@ -435,57 +448,3 @@ def _too_large(path: Path, token_id: int, position: int | None, vocab_size: int)
         f"{path} has id {token_id}{where}, which is not an id of a vocabulary of {vocab_size} (model.vocab_size); "
         "raise it, or prepare the corpus with that vocabulary"
     )
-
-
-def _fingerprint(manifest: dict[str, Any]) -> str:
-    identity = {
-        "tokenizer": manifest["tokenizer_sha256"],
-        "tokens": {name: entry["bin_sha256"] for name, entry in manifest["splits"].items()},
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-_MANIFEST_TYPES = {
-    "format": int,
-    "vocab_size": int,
-    "dtype": str,
-    "tokenizer_sha256": str,
-    "source": dict,
-    "valid_fraction": float,
-    "seed": int,
-    "splits": dict,
-}
-_SPLIT_TYPES = {
-    "documents": int,
-    "tokens": int,
-    "text_bytes": int,
-    "max_id": int,
-    "bin_bytes": int,
-    "idx_bytes": int,
-    "bin_sha256": str,
-    "idx_sha256": str,
-}
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest, with the types of all that is used checked; None where there is none."""
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(read_bounded(path, _MAX_MANIFEST_BYTES).decode())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}; {AGAIN}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: damaged; {AGAIN}") from error
-    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
-        raise UserError(f"{path} has format {manifest.get('format')!r}; this program reads {FORMAT}; {AGAIN}")
-    if not _has_types(manifest, _MANIFEST_TYPES):
-        raise UserError(f"{path} is not a corpus manifest: damaged; {AGAIN}")
-    for split, entry in manifest["splits"].items():
-        if split not in SPLITS or not _has_types(entry, _SPLIT_TYPES):
-            raise UserError(f"{path} describes split {split!r} incompletely: damaged; {AGAIN}")
-    return manifest
-
-
-def _has_types(value: object, types: dict[str, type]) -> bool:
-    return isinstance(value, dict) and all(type(value.get(key)) is expected for key, expected in types.items())

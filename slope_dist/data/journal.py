@@ -82,6 +82,8 @@ class TokenFiles:
             "splits": {split: {"documents": 0, "tokens": 0, "text_bytes": 0, "max_id": end} for split in SPLITS},
             "sha256": {},
         }
+        if set(self.state["splits"]) != set(SPLITS):
+            raise DamagedJournalError("its journal is of other splits")
         self._streams: dict[str, BinaryIO] = {}
         self._hashes = {}
         for split, counts in self.state["splits"].items():
@@ -206,7 +208,11 @@ def blocks_sha256(path: Path) -> list[str]:
     return blocks
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+def file_sha256(path: Path, passed: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file, in hex; `passed` is told of the bytes that are read."""
+    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while data := stream.read(_CHUNK):
+            digest.update(data)
+            passed(len(data))
+    return digest.hexdigest()

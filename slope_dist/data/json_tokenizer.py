@@ -134,6 +134,10 @@ def of_vocabulary(vocabulary: bytes, merges: bytes, *, path: Path | str) -> byte
         UserError: a file is not what its name says, or the two do not fit each other.
     """
     ids = _description(vocabulary, f"{path}/vocab.json")
+    try:
+        "".join(ids).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}/vocab.json is damaged: a token is half a surrogate pair") from error
     if any(type(number) is not int or number < 0 for number in ids.values()) or len(set(ids.values())) != len(ids):
         raise UserError(f"{path}/vocab.json is damaged: a token has no id of its own")
     pairs = []
@@ -217,8 +221,10 @@ def _kinds(part: object) -> Iterator[str]:
     """Types of a normalizer or decoder, and of all in it where it is a sequence."""
     if isinstance(part, dict):
         yield str(part.get("type"))
-        for inner in (part.get("decoders") or []) + (part.get("normalizers") or []):
-            yield from _kinds(inner)
+        for name in ("decoders", "normalizers"):
+            inner = part.get(name)
+            for each in inner if isinstance(inner, list) else ():
+                yield from _kinds(each)
 
 
 def _named(kinds: Any) -> str:

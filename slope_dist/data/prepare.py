@@ -37,8 +37,8 @@ from slope_dist.data.sentencepiece_model import SentencePieceTokenizer, train_to
 from slope_dist.data.sources import ChangedInputError, Source, embedded_source
 from slope_dist.data.staging import fsync, holds_something, kept, remove, staged
 from slope_dist.data.tokenizer import NEWLINE, Tokenizer
-from slope_dist.data.workers import UnfinishedError, in_order
-from slope_dist.errors import UserError
+from slope_dist.data.workers import in_order
+from slope_dist.errors import UnfinishedError, UserError
 
 if TYPE_CHECKING:
     from slope_dist.config.schema import Config
@@ -146,7 +146,7 @@ def prepare_if_absent(config: Config) -> bool:
     folder = Path(config.data.folder)
     try:
         # A pair of files may be meant, as Megatron-LM's preprocessing makes it.
-        if holds_something(folder) or folder.with_name(f"{folder.name}.idx").exists():
+        if holds_something(folder) or Path(f"{folder}.idx").exists():
             return False
     except OSError as error:
         raise UserError(f"cannot read corpus {folder} (data.folder): {_reason(error)}") from error
@@ -274,6 +274,8 @@ def _gone_on_with(source: Source, partial: Path, key: dict[str, Any]) -> _Attemp
     """
     found = read_journal(partial)
     if found is None:
+        if (partial / JOURNAL).exists():
+            say(f"not going on with {partial}: its journal cannot be read; starting over")
         remove(partial, _OUR_FILES)
         return None
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ENDINGS = (*(plain + packed for plain in (".txt", ".jsonl") for packed in ("", *COMPRESSIONS)), ".parquet")
@@ -81,8 +81,9 @@ def read_file(name: str, path: Path, field: str) -> Iterator[Item]:
     try:
         yield from read(name, path, field)
     except OSError as error:
-        # pyarrow says what is wrong with compressed bytes without a number.
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        # pyarrow says what is wrong with compressed bytes without a number; other failures may heal.
+        kind = UserError if error.errno is None else UnfinishedError
+        raise kind(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @contextmanager

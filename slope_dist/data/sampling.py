@@ -25,7 +25,7 @@ from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.errors import UserError
 
 _ROUNDS = 8
-_PLACES = 4096
+_MOST_PLACES = 4096
 
 
 def num_windows(num_tokens: int, sequence_length: int) -> int:
@@ -168,7 +168,9 @@ class BatchReader:
         self.global_batch_size = global_batch_size
         self.blend = Blend([part.weight for part in self.parts])
         self.orders = [SampleOrder(windows_of(part.corpus, sequence_length), seed, part.name) for part in self.parts]
-        # What a place costs is the same for one as for many, so many are worked out at a time.
+        # A place costs the same as many of an epoch, so these are worked out together.
+        few = min(order.num_windows for order in self.orders)
+        self._block = max(1, min(_MOST_PLACES, max(global_batch_size, few)))
         self._places = lru_cache(maxsize=4)(self._places_of)
 
     def batch(self, step: int, positions: Sequence[int] | np.ndarray) -> Batch:
@@ -184,15 +186,16 @@ class BatchReader:
         samples = (step - 1) * self.global_batch_size + places
         read = []
         for sample in samples.tolist():
-            corpora, windows = self._places(sample // _PLACES)
-            read.append((self.parts[corpora[sample % _PLACES]].corpus, int(windows[sample % _PLACES])))
+            block, place = divmod(sample, self._block)
+            corpora, windows = self._places(block)
+            read.append((self.parts[corpora[place]].corpus, int(windows[place])))
         for corpus in {corpus for corpus, _ in read}:
             corpus.check_unchanged()
         return Batch(*read_windows(read, self.sequence_length), torch.from_numpy(samples))
 
     def _places_of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Corpus and window of `_PLACES` samples in a row."""
-        corpora, numbers = self.blend.places(block * _PLACES + np.arange(_PLACES))
+        """Corpus and window of each sample of a block."""
+        corpora, numbers = self.blend.places(block * self._block + np.arange(self._block))
         windows = np.empty_like(numbers)
         for corpus, order in enumerate(self.orders):
             mine = corpora == corpus
@@ -248,8 +251,10 @@ def evaluation_batches(
         samples: use only so many windows, the first ones; None: all.
 
     Raises:
-        UserError: the corpus has fewer tokens than one window needs, or an id that is too large.
+        UserError: the corpus has fewer tokens than one window needs, an id that is too large, or was changed since it
+            was opened.
     """
+    corpus.check_unchanged()
     total = windows_of(corpus, sequence_length)
     if samples is not None:
         total = min(total, samples)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slope_dist.data.readers import ENDINGS, Document, Item, Lines, of_text, read_file
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError
 
 _ENDINGS_TEXT = ", ".join(ENDINGS)
 
@@ -54,7 +54,7 @@ class Rejections:
 
 
 class ChangedInputError(UserError):
-    """A file is not what it was when it was read before."""
+    """A file is not what it was in an earlier pass."""
 
 
 class Inputs:
@@ -73,7 +73,8 @@ class Inputs:
         """The rows of a file.
 
         Raises:
-            ChangedInputError: it is not what an earlier pass found, or changes meanwhile.
+            ChangedInputError: it is not what an earlier pass found.
+            UnfinishedError: it cannot be read, or is written to meanwhile.
             UserError: as for `read_file`.
         """
         before = _state_of(path)
@@ -81,27 +82,28 @@ class Inputs:
             with path.open("rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+            raise UnfinishedError(f"cannot read {path}: {error.strerror or error}") from error
         found = {"name": name, "bytes": before[0], "sha256": sha256}
         number = len(self.files)
         if self.expected is not None and self.expected[number : number + 1] != [found]:
-            raise _changed(path)
+            raise ChangedInputError(_changed(path))
         self.files.append(found)
         yield from read_file(name, path, field)
         if _state_of(path) != before:
-            raise _changed(path)
+            # Perhaps to no effect: who goes on compares what is in it.
+            raise UnfinishedError(_changed(path))
 
 
 def _state_of(path: Path) -> tuple[int, int]:
     try:
         found = path.stat()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UnfinishedError(f"cannot read {path}: {error.strerror or error}") from error
     return found.st_size, found.st_mtime_ns
 
 
-def _changed(path: Path) -> ChangedInputError:
-    return ChangedInputError(f"{path} changed since it was first read; let nothing write to it, and prepare again")
+def _changed(path: Path) -> str:
+    return f"{path} changed since it was first read; let nothing write to it, and prepare again"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +267,7 @@ def dataset(
                 row = next(rows, None)
             except Exception as error:
                 # Whatever can go wrong with files and networks, and formats that are read as they come.
-                raise UserError(f"cannot read {where}: {_first_line(error)}") from error
+                raise UnfinishedError(f"cannot read {where}: {_first_line(error)}") from error
             if row is None:
                 return
             text = row.get(text_field)
@@ -340,6 +342,13 @@ def _checked(
 
 
 def _find(given: str) -> Iterator[tuple[str, Path]]:
+    try:
+        yield from _found(given)
+    except OSError as error:
+        raise UserError(f"input {given:.100} cannot be looked for: {error.strerror or error}") from error
+
+
+def _found(given: str) -> Iterator[tuple[str, Path]]:
     path = Path(given)
     if path.is_dir():
         found = sorted(

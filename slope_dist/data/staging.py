@@ -9,8 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from slope_dist.data.journal import JOURNAL
-from slope_dist.data.workers import UnfinishedError
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError
 
 _MARK = "being-prepared-by-slope-dist"
 
@@ -70,12 +69,13 @@ def staged(folder: Path, names: Set[str], temporary: Set[str]) -> Iterator[Path]
         if not (partial / JOURNAL).exists():
             remove(partial, names)
         yield partial
-        remove(partial, temporary)
         for path in sorted(partial.iterdir()):
             fsync(path)
         fsync(partial)
         os.rename(partial, folder)
         fsync(folder.parent)
+        # Last of all: until here the journal is what a next attempt goes on from. Left behind, they do no harm.
+        remove(folder, temporary)
         (folder / _MARK).unlink()
     except BaseException as error:
         refused = isinstance(error, UserError) and not isinstance(error, UnfinishedError)

@@ -22,10 +22,10 @@ def main() -> None:
     first = read_message(batches)
     if first is None:
         return
-    job = job_of(first[0])
     received: SimpleQueue[tuple[Any, bytes] | None] = SimpleQueue()
-    # Whoever sends the next batch need not wait until this one is done.
+    # Whoever sends a batch need not wait until the one before is done, or the tokenizer loaded.
     Thread(target=_receive, args=(batches, received), daemon=True).start()
+    job = job_of(first[0])
     while message := received.get():
         result = job(unpack(*message))
         header = {"facts": result.facts, "sizes": [len(part) for part in result.parts]}

@@ -20,7 +20,7 @@ from typing import IO, Any, TypeVar
 
 from slope_dist.data.jobs import Job, Result
 from slope_dist.data.readers import Document, Lines, Rejected, Row
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError
 
 Tag = TypeVar("Tag")
 
@@ -28,10 +28,6 @@ _LENGTHS = struct.Struct("<QQ")
 # One that it works on, and one that waits: it need not wait for the next.
 _BATCHES_EACH = 2
 _ROOT = Path(__file__).resolve().parents[2]
-
-
-class UnfinishedError(UserError):
-    """What stopped the work is not in its input, so it may go on where it was."""
 
 
 def in_order(

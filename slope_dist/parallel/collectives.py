@@ -6,15 +6,21 @@ All are over the default group, or another that holds the same ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from slope_dist.errors import UserError
+
+BEAT_SECONDS = 30.0
+"""How often one that works alone is heard of; far below what a collective waits for."""
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -107,6 +113,41 @@ def together() -> Iterator[None]:
     except UserError as failure:
         error = str(failure)
     agree(error)
+
+
+def alone(work: Callable[[Callable[[], None]], T]) -> T | None:
+    """Let the first rank do what may take longer than a collective may wait; the others hear from it meanwhile.
+
+    Args:
+        work: called on the first rank, with a function that it is to call often.
+
+    Returns:
+        What `work` returns on the first rank, None on the others.
+
+    Raises:
+        UserError: on every rank, what `work` raises.
+    """
+    result, error = None, None
+    if rank() == 0:
+        spoke = time.monotonic()
+
+        def alive() -> None:
+            nonlocal spoke
+            if time.monotonic() - spoke >= BEAT_SECONDS:
+                broadcast_json(True)
+                spoke = time.monotonic()
+
+        try:
+            result = work(alive)
+        except UserError as failure:
+            error = str(failure)
+        finally:
+            broadcast_json(False)
+    else:
+        while broadcast_json(None):
+            pass
+    agree(error)
+    return result
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from slope_dist.config import Config
-from slope_dist.data.blend import shares
-from slope_dist.data.corpus import Corpus, Summary, token_file
+from slope_dist.config.weights import shares
+from slope_dist.data.corpus import Corpus, Summary, stamps_of, token_file
 from slope_dist.data.jobs import SPLITS
-from slope_dist.data.prepare import prepare_if_absent
+from slope_dist.data.prepare import MANIFEST, prepare_if_absent
 from slope_dist.data.sampling import Part, windows_of
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 from slope_dist.parallel import collectives
+from slope_dist.transfer import Transfer
 
 SEEN = "corpora.json"
 """In the run folder: the files of the corpora, as they were when they were last read through."""
@@ -44,25 +45,27 @@ class Corpora:
 
     def __init__(self, config: Config, run_folder: Path) -> None:
         self._seen_path = run_folder / SEEN
-        self._first = collectives.rank() == 0
+        self._say = print if collectives.rank() == 0 else None
         self._seen: dict[str, Any] = {}
-        summaries = {}
-        with collectives.together():
-            if self._first:
-                prepare_if_absent(config)
-                self._seen = _read_seen(self._seen_path)
-                self._open(config, _summaries(config, self._seen))
-                summaries = {key: asdict(corpus.summary) for key, corpus in self._each()}
+
+        def read_through(alive: Callable[[], None]) -> dict[str, Any]:
+            prepare_if_absent(config)
+            self._seen = _read_seen(self._seen_path)
+            known = _summaries(config, self._seen)
+            size = _bytes_to_read(config, known)
+            self._open(config, known, self._passed(alive, "reading corpora without manifest", size))
+            return {key: asdict(corpus.summary) for key, _, corpus in self._each()}
+
         # The others need not read through what the first has.
-        summaries = collectives.broadcast_json(summaries)
+        summaries = collectives.broadcast_json(collectives.alone(read_through))
         with collectives.together():
-            if not self._first:
-                self._open(config, {key: Summary(**summary) for key, summary in summaries.items()})
+            if collectives.rank() > 0:
+                self._open(config, {key: Summary(**summary) for key, summary in summaries.items()}, lambda count: None)
             self.tokenizer_sha256 = self._common_tokenizer()
             for part in (*self.train, *self.valid):
                 # A split too short for one sample would otherwise end the run at its first evaluation.
                 windows_of(part.corpus, config.model.sequence_length)
-        self.notes = self.train[0].corpus.differs_from(config) if config.data.folder else []
+        self.notes = self._notes(config)
 
     @property
     def fingerprint(self) -> Any:
@@ -81,17 +84,20 @@ class Corpora:
         Raises:
             UserError: on every rank, if a file was altered.
         """
-        with collectives.together():
-            if self._first:
-                for key, corpus in self._each():
-                    if corpus.has_manifest and self._seen.get(key) != _entry(corpus):
-                        corpus.verify()
+
+        def compare(alive: Callable[[], None]) -> None:
+            for _, place, corpus in self._each():
+                if corpus.has_manifest and self._seen.get(place) != _entry(corpus):
+                    size = sum(file_size for file_size, *_ in corpus.stamps)
+                    corpus.verify(self._passed(alive, f"verifying {corpus.path}", size))
+
+        collectives.alone(compare)
 
     def remember(self) -> None:
         """Write into the run's folder which files were read through."""
         with collectives.together():
-            if self._first:
-                now = {key: _entry(corpus) for key, corpus in self._each()}
+            if collectives.rank() == 0:
+                now = {place: _entry(corpus) for _, place, corpus in self._each()}
                 if now != self._seen:
                     partial = self._seen_path.with_name(f".{SEEN}.partial")
                     try:
@@ -100,7 +106,7 @@ class Corpora:
                     except OSError as error:
                         raise UserError(f"{self._seen_path} cannot be written: {error.strerror or error}") from error
 
-    def _open(self, config: Config, summaries: dict[str, Summary]) -> None:
+    def _open(self, config: Config, summaries: dict[str, Summary], passed: Callable[[int], None]) -> None:
         data = config.data
         self.train: list[Part] = []
         self.valid: list[Part] = []
@@ -112,14 +118,36 @@ class Corpora:
                     config.model.vocab_size,
                     valid_fraction=data.valid_fraction,
                     tokenizer=data.tokenizer,
-                    summary=summaries.get(_key(folder, split)),
+                    summary=summaries.get(f"{split} of {name}"),
+                    passed=passed,
                 )
-                # The order of the only corpus follows from the seed alone, wherever it lies.
-                parts.append(Part(corpus, weight, name if data.mixture else ""))
+                # The order of the only corpus follows from the seed alone, whatever it is called.
+                parts.append(Part(corpus, weight, name if len(data.corpora) > 1 else ""))
+        self._names = [part.name for part in data.corpora]
 
-    def _each(self) -> Iterator[tuple[str, Corpus]]:
-        for part in (*self.train, *self.valid):
-            yield _key(part.corpus.folder, part.corpus.split), part.corpus
+    def _each(self) -> Iterator[tuple[str, str, Corpus]]:
+        """Each split by its name in this config, which all ranks share, and by its place on this machine."""
+        for split, parts in (("train", self.train), ("valid", self.valid)):
+            for name, part in zip(self._names, parts, strict=True):
+                yield f"{split} of {name}", _place(part.corpus.folder, split), part.corpus
+
+    def _passed(self, alive: Callable[[], None], what: str, size: int) -> Callable[[int], None]:
+        transfer = Transfer(what, self._say)
+        transfer.begin(size)
+
+        def passed(count: int) -> None:
+            transfer.add(count)
+            alive()
+
+        return passed
+
+    def _notes(self, config: Config) -> list[str]:
+        if config.data.folder is not None:
+            return self.train[0].corpus.differs_from(config)
+        # Of a mixture each corpus was made in its own way: only what the config asks for is worth a word.
+        asked = tuple(f"data.{key} " for key in config.data.model_fields_set)
+        lines = [line for part in self.train for line in part.corpus.differs_from(config)]
+        return [line for line in lines if line.startswith(asked)]
 
     def _common_tokenizer(self) -> str | None:
         """SHA-256 of the tokenizer.
@@ -129,28 +157,23 @@ class Corpora:
         """
         having = [part.corpus for part in self.train if part.corpus.tokenizer_sha256 is not None]
         for corpus in having:
-            if corpus.tokenizer_sha256 != having[0].tokenizer_sha256:
+            one, other = ((of.tokenizer_sha256, of.end_of_document) for of in (corpus, having[0]))
+            if one != other:
                 raise UserError(
-                    f"{corpus.folder} and {having[0].folder} were made with different tokenizers (SHA-256 "
-                    f"{corpus.tokenizer_sha256:.12} and {having[0].tokenizer_sha256:.12}), so their ids do not mean "
-                    "the same; prepare one again with the other's tokenizer"
+                    f"{corpus.folder} and {having[0].folder} were made with different tokenizers (SHA-256 {one[0]:.12} "
+                    f"and {other[0]:.12}, end of document {one[1]} and {other[1]}), so their ids do not mean the same; "
+                    "prepare one again with the other's tokenizer"
                 )
         return having[0].tokenizer_sha256 if having else None
 
 
-def _key(folder: Path | str, split: str) -> str:
+def _place(folder: Path | str, split: str) -> str:
     return f"{split} of {os.path.realpath(folder)}"
 
 
 def _entry(corpus: Corpus) -> dict[str, Any]:
-    """What is written down of a corpus that was read through."""
-    return {"files": _files(corpus.path), "summary": asdict(corpus.summary)}
-
-
-def _files(path: Path) -> list[list[int]]:
-    """Size and time of last write of a .bin file and its index."""
-    found = [file.stat() for file in (path, path.with_suffix(".idx"))]
-    return [[file.st_size, file.st_mtime_ns] for file in found]
+    """What is written down of a corpus that was read through: its files as they were before."""
+    return {"files": corpus.stamps, "summary": asdict(corpus.summary)}
 
 
 def _read_seen(path: Path) -> dict[str, Any]:
@@ -162,16 +185,29 @@ def _read_seen(path: Path) -> dict[str, Any]:
     return {}
 
 
+def _bytes_to_read(config: Config, known: dict[str, Summary]) -> int:
+    """Of corpora that have no manifest, and were not read before."""
+    files = {}
+    for part in config.data.corpora:
+        for split in SPLITS:
+            # What cannot be found or read is told of when it is opened.
+            with suppress(OSError, UserError):
+                if f"{split} of {part.name}" not in known and not (Path(part.folder) / MANIFEST).exists():
+                    file = token_file(Path(part.folder), split)
+                    files[file] = file.stat().st_size
+    return sum(files.values())
+
+
 def _summaries(config: Config, seen: dict[str, Any]) -> dict[str, Summary]:
     """What was read of the corpora whose files have not been written to since."""
     found = {}
     for part in config.data.corpora:
         for split in SPLITS:
-            key = _key(part.folder, split)
             # Anything else than what `remember` wrote is no error, only of no use.
             with suppress(OSError, KeyError, TypeError, UserError):
-                summary = Summary(**seen[key]["summary"])
-                same = seen[key]["files"] == _files(token_file(Path(part.folder), split))
+                entry = seen[_place(part.folder, split)]
+                summary = Summary(**entry["summary"])
+                same = entry["files"] == stamps_of(token_file(Path(part.folder), split))
                 if same and type(summary.max_id) is int and type(summary.fingerprint) is str:
-                    found[key] = summary
+                    found[f"{split} of {part.name}"] = summary
     return found

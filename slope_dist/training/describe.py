@@ -7,6 +7,8 @@ from pathlib import Path
 
 from slope_dist.config import Config, Derived, run_folder
 from slope_dist.config.resolve import backward_weight_reason, without_effect, zero_stage
+from slope_dist.data.corpus import token_file
+from slope_dist.errors import UserError
 from slope_dist.training.build import StateCount, count_state, stages
 from slope_dist.training.memory import fit_on_gpu, needs_of
 from slope_dist.transfer import size_text
@@ -83,11 +85,7 @@ def _state_text(count: StateCount, divided: bool) -> str:
 
 def corpus_warning(config: Config) -> str | None:
     """A line if a corpus is absent, saying what a real run would do."""
-    missing = [
-        part.folder
-        for part in config.data.corpora
-        if not (Path(part.folder) / "train.bin").exists() and not Path(f"{part.folder}.bin").exists()
-    ]
+    missing = [part.folder for part in config.data.corpora if not is_there(Path(part.folder))]
     if not missing:
         return None
     what = (
@@ -96,3 +94,11 @@ def corpus_warning(config: Config) -> str | None:
         else "make it with tools/prepare_data.py"
     )
     return f"warning: no corpus in {', '.join(missing)} yet: {what}"
+
+
+def is_there(folder: Path) -> bool:
+    """Whether a corpus can be found by this name."""
+    try:
+        return token_file(folder, "train").exists()
+    except (UserError, OSError):
+        return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import exp, log
 
 from slope_dist.config import Config
-from slope_dist.data.blend import shares
+from slope_dist.config.weights import shares
 from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.data.sampling import Part, evaluation_batches
 from slope_dist.engine import Engine

@@ -9,10 +9,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from slope_dist.data.blend import MOST_PLACES, Blend, period, shares
+from slope_dist.config.weights import MOST_PLACES, period, shares
+from slope_dist.data.blend import Blend
 
 WEIGHTS = st.lists(st.integers(1, 60).map(Fraction), min_size=1, max_size=6)
 
@@ -78,6 +79,7 @@ def test_a_sample_alone_is_where_it_is_in_company(weights, samples):
 
 @settings(deadline=None, max_examples=100)
 @given(weights=WEIGHTS, begin=st.integers(0, 10**12))
+@example(weights=[Fraction(5), Fraction(3), Fraction(2)], begin=0)
 def test_every_number_of_every_corpus_comes_once_and_in_order(weights, begin):
     corpora, numbers = Blend(weights).places(begin + np.arange(500))
     for corpus in range(len(weights)):

@@ -245,6 +245,26 @@ def test_a_tokenizer_that_loses_text_is_refused(name):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_paths_that_cannot_be_are_refused(name):
+    with pytest.raises(UserError, match="cannot read tokenizer"):
+        load_tokenizer(name)
+
+
+def test_half_a_surrogate_pair_and_odd_decoders_are_refused(pair):
+    path = pair / "vocab.json"
+    vocabulary = json.loads(path.read_text())
+    path.write_text(json.dumps(vocabulary | {"\ud800": len(vocabulary)}))
+    with pytest.raises(UserError, match="half a surrogate pair"):
+        load_tokenizer(pair)
+    path.write_text(json.dumps(vocabulary))
+    description = json.loads(load_tokenizer(pair).model)
+    for decoder in ({"type": "Sequence", "decoders": "x"}, {"type": "Sequence", "decoders": {"a": 1}}, [1], 3):
+        (pair / "tokenizer.json").write_text(json.dumps(description | {"decoder": decoder}))
+        with pytest.raises(UserError):
+            load_tokenizer(pair)
+
+
 def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     whole = byte_level().to_str().encode()
     path = tmp_path / "tokenizer.json"

@@ -6,6 +6,7 @@ and nothing that was stopped is gone on with if its text, its options or its fil
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from slope_dist.data import prepare as preparing
+from slope_dist.data import readers, staging
 from slope_dist.data.journal import write_index
 from slope_dist.data.prepare import megatron_indexed_dataset, prepare
 from slope_dist.data.readers import Document
@@ -92,9 +94,9 @@ def stop_after(process: subprocess.Popen[str], batches: int, which: signal.Signa
     process.stdin.write("\n")
     process.stdin.flush()
     process.send_signal(which)
-    process.wait()
-    assert process.stderr is not None
-    return process.stderr.read()
+    # Its input ends, too: what a signal does not stop goes on to its end, and is seen to.
+    _, error = process.communicate()
+    return error
 
 
 def test_kills_at_random_points_change_no_byte(text, whole, tmp_path):
@@ -103,7 +105,8 @@ def test_kills_at_random_points_change_no_byte(text, whole, tmp_path):
     kills, went_on = 0, 0
     for _ in range(12):
         process = start(text, folder, workers=draw.choice([1, 2]), stdin=subprocess.PIPE)
-        which = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+        # Not Ctrl-C, which Python loses where it comes within a callback, and some libraries while they are imported.
+        which = draw.choice([signal.SIGKILL, signal.SIGTERM])
         error = stop_after(process, draw.randrange(4), which)
         went_on += "going on with" in error
         if folder.exists():
@@ -206,6 +209,52 @@ def stopping(monkeypatch, make_texts, tokenizer_file):
     return run
 
 
+def test_a_disk_that_is_full_at_the_very_end_costs_nothing(stopping, tmp_path, monkeypatch, capsys):
+    """When all is written but the indices are not yet on the disk."""
+    stopping(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        fsync = staging.fsync
+
+        def full(path: Path) -> None:
+            if path.name == "train.idx":
+                raise OSError(28, "No space left on device", str(path))
+            fsync(path)
+
+        patch.setattr(staging, "fsync", full)
+        with pytest.raises(UserError, match=r"No space left on device.*; the same command goes on where this one was"):
+            stopping(tmp_path / "corpus")
+    assert not (tmp_path / "corpus").exists()
+    stopping(tmp_path / "corpus")
+    assert "going on with" in capsys.readouterr().err
+    assert files_of(tmp_path / "corpus") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["while it encodes", "while it compares"])
+def test_input_that_cannot_be_read_just_now_costs_nothing(text, whole, tmp_path, monkeypatch, when):
+    partial = stopped(text, tmp_path / "corpus")
+    stated = (partial / "journal.jsonl").read_bytes()
+    monkeypatch.setattr(preparing, "_BATCH_BYTES", 10_000)
+    monkeypatch.setattr(readers, "_BYTES_AT_ONCE", 5_000)
+    left = 1 if when == "while it encodes" else 0
+    digest = hashlib.file_digest
+
+    def stale(stream, name):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(116, "Stale file handle")
+        return digest(stream, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slope_dist.data.sources.hashlib.file_digest", stale)
+        source = text_files([str(text)], skip_bad_rows=True)
+        with pytest.raises(UserError, match=r"Stale file handle.*; the same command goes on where this one was"):
+            prepare(source, tmp_path / "corpus", vocab_size=400, valid_fraction=0.2, seed=3, workers=1)
+    assert (partial / "journal.jsonl").read_bytes().startswith(stated)
+    assert "going on with" in finished(text, tmp_path / "corpus")
+    assert files_of(tmp_path / "corpus") == whole
+
+
 def test_what_stops_in_this_process_is_gone_on_with(stopping, tmp_path, capsys):
     stopping(tmp_path / "whole")
     for stop in (KeyboardInterrupt(), OSError(28, "No space left on device"), MemoryError()):
@@ -258,18 +307,26 @@ def test_a_disk_that_is_full_is_told_in_a_line_and_gone_on_with(text, whole, tmp
 
 
 def test_a_file_that_changes_between_passes_is_refused_by_name(tmp_path, monkeypatch, make_texts):
+    texts = tmp_path / "texts"
+    texts.mkdir()
     for name in ("a.txt", "b.txt", "c.txt", "d.txt"):
-        (tmp_path / name).write_text("".join(make_texts(9, seed=ord(name[0]))))
+        (texts / name).write_text("".join(make_texts(9, seed=ord(name[0]))))
     train = preparing.train_tokenizer
 
     def change(*arguments, **keywords):
-        (tmp_path / "c.txt").write_text((tmp_path / "c.txt").read_text().upper())
+        (texts / "c.txt").write_text((texts / "c.txt").read_text().upper())
         return train(*arguments, **keywords)
 
-    monkeypatch.setattr(preparing, "train_tokenizer", change)
-    with pytest.raises(UserError, match=r"c\.txt changed since it was first read"):
-        prepare(text_files([str(tmp_path)]), tmp_path / "corpus", vocab_size=300, valid_fraction=0.5, seed=1)
-    assert not (tmp_path / "corpus").exists() and not (tmp_path / "corpus.partial").exists()
+    arguments = {"vocab_size": 300, "valid_fraction": 0.5, "seed": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "train_tokenizer", change)
+        with pytest.raises(UserError, match=r"c\.txt changed since it was first read"):
+            prepare(text_files([str(texts)]), tmp_path / "corpus", **arguments)
+    assert not (tmp_path / "corpus").exists()
+    # What was done of the text that it was is not gone on with.
+    prepare(text_files([str(texts)]), tmp_path / "corpus", **arguments)
+    prepare(text_files([str(texts)]), tmp_path / "again", **arguments)
+    assert files_of(tmp_path / "corpus") == files_of(tmp_path / "again")
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused_by_name(tmp_path):

@@ -127,6 +127,25 @@ def test_another_mixture_is_refused_with_the_difference(
     assert "is of another run: data {" in refusal(write_config(tmp_path, corpora[0], **CHANGES))
 
 
+def test_a_mixture_of_one_is_that_corpus(corpora: tuple[Path, Path], tmp_path: Path) -> None:
+    """By its identity and by its samples, so that one goes on from the other."""
+    run_ranks(train, 1, str(write_config(tmp_path / "alone", corpora[0], **CHANGES)))
+    run_ranks(train, 1, str(write_config(tmp_path, corpora[0], **CHANGES, data={"mixture": [f"{corpora[0]}=3"]})))
+    assert newest(tmp_path / "run").manifest.files == newest(tmp_path / "alone/run").manifest.files
+    shutil.rmtree(tmp_path / "run/checkpoints" / newest(tmp_path / "run").path.name)
+    run_ranks(train, 1, str(write_config(tmp_path, corpora[0], **CHANGES)))
+    assert newest(tmp_path / "run").manifest.files == newest(tmp_path / "alone/run").manifest.files
+
+
+def test_what_a_mixture_does_not_follow_is_noted(corpora: tuple[Path, Path], tmp_path: Path) -> None:
+    for asked in ({}, {"valid_fraction": 0.5, "tokenizer": str(tmp_path / "absent")}):
+        config = config_of(tmp_path / str(len(asked)), corpora, data=mixture(*corpora, "1", "1") | asked)
+        outcome = ended(config)
+        assert outcome.result == 0, outcome.errors
+        notes = [line for line in outcome.output.splitlines() if line.startswith("note: data.")]
+        assert len(notes) == 2 * len(asked) and all("does not apply" in note for note in notes)
+
+
 def test_corpora_of_different_tokenizers_are_refused(corpora: tuple[Path, Path], tmp_path: Path) -> None:
     run_ranks(make_corpus, 1, str(tmp_path / "stranger"), 5)
     line = refusal(config_of(tmp_path, (corpora[0], tmp_path / "stranger")))
@@ -136,7 +155,10 @@ def test_corpora_of_different_tokenizers_are_refused(corpora: tuple[Path, Path],
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"mixture": ["a=1", "a"]}, 'data.mixture[1]: must be "FOLDER=WEIGHT" with a weight above 0'),
+        (
+            {"mixture": ["a=1", "a"]},
+            'data.mixture[1]: must be "FOLDER=WEIGHT", a folder that ends in a name and a weight above 0',
+        ),
         ({"mixture": ["a=1", "x/a=2"]}, 'data.mixture has two corpora called "a"'),
         ({"mixture": ["a=1", "b=0.0"]}, "data.mixture[1]: must be"),
         ({"mixture": ["a=1", "b=0.123457"]}, "samples would repeat their order of corpora after"),
@@ -219,6 +241,28 @@ def test_a_run_reads_its_corpora_through_once(corpora: tuple[Path, Path], tmp_pa
         assert f"{path} was altered" in refusal(config)
 
 
+def test_what_changes_before_it_is_written_down_is_read_again(corpora: tuple[Path, Path], tmp_path: Path) -> None:
+    own = copies(corpora, tmp_path)
+    config = config_of(tmp_path, own)
+    (outcome,) = end_ranks(late_change, 1, str(config), str(own[0] / "valid.bin"), process_group=False)
+    assert outcome.result == 2 and "valid.bin was changed while the run reads it" in outcome.errors
+    assert "valid.bin was altered" in refusal(config)
+
+
+def late_change(config: str, path: str) -> int:
+    """Train; the corpus changes between its reading and the note of it."""
+    from slope_dist.training.corpora import Corpora
+
+    remember = Corpora.remember
+
+    def late(self: Corpora) -> None:
+        altered(Path(path))
+        remember(self)
+
+    Corpora.remember = late  # type: ignore[method-assign]
+    return pretrain("--config", config)
+
+
 def megatron_run(config: str, corpus: str, prefix: str) -> None:
     """Train on one pair of files, as Megatron-LM's preprocessing makes it: no split, manifest or tokenizer."""
     from slope_dist.data.prepare import megatron_indexed_dataset
@@ -244,6 +288,10 @@ def test_a_corpus_of_megatrons_is_trained_on_as_it_is(
     run_ranks(megatron_run, 1, str(config), str(corpora[0]), str(prefix))
     assert len(step_rows(tmp_path / "run")) == 10
     assert all((row["bits_per_byte"] is not None) == tokenizer for row in evaluation_rows(tmp_path / "run"))
+    # The same on two ranks, of which one reads it through.
+    run_ranks(train, 2, str(write_config(tmp_path / "two", tmp_path, data=data)))
+    for mine, other in zip(step_rows(tmp_path / "two/run"), step_rows(tmp_path / "run"), strict=True):
+        assert relative(mine["loss"], other["loss"]) <= 1e-5
     # Finished, and found to be so: without a manifest the fingerprint is that of what was read.
     assert ended(config).result == 0
     altered(prefix.with_name(prefix.name + ".bin"))
