@@ -77,6 +77,8 @@ def _chosen(folder: Path) -> Path:
 def _read(path: Path) -> bytes:
     try:
         return read_bounded(path, MAX_BYTES)
-    except (OSError, ValueError) as error:
-        # A path with a NUL is a ValueError.
-        raise UserError(f"cannot read tokenizer {str(path)!r}: {getattr(error, 'strerror', error)}") from error
+    except OSError as error:
+        raise UserError(f"cannot read tokenizer {path}: {error.strerror}") from error
+    except ValueError as error:
+        # Of a path with a NUL, which would spoil the message.
+        raise UserError(f"cannot read tokenizer {str(path)!r}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,6 +37,14 @@ def _make_source(texts: list[str]) -> Source:
             yield Document(name=f"document {number}", text=text), len(text.encode())
 
     return Source(description={"kind": "test"}, num_bytes=sum(len(t.encode()) for t in texts), documents=documents)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Shells start jobs in the background with Ctrl-C ignored, and every program below inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -105,8 +105,7 @@ def test_kills_at_random_points_change_no_byte(text, whole, tmp_path):
     kills, went_on = 0, 0
     for _ in range(12):
         process = start(text, folder, workers=draw.choice([1, 2]), stdin=subprocess.PIPE)
-        # Not Ctrl-C, which Python loses where it comes within a callback, and some libraries while they are imported.
-        which = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        which = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
         error = stop_after(process, draw.randrange(4), which)
         went_on += "going on with" in error
         if folder.exists():

@@ -118,7 +118,7 @@ _RELATED = {
     *(f"adapters.{key}" for key in ("rank", "learning_rate_policy", "peak_learning_rate", "warmup_steps")),
     *(f"training.{key}" for key in ("global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate")),
     *(f"parallel.{key}" for key in ("engine", "tensor", "pipeline", "data", "zero_stage", "sequence_parallel")),
-    *("precision", "checkpoint.interval", "checkpoint.keep_every"),
+    *("precision", "checkpoint.interval", "checkpoint.keep_every", "data.folder", "data.mixture", "data.source"),
 }
 
 
@@ -147,6 +147,7 @@ def _related(draw: random.Random) -> dict[str, Any]:
     rewarm = policy not in (None, "follow")
     interval = draw.choice([None, 0, 1, 10, 500])
     power = draw.choice([None, 0, 16, 32])
+    mixture = draw.choice([None, [], ["data/a=1", "/b c=0.25"], ["é=1/3"]])
 
     def maybe(value: Any) -> Any:
         return draw.choice([None, value])
@@ -177,6 +178,9 @@ def _related(draw: random.Random) -> dict[str, Any]:
         "adapters.learning_rate_policy": policy,
         "adapters.peak_learning_rate": rate if rewarm else None,
         "adapters.warmup_steps": maybe(draw.choice([0, 5]) if rewarm else 0),
+        "data.folder": None if mixture else draw.choice(["a", "/tmp/é", "x" * _LONGEST_PATH, "../..", "a\nb"]),
+        "data.mixture": mixture,
+        "data.source": None if mixture else maybe("python-stdlib"),
         "training.micro_batch_size": micro,
         "training.global_batch_size": micro * (data or 1) * draw.choice([1, 2, 3, 8]),
         "training.learning_rate": rate,

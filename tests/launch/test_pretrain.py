@@ -103,7 +103,7 @@ def copy(finished: Path, tmp_path: Path) -> tuple[Path, Callable[..., str]]:
 def test_output_lies_in_the_run_folder(finished: Path) -> None:
     run = finished / "run"
     names = {path.name.split(".")[0] for path in run.iterdir()}
-    assert names == {"config", "metrics", "events", "loss", "checkpoints", "end", ""}, "the last is .lock"
+    assert names == {"config", "metrics", "events", "loss", "checkpoints", "end", "corpora", ""}, "the last is .lock"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())
     assert config["training"]["schedule"] == "cosine", "defaults are filled in"

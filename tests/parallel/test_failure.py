@@ -86,7 +86,7 @@ def install(place: str, act: Callable[[], None]) -> None:
         # In a backward pass of the second micro-batch: gradients are on their way between the ranks.
         watch_engines(lambda event, engine, step: event == "before step" and step == 3 and in_backward(engine, act))
     elif place == "evaluation":
-        before(trainer, "evaluate")
+        before(trainer, "evaluate_mixture")
     elif place == "save":
         # What is raised while files are written becomes a warning of all ranks, by a vote; raised in the vote, it ends.
         before(writer, "_write_safetensors")

@@ -60,13 +60,13 @@ def install(place: str, act: Callable[[], None]) -> None:
     elif place == "start":
         watch_engines(lambda event, engine, step: act() if event == "built" else None)
     elif place == "evaluation":
-        evaluate = trainer.evaluate
+        evaluate = trainer.evaluate_mixture
 
         def asked(*arguments: Any, **keywords: Any) -> Any:
             act()
             return evaluate(*arguments, **keywords)
 
-        trainer.evaluate = asked
+        trainer.evaluate_mixture = asked
     elif place == "save":
         save = writer.save
 
