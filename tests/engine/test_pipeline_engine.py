@@ -156,7 +156,7 @@ SAVING = {"checkpoint__interval": 4, "checkpoint__keep": 9}
         pytest.param(
             Layout(pipeline=2, data=2), {"parallel__zero_stage": 1, "precision": "bf16"}, marks=pytest.mark.slow
         ),
-        (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 1, **SEQUENCE}),
+        pytest.param(Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 1, **SEQUENCE}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

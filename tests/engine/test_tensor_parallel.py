@@ -88,7 +88,7 @@ def assembled(ranks: list[list[list[Any]]]) -> dict[tuple[str, str], Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_initial_state_is_that_of_one_process_to_the_bit(precision: str, corpus: Path, tmp_path: Path) -> None:
     def state(name: str, tensor: int, data: int, stage: int) -> dict[tuple[str, str], Tensor]:
         changes = {"model__vocab_size": VOCABULARY, "parallel__tensor": tensor, "parallel__zero_stage": stage}
@@ -144,7 +144,7 @@ def test_a_kept_transpose_gives_the_gradients_of_a_derived_one(run: Run) -> None
         assert far(read_all(newest(kept), kind), read_all(newest(derived), kind), EXACT) == {}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_tensor_ranks_are_the_single_process_in_bf16(stage: int, run: Run) -> None:
     expected = run(1, 1, precision="bf16", parallel__zero_stage=1)
     found = run(2, 2, precision="bf16", parallel__zero_stage=stage, parallel__sequence_parallel=stage != 2)
@@ -236,6 +236,7 @@ def test_a_resume_changes_no_bit(stage: int, step: int, run: Run, corpus: Path, 
         assert [name for name in other if not same_bits(mine[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_a_run_moves_from_tensor_ranks_to_one_process_and_back(run: Run, corpus: Path, tmp_path: Path) -> None:
     layout = {"parallel__tensor": 2, "parallel__zero_stage": 3, "parallel__sequence_parallel": True}
     whole = run(2, 2, **layout | SAVED)
