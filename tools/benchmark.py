@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slope_dist.benchmark import layer, loading, machine, preparing, ranks, traffic
+from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -426,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A rank has failed, on a full disk for one; the text ends in its own words.
         print(f"not measured: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
-    except (layer.WrongResultError, loading.WrongBatchError, preparing.WrongResultError) as error:
+    except WrongResultError as error:
         print(f"wrong result, nothing was timed: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
     except KeyboardInterrupt:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_dist.benchmark import memory, timing
+from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.layers import Linear
 from slope_dist.sparse import CompressedMatrix, Pattern, SparseWeight
 
@@ -21,10 +22,6 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative norms a result may be off the oracle's."""
 
 TWO_FOUR = Pattern(2, 4)
-
-
-class WrongResultError(Exception):
-    """A path computes something else than the oracle, so its speed means nothing."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slope_dist.benchmark import memory, timing
+from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.prepare import megatron_indexed_dataset
 from slope_dist.data.sampling import BatchReader, Part
@@ -31,10 +32,6 @@ DOCUMENT_TOKENS = 1000
 
 Read = Callable[[int], tuple[Tensor, Tensor]]
 """Inputs and labels, int64 [B, S] each, of the n-th batch."""
-
-
-class WrongBatchError(Exception):
-    """A reader gives something else than inputs and the same one further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,7 @@ def measure(size: Size, seconds: float, folder: Path | None = None) -> dict[str,
         folder: where to put the corpus meanwhile; None: the system's temporary folder.
 
     Raises:
-        WrongBatchError: a reader is wrong, and nothing was timed.
+        WrongResultError: a reader is wrong, and nothing was timed.
     """
     with tempfile.TemporaryDirectory(prefix="loading-", dir=folder) as place:
         make_corpus(Path(place), size)
@@ -157,14 +154,14 @@ def check(name: str, read: Read, size: Size) -> None:
     """See that a reader gives batches.
 
     Raises:
-        WrongBatchError: it does not.
+        WrongResultError: it does not.
     """
     shape = (size.batch_size, size.sequence_length)
     for number in range(min(4, size.samples // size.batch_size)):
         tokens, labels = read(number)
         right = tokens.shape == labels.shape == shape and tokens.dtype == labels.dtype == torch.int64
         if not right or not torch.equal(tokens[:, 1:], labels[:, :-1]) or len(tokens.unique()) < 2:
-            raise WrongBatchError(f"{name}, batch {number}")
+            raise WrongResultError(f"{name}, batch {number}")
 
 
 def _turn(read: Read, size: Size) -> Callable[[], None]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.data.prepare import prepare
 from slope_dist.data.sentencepiece_model import train_tokenizer
 from slope_dist.data.sources import text_files
@@ -33,10 +34,6 @@ MB = 10**6
 _VOCAB_SIZE = 8192
 _SAMPLE = 2 * MB
 _VALID_FRACTION = 0.01
-
-
-class WrongResultError(RuntimeError):
-    """The rivals made other tokens of the same text."""
 
 
 def measure(megabytes: float, workers: int, rounds: int, kinds: list[str]) -> list[dict[str, Any]]:

@@ -12,6 +12,10 @@ import torch
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
 
+class WrongResultError(Exception):
+    """A rival makes something else than it should, so its speed means nothing."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """One rival's time in every round, in seconds, and its ratio to the baseline's in the same round."""

@@ -44,20 +44,15 @@ class Evaluation:
         return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits}{each}"
 
 
-def evaluate_mixture(
-    engine: Engine,
-    parts: Sequence[Part],
-    config: Config,
-    data_ranks: int,
-    data_rank: int,
-    *,
-    samples: int | None,
-    given_up: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """Evaluate on each of `parts`; their means, by weight, are what a batch of the mixture has. As `evaluate`."""
+def evaluate_mixture(parts: Sequence[Part], one: Callable[[Corpus], Evaluation | None]) -> Evaluation | None:
+    """Evaluate each of `parts` by `one`; their means, by weight, are what a batch of the mixture has.
+
+    Returns:
+        None if one was given up.
+    """
     results = {}
     for part in parts:
-        result = evaluate(engine, part.corpus, config, data_ranks, data_rank, samples=samples, given_up=given_up)
+        result = one(part.corpus)
         if result is None:
             return None
         results[part.name] = result

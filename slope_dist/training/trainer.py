@@ -11,6 +11,7 @@ from typing import Any
 from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
 from slope_dist.checkpoint.format import folder_name
 from slope_dist.config import Config, Derived, derive
+from slope_dist.data.corpus import Corpus
 from slope_dist.data.sampling import BatchReader, rank_positions
 from slope_dist.engine import Engine
 from slope_dist.engine.interface import MicroBatch
@@ -23,7 +24,7 @@ from slope_dist.training import fingerprint
 from slope_dist.training.build import build_engine, check_engine, count_state
 from slope_dist.training.corpora import Corpora
 from slope_dist.training.ending import Turn
-from slope_dist.training.evaluation import evaluate_mixture
+from slope_dist.training.evaluation import Evaluation, evaluate, evaluate_mixture
 from slope_dist.training.folder import Resume, RunFolder, changed_settings, identity
 from slope_dist.training.guards import FiniteGuard, RunFailedError
 from slope_dist.training.journal import Journal, finite
@@ -353,15 +354,19 @@ class Trainer:
             self.journal.save(outcome)
 
     def _evaluate(self) -> None:
-        result = evaluate_mixture(
-            self.engine,
-            self.corpora.valid,
-            self.config,
-            self.derived.data_ranks,
-            self.groups.position.data,
-            samples=self.config.evaluation.samples,
-            given_up=self._asked_to_stop,
-        )
+        def one(corpus: Corpus) -> Evaluation | None:
+            data_rank, samples = self.groups.position.data, self.config.evaluation.samples
+            return evaluate(
+                self.engine,
+                corpus,
+                self.config,
+                self.derived.data_ranks,
+                data_rank,
+                samples=samples,
+                given_up=self._asked_to_stop,
+            )
+
+        result = evaluate_mixture(self.corpora.valid, one)
         if result is None:
             return
         self.progress.say(f"evaluation after step {self.step}: {result}")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from slope_dist.benchmark import preparing
+from slope_dist.benchmark.timing import WrongResultError
 from tests.benchmark.test_benchmark_tool import benchmark
 
 
@@ -46,5 +47,5 @@ def test_a_small_text_gives_a_row(kind: str) -> None:
 @pytest.mark.usefixtures("small")
 def test_a_rival_that_makes_other_tokens_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "_map", lambda *arguments: 5)
-    with pytest.raises(preparing.WrongResultError, match=r"'datasets': 5"):
+    with pytest.raises(WrongResultError, match=r"'datasets': 5"):
         preparing.measure(0.2, 1, 1, [preparing.KINDS[0]])

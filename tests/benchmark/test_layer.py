@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from slope_dist.benchmark import layer
+from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.sparse import reference
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def test_a_wrong_path_is_not_timed(product: str, named: str, spoil: float, monke
     right = getattr(reference, product)
     monkeypatch.setattr(reference, product, lambda *arguments: right(*arguments) * spoil)
     monkeypatch.setattr(layer.timing, "in_turns", lambda *arguments: pytest.fail("a wrong path was timed"))
-    with pytest.raises(layer.WrongResultError, match=f"64 -> 96, float32, 16 tokens, derived: {named} is off"):
+    with pytest.raises(WrongResultError, match=f"64 -> 96, float32, 16 tokens, derived: {named} is off"):
         layer.measure_time(case(), seconds=0)
 
 
@@ -44,7 +45,7 @@ def test_an_input_gradient_over_the_singly_pruned_weight_is_wrong(monkeypatch: p
         return grad_y @ reference.codec.expand(values, indices, pattern)
 
     monkeypatch.setattr(reference, "input_gradient", singly)
-    with pytest.raises(layer.WrongResultError, match="input_gradient"):
+    with pytest.raises(WrongResultError, match="input_gradient"):
         layer.check(case(), layer.DERIVED)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from slope_dist.benchmark import loading
+from slope_dist.benchmark.timing import WrongResultError
 from tests.benchmark.test_benchmark_tool import benchmark
 
 
@@ -35,5 +36,5 @@ def test_a_wrong_reader_is_not_timed() -> None:
     tokens = torch.arange(8).reshape(2, 4)
     loading.check("right", lambda number: (tokens, tokens + 1), size)
     for wrong in (lambda number: (tokens, tokens), lambda number: (tokens[:1], tokens[:1] + 1)):
-        with pytest.raises(loading.WrongBatchError, match="wrong, batch 0"):
+        with pytest.raises(WrongResultError, match="wrong, batch 0"):
             loading.check("wrong", wrong, size)

@@ -5,6 +5,9 @@ Run: pytest tests/parallel/test_collectives.py
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -69,3 +72,28 @@ def test_without_a_process_group_a_process_talks_to_itself() -> None:
     collectives.agree(None)
     with pytest.raises(UserError, match=r"^bad$"):
         collectives.agree("bad")
+
+
+def wait_longer_than_a_collective(outcome: str) -> str | None:
+    """The first rank works for longer than the group lets a collective wait, in many small pieces."""
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1.5))
+    collectives.BEAT_SECONDS = 0.2
+
+    def work(alive: Callable[[], None]) -> str:
+        for _ in range(40):
+            time.sleep(0.1)
+            alive()
+        if outcome == "refused":
+            raise UserError("a file was altered")
+        return outcome
+
+    try:
+        return collectives.alone(work)
+    except UserError as error:
+        return f"error: {error}"
+
+
+def test_the_others_wait_for_one_as_long_as_it_takes() -> None:
+    assert run_ranks(wait_longer_than_a_collective, 2, "done") == ["done", None]
+    assert run_ranks(wait_longer_than_a_collective, 2, "refused") == ["error: a file was altered"] * 2
