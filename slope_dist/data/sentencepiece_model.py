@@ -24,7 +24,9 @@ FILE = "tokenizer.model"
 # 256 bytes, newline, unknown, end of document, and one character.
 _MIN_VOCAB = 260
 _MAX_TRAINING_LINE = 4096
-_MAX_CHUNK = 1 << 18
+_CUT_LENGTH = 200
+"""Characters after which a text is cut at the next newline. SentencePiece takes a fifth less time for lines than for a
+document of them."""
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, *, where: str = "the text") -> bytes:
@@ -162,7 +164,10 @@ class SentencePieceTokenizer(Tokenizer):
         encoded = iter(self._processor.encode(parts, num_threads=1))
         batch = []
         for count, mark in zip(counts, marks, strict=True):
-            ids = np.concatenate([np.array(next(encoded), dtype=np.int32) for _ in range(count)])
+            listed: list[int] = []
+            for _ in range(count):
+                listed += next(encoded)
+            ids = np.array(listed, dtype=np.int32)
             batch.append(self._space_marks.put_back(ids, mark) if mark else ids)
         return batch
 
@@ -171,13 +176,13 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.decode(np.asarray(ids, dtype=np.int64).tolist())
 
     def _cut(self, text: str) -> list[str]:
-        """`text` in parts of about `_MAX_CHUNK` characters that encode as the whole does."""
-        if not self._newline_is_a_piece or len(text) <= _MAX_CHUNK:
+        """`text` in parts of about `_CUT_LENGTH` characters that encode as the whole does."""
+        if not self._newline_is_a_piece or len(text) <= _CUT_LENGTH:
             return [text]
         parts = []
         start = 0
         while start < len(text):
-            newline = text.find(NEWLINE, start + _MAX_CHUNK)
+            newline = text.find(NEWLINE, start + _CUT_LENGTH)
             stop = len(text) if newline < 0 else newline + 1
             parts.append(text[start:stop])
             start = stop
