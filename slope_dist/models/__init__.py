@@ -1,6 +1,7 @@
 """Model families: plain modules that know nothing of ranks, collectives or sparsity (rule R4)."""
 
+from slope_dist.models.decoding import Decoding
 from slope_dist.models.registry import Family, LanguageModel, build_model, family
-from slope_dist.models.shape import ModelShape, Rotary
+from slope_dist.models.shape import ModelShape, Rotary, shape_of
 
-__all__ = ["Family", "LanguageModel", "ModelShape", "Rotary", "build_model", "family"]
+__all__ = ["Decoding", "Family", "LanguageModel", "ModelShape", "Rotary", "build_model", "family", "shape_of"]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slope_dist.models.decoding import Part
 from slope_dist.models.shape import Rotary
 
 
@@ -20,18 +21,33 @@ def heads(x: Tensor, head_size: int) -> Tensor:
     return x.unflatten(-1, (-1, head_size)).transpose(1, 2)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """[B, N, S, D], and [B, G, S, D] twice -> [B, S, N * D]; scores are scaled by 1 / sqrt(D)."""
-    mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, part: Part | None = None) -> Tensor:
+    """[B, N, S, D], and [B, G, S, D] twice -> [B, S, N * D]; scores are scaled by 1 / sqrt(D).
+
+    With `part`, the queries also see the keys and values of the parts before.
+    """
+    visible = None
+    if part is not None:
+        k, v = part.extend(k, v)
+        visible = part.visible
+    mixed = functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return mixed.transpose(1, 2).flatten(2)
 
 
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+def rotate(x: Tensor, rotary: Rotary, part: Part | None = None) -> Tensor:
     """Turn each head's pairs of features (i, i + D / 2) by angles that grow with the position (arXiv 2104.09864).
 
-    [B, N, S, D] -> [B, N, S, D]; the first token is at position 0.
+    [B, N, S, D] -> [B, N, S, D]; the first token is at position 0, or where `part` says.
     """
-    cosine, sine = (table.to(x.dtype) for table in _tables(rotary, x.shape[-1], x.shape[-2], x.device))
+    if part is None:
+        tables = _tables(rotary, x.shape[-1], x.shape[-2], x.device)
+    else:
+        # One table for every part of a sequence, [B, 1, S, D] of it.
+        whole = _tables(rotary, x.shape[-1], part.capacity, x.device)
+        tables = (whole[0][part.positions].unsqueeze(1), whole[1][part.positions].unsqueeze(1))
+    cosine, sine = (table.to(x.dtype) for table in tables)
     first, second = x.chunk(2, dim=-1)
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from slope_dist.layers import LayerFactory
 from slope_dist.models.attention import causal_attention, heads
+from slope_dist.models.decoding import Part
 from slope_dist.models.shape import ModelShape
 
 TOKEN_TABLE = "transformer.wte"
@@ -31,9 +32,10 @@ class GPT2Embedding(nn.Module):
         self.entry = make.stream_entry()
         self.positions = make.embedding("transformer.wpe", shape.sequence_length, shape.hidden_size, std=std)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, H]."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """int64 [B, S], and positions [B, S] other than from 0 -> [B, S, H]."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         return self.entry(self.tokens(tokens)) + self.entry(self.positions(positions))
 
 
@@ -57,16 +59,16 @@ class GPT2Block(nn.Module):
         self.up = make.linear(f"{name}.mlp.c_fc", hidden, ffn, split="column", std=std)
         self.down = make.linear(f"{name}.mlp.c_proj", ffn, hidden, split="row", std=out_std)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden))
+    def forward(self, hidden: Tensor, part: Part | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; with `part`, of sequences whose beginning was seen before."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), part)
         return hidden + self.feed_forward(self.ffn_norm(hidden))
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, part: Part | None = None) -> Tensor:
         """Causal attention over the heads of this shard: [B, S, H] -> [B, S, H]."""
         x = self.attention_input(x)
         q, k, v = (heads(projection(x), self.head_size) for projection in (self.q, self.k, self.v))
-        return self.out(causal_attention(q, k, v))
+        return self.out(causal_attention(q, k, v, part))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from slope_dist.layers import LayerFactory
 from slope_dist.models.attention import causal_attention, heads, rotate
+from slope_dist.models.decoding import Part
 from slope_dist.models.shape import ModelShape
 
 TOKEN_TABLE = "model.embed_tokens"
@@ -31,8 +32,8 @@ class LlamaEmbedding(nn.Module):
         self.tokens = make.token_embedding(TOKEN_TABLE, shape.vocab_size, shape.hidden_size, std=shape.init_std)
         self.entry = make.stream_entry()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, H]."""
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """int64 [B, S] -> [B, S, H]; positions come in with the attention."""
         return self.entry(self.tokens(tokens))
 
 
@@ -59,16 +60,16 @@ class LlamaBlock(nn.Module):
         self.up = column(f"{name}.mlp.up_proj", hidden, ffn)
         self.down = row(f"{name}.mlp.down_proj", ffn, hidden)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        hidden = hidden + self.attention(self.attention_norm(hidden))
+    def forward(self, hidden: Tensor, part: Part | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; with `part`, of sequences whose beginning was seen before."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), part)
         return hidden + self.feed_forward(self.ffn_norm(hidden))
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, part: Part | None = None) -> Tensor:
         """Causal attention over the heads of this shard: [B, S, H] -> [B, S, H]."""
         x = self.attention_input(x)
         q, k, v = (heads(projection(x), self.head_size) for projection in (self.q, self.k, self.v))
-        return self.out(causal_attention(rotate(q, self.rotary), rotate(k, self.rotary), v))
+        return self.out(causal_attention(rotate(q, self.rotary, part), rotate(k, self.rotary, part), v, part))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""

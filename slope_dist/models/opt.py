@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from slope_dist.layers import LayerFactory
 from slope_dist.models.attention import causal_attention, heads
+from slope_dist.models.decoding import Part
 from slope_dist.models.shape import ModelShape
 
 POSITION_OFFSET = 2
@@ -48,13 +49,14 @@ class OPTEmbedding(nn.Module):
                 bias=False,
             )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, H]."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device) + POSITION_OFFSET
+    def forward(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """int64 [B, S], and positions [B, S] other than from 0 -> [B, S, H]."""
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
         embedded = self.entry(self.tokens(tokens))
         if self.project is not None:
             embedded = self.project(embedded)
-        return embedded + self.entry(self.positions(positions).unsqueeze(0))
+        return embedded + self.entry(self.positions(positions + POSITION_OFFSET))
 
 
 class OPTBlock(nn.Module):
@@ -78,19 +80,19 @@ class OPTBlock(nn.Module):
         self.up = make.linear(f"{name}.fc1", hidden, ffn, split="column", std=std)
         self.down = make.linear(f"{name}.fc2", ffn, hidden, split="row", std=out_std)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
+    def forward(self, hidden: Tensor, part: Part | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H]; with `part`, of sequences whose beginning was seen before."""
         if self.norm_first:
-            hidden = hidden + self.attention(self.attention_norm(hidden))
+            hidden = hidden + self.attention(self.attention_norm(hidden), part)
             return hidden + self.feed_forward(self.ffn_norm(hidden))
-        hidden = self.attention_norm(hidden + self.attention(hidden))
+        hidden = self.attention_norm(hidden + self.attention(hidden, part))
         return self.ffn_norm(hidden + self.feed_forward(hidden))
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, part: Part | None = None) -> Tensor:
         """Causal attention over the heads of this shard: [B, S, H] -> [B, S, H]."""
         x = self.attention_input(x)
         q, k, v = (heads(projection(x), self.head_size) for projection in (self.q, self.k, self.v))
-        return self.out(causal_attention(q, k, v))
+        return self.out(causal_attention(q, k, v, part))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """[B, S, H] -> [B, S, H]."""

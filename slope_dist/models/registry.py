@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory, NextTokenLoss
 from slope_dist.models import gpt2, llama, opt
+from slope_dist.models.decoding import Decoding
 from slope_dist.models.shape import ModelShape
 
 
@@ -76,9 +77,17 @@ class LanguageModel(nn.Module):
         self.loss = loss
         self.recompute = recompute
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """int64 [B, S] -> [B, S, V], or this tensor rank's part of V."""
+    def logits(self, tokens: Tensor, decoding: Decoding | None = None) -> Tensor:
+        """int64 [B, S] -> [B, S, V], or this tensor rank's part of V.
+
+        With `decoding` the tokens are the next part of its sequences.
+        """
         first, *blocks, last = self.layers
+        if decoding is not None:
+            hidden = first(tokens, decoding.positions(tokens.shape[1]))
+            for block, part in zip(blocks, decoding.part(tokens.shape[1], len(blocks)), strict=True):
+                hidden = block(hidden, part)
+            return last(hidden)
         hidden = first(tokens)
         for block in blocks:
             if self.recompute and self.training:

@@ -16,7 +16,7 @@ from slope_dist.engine import Engine
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
-from slope_dist.models import LanguageModel, ModelShape, Rotary, build_model, family
+from slope_dist.models import LanguageModel, build_model, family, shape_of
 from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.parallel.regions import TensorPlace
@@ -24,33 +24,6 @@ from slope_dist.planning import ModelState, ParameterCount, ShareSize, Storage, 
 from slope_dist.sparse import Pattern, exception_of
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
-
-def model_shape(config: Config) -> ModelShape:
-    """The sizes of the config's model."""
-    model = config.model
-    return ModelShape(
-        hidden_size=model.hidden_size,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        ffn_size=model.ffn_size,
-        vocab_size=model.vocab_size,
-        sequence_length=model.sequence_length,
-        embedding_size=model.token_embedding_size,
-        norm_position=model.norm_position,
-        init_std=model.init_std,
-        scale_residual_init=model.scale_residual_init,
-        num_kv_heads=model.num_kv_heads,
-        norm_epsilon=model.norm_epsilon,
-        rotary=Rotary(
-            base=model.rotary_base,
-            scaling=model.rotary_scaling,
-            low_factor=model.rotary_low_factor,
-            high_factor=model.rotary_high_factor,
-            original_length=model.rotary_original_length,
-        ),
-        tied_head=model.has_tied_head,
-    )
 
 
 def layer_factory(
@@ -88,7 +61,7 @@ def tensor_place(config: Config, groups: Groups) -> TensorPlace:
 def build(config: Config, factory: LayerFactory, prepare: Callable[[nn.Module], None] | None = None) -> LanguageModel:
     """The config's model, its layers made by `factory` and each given to `prepare` before the next is made."""
     recompute = config.training.recompute == "blocks"
-    return build_model(config.model.family, model_shape(config), factory, recompute=recompute, prepare=prepare)
+    return build_model(config.model.family, shape_of(config.model), factory, recompute=recompute, prepare=prepare)
 
 
 def check_engine(config: Config) -> None:
@@ -147,7 +120,7 @@ def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: 
         from slope_dist.engine.pipeline_engine import PipelineEngine
 
         return PipelineEngine(
-            family(config.model.family).layers(factory, model_shape(config)),
+            family(config.model.family).layers(factory, shape_of(config.model)),
             factory.next_token_loss(),
             stages(config, derived),
             groups,
@@ -177,7 +150,7 @@ def _stages(config: Config, derived: Derived) -> tuple[int, ...]:
 
     def builders() -> list[Callable[[], nn.Module]]:
         factory = layer_factory(config, derived, adapters=False, device="meta")
-        return family(config.model.family).layers(factory, model_shape(config))
+        return family(config.model.family).layers(factory, shape_of(config.model))
 
     # The head made by itself counts its own copy of a tied table, as it has where it is on another stage.
     layers = [*builders()[:-1], builders()[-1]]
@@ -213,7 +186,7 @@ def build_share(
         raise ValueError(f"tensor rank {tensor_rank} of {ranks}, stage {stage} of {len(bounds) - 1}")
     factory = layer_factory(config, derived, adapters=adapters, device=device, place=TensorPlace(tensor_rank, ranks))
     layers = nn.ModuleList()
-    for make in family(config.model.family).layers(factory, model_shape(config))[bounds[stage] : bounds[stage + 1]]:
+    for make in family(config.model.family).layers(factory, shape_of(config.model))[bounds[stage] : bounds[stage + 1]]:
         layer = make()
         if prepare is not None:
             prepare(layer)

@@ -22,7 +22,8 @@ from slope_dist.parallel.fragments import MemorySource
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.sparse import SparseWeight
-from slope_dist.training.build import layer_factory, model_shape
+from slope_dist.models import shape_of
+from slope_dist.training.build import layer_factory
 from tests.distributed import end_ranks, run_ranks
 from tests.engine.pipelines import (
     EXACT,
@@ -128,7 +129,7 @@ def untied_run(config: str) -> dict[str, Any]:
     loaded = load_config(config)
     derived = derive(loaded, dist.get_world_size())
     groups = start_groups(Layout(1, derived.data_ranks, 2))
-    shape = model_shape(loaded)
+    shape = shape_of(loaded.model)
 
     def builders() -> list[Callable[[], nn.Module]]:
         make = layer_factory(loaded, derived, adapters=False)

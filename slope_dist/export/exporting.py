@@ -1,0 +1,70 @@
+"""One command's work: a model at rest written in another form, whole or not at all, and read back to prove it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from slope_dist.errors import UserError
+from slope_dist.export.opening import open_model
+from slope_dist.export.stored import StoredModel, row_blocks
+from slope_dist.export.target import new_folder
+from slope_dist.transfer import Transfer
+
+FORMS = ("hf", "compressed", "slope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to write.
+
+    Attributes:
+        dtype: of all numbers; None: as they are stored.
+        merge_adapters: add adapters into the weights, which are then dense ("hf").
+        pad_adapters: zero rows and columns up to a rank that vLLM accepts ("hf").
+        prune_adapters: prune first factors 2:4, so that they can be appended to their weights ("slope").
+        tokenizer: write the tokenizer's files too.
+    """
+
+    dtype: torch.dtype | None = None
+    merge_adapters: bool = False
+    pad_adapters: bool = False
+    prune_adapters: bool = False
+    tokenizer: bool = True
+
+
+class Export(Protocol):
+    """A form about to be written; making one refuses, before anything is written, what the form cannot hold.
+
+    Attributes:
+        bytes: about what it takes on the disk.
+    """
+
+    bytes: int
+
+    def write(self, folder: Path, transfer: Transfer) -> list[str]:
+        """Write everything into `folder`, which is empty, and return lines that the user should know."""
+
+
+def export_of(stored: StoredModel, form: str, options: Options) -> Export:
+    """The `form` of a model.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    if form == "hf":
+        from slope_dist.export.huggingface import HuggingFaceExport
+
+        return HuggingFaceExport(stored, options)
+    if form == "compressed":
+        from slope_dist.export.compressed import CompressedExport
+
+        return CompressedExport(stored, options)
+    from slope_dist.export.slope import SlopeExport
+
+    return SlopeExport(stored, options)

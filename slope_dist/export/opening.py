@@ -1,0 +1,87 @@
+"""Whatever form a model's files have, opened as a `StoredModel`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from slope_dist.checkpoint.format import MANIFEST, step_of
+from slope_dist.errors import UserError
+from slope_dist.export.stored import StoredModel
+from slope_dist.files import read_bounded
+from slope_dist.transfer import Transfer
+
+CONFIG = "config.json"
+SLOPE = "slope.json"
+MAX_JSON_BYTES = 2**26
+
+
+def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | None = None) -> StoredModel:
+    """Open a checkpoint, a run folder (its newest checkpoint that verifies), or a converted model.
+
+    Args:
+        path: a folder.
+        tokenizer: of the model; None: the one with it, or where its config says.
+        transfer: told of the bytes that are hashed.
+
+    Raises:
+        UserError: if it is none of these, or damaged.
+    """
+    form = form_of(path)
+    if form == "checkpoint":
+        from slope_dist.export.checkpoint_model import CheckpointModel
+
+        return CheckpointModel(path, tokenizer, transfer)
+    if form == "slope":
+        from slope_dist.export.slope import SlopeModel
+
+        return SlopeModel(path, tokenizer)
+    if form == "compressed":
+        from slope_dist.export.compressed import CompressedModel
+
+        return CompressedModel(path, tokenizer)
+    from slope_dist.export.huggingface_model import HuggingFaceModel
+
+    return HuggingFaceModel(path, tokenizer)
+
+
+def form_of(path: Path) -> str:
+    """ "checkpoint", "slope", "compressed" or "hf".
+
+    Raises:
+        UserError: if the folder is none of these.
+    """
+    try:
+        names = set(os.listdir(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    if MANIFEST in names or "checkpoints" in names or step_of(path.name.partition(".tmp-")[0]) is not None:
+        return "checkpoint"
+    if SLOPE in names:
+        return "slope"
+    if CONFIG in names:
+        return "compressed" if "quantization_config" in read_json(path / CONFIG) else "hf"
+    if any(step_of(name) is not None for name in names):
+        return "checkpoint"
+    raise UserError(
+        f"{path} holds no model: expected a checkpoint (manifest.json), a run folder (checkpoints/), {SLOPE} or "
+        f"{CONFIG} of Hugging Face"
+    )
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object of a moderate size.
+
+    Raises:
+        UserError: if it cannot be read or is none.
+    """
+    try:
+        content = json.loads(read_bounded(path, MAX_JSON_BYTES))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return content

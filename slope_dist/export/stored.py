@@ -1,0 +1,186 @@
+"""A model at rest, in whatever files: what every form can be read as, and every form is written from.
+
+Shape letters: O out, I in, K kept entries a row, R adapter rank, V vocabulary, H hidden.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slope_dist.config.model import ModelConfig
+from slope_dist.data.tokenizer import Tokenizer
+from slope_dist.layers import LayerFactory, Linear, logical_tensors
+from slope_dist.models import build_model, shape_of
+from slope_dist.sparse import CompressedMatrix, Pattern
+
+CHUNK_BYTES = 64 * 2**20
+"""About as much of a tensor exists at one time, where its rows can be taken one after another."""
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """How one linear layer is stored.
+
+    Attributes:
+        shape: [O, I] of its weight.
+        pattern: N:M of its stored values; None: dense.
+        adapter_rank: R of its adapter; 0: none.
+        appended: the adapter's first factor is the last R rows of the stored weight (arXiv 2405.16325, Eq. 4.11).
+        bias: whether it has one.
+    """
+
+    shape: tuple[int, int]
+    pattern: Pattern | None = None
+    adapter_rank: int = 0
+    appended: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The tensors of a model without a byte of them, by global name.
+
+    Attributes:
+        linears: the linear layers of the blocks, and those projections beside them that a family has: name -> [O, I]
+            and whether it has a bias.
+        others: every tensor that belongs to no such layer: name -> shape.
+    """
+
+    linears: dict[str, tuple[tuple[int, int], bool]]
+    others: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Skeleton:
+        """From the config of a model, whose layers are made on the meta device."""
+        made = build_model(model.family, shape_of(model), LayerFactory(seed=0, pattern=None, device="meta"))
+        layers = [module for module in made.modules() if isinstance(module, Linear)]
+        linears = {layer.name: (layer.weight.shape, layer.bias is not None) for layer in layers}
+        parts = {f"{name}.{part}" for name in linears for part in ("weight.values", "bias")}
+        others = {tensor.name: tensor.shape for tensor in logical_tensors(made) if tensor.name not in parts}
+        return cls(linears, others)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, for those who find it elsewhere.
+
+    Attributes:
+        path: of the files.
+        form: "checkpoint", "hf", "compressed" or "slope".
+        step: optimizer steps taken; None where the files do not say.
+        facts: more that the form knows, JSON.
+    """
+
+    path: Path
+    form: str
+    step: int | None = None
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+class StoredModel(ABC):
+    """A model at rest. Names and shapes are the logical ones: global, of no layout.
+
+    Of a linear layer "NAME": `NAME.weight.values` ([O, I] dense, [O, K] sparse), `NAME.weight.indices` (uint8
+    [O, I / 8], sparse only), `NAME.bias` [O], `NAME.adapter.down` [R, I] and `NAME.adapter.up` [O, R], which add
+    X down^T up^T / R.
+
+    Attributes:
+        origin: where it comes from.
+        model: family and sizes.
+        dtype: of all its numbers.
+        linears: how each linear layer is stored, by name.
+    """
+
+    origin: Origin
+    model: ModelConfig
+    dtype: torch.dtype
+    linears: dict[str, LinearForm]
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """Names and shapes of the model's tensors."""
+        return Skeleton.of(self.model)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor `read` knows, in the order of the model: layers as they are used, metadata behind its values."""
+        shapes: dict[str, tuple[int, ...]] = dict(self.skeleton.others)
+        for name, form in self.linears.items():
+            rows, columns = form.shape
+            kept = columns if form.pattern is None else form.pattern.kept(columns)
+            shapes[f"{name}.weight.values"] = (rows, kept)
+            if form.pattern is not None:
+                shapes[f"{name}.weight.indices"] = (rows, columns // 8)
+            if form.bias:
+                shapes[f"{name}.bias"] = (rows,)
+            if form.adapter_rank:
+                shapes[f"{name}.adapter.down"] = (form.adapter_rank, columns)
+                shapes[f"{name}.adapter.up"] = (rows, form.adapter_rank)
+        return shapes
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether any layer has one."""
+        return any(form.adapter_rank for form in self.linears.values())
+
+    @abstractmethod
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor, on the CPU, in `dtype` or uint8; the caller's own memory.
+
+        Raises:
+            UserError: if the files do not hold what they should, or it is damaged.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made its ids.
+
+        Raises:
+            UserError: if there is none with it, naming where it was looked for.
+        """
+
+    def matrix(self, name: str) -> CompressedMatrix:
+        """The sparse weight of a linear layer, its metadata checked.
+
+        Raises:
+            UserError: see `read`.
+        """
+        pattern = self.linears[name].pattern
+        assert pattern is not None
+        return CompressedMatrix(self.read(f"{name}.weight.values"), self.read(f"{name}.weight.indices"), pattern)
+
+    def dense(self, name: str) -> Tensor:
+        """The weight of a linear layer with explicit zeros: [O, I]."""
+        if self.linears[name].pattern is None:
+            return self.read(f"{name}.weight.values")
+        return self.matrix(name).expand()
+
+    def appended(self, name: str) -> CompressedMatrix:
+        """The stored weight with the adapter's first factor as its last R rows: [O + R, I], where it is `appended`."""
+        raise NotImplementedError(f"{type(self).__name__} appends nothing")
+
+    def close(self) -> None:
+        """Let go of the files."""
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
+    """Cuts of a tensor's rows into blocks of about `CHUNK_BYTES`."""
+    rows, row_bytes = (shape[0] if shape else 1), prod(shape[1:]) * itemsize
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def keeps_two_of_four(dense: Tensor) -> bool:
+    """Whether every four consecutive entries of a row hold at most two that are not zero: [O, I]."""
+    if dense.shape[1] % 8:
+        return False
+    return bool(((dense != 0).view(dense.shape[0], -1, 4).sum(dim=2) <= 2).all())

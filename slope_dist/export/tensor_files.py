@@ -1,0 +1,153 @@
+"""safetensors files whose tensors come one after another, in shards with an index as Hugging Face's loaders read them.
+
+The library's own writer takes all tensors of a file at once; here a block of rows exists at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slope_dist.checkpoint.format import DTYPES, dtype_name
+from slope_dist.export.target import write_file
+from slope_dist.transfer import Transfer
+
+SHARD_BYTES = 5 * 10**9
+"""Most bytes of tensors in a file, unless one alone is larger."""
+
+_EXTRA = {"I64": torch.int64}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written.
+
+    Attributes:
+        name: its name in the file.
+        shape: its shape.
+        dtype: its dtype.
+        rows: makes it, as consecutive blocks along its first dimension; nothing is kept of a block that was used.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    rows: Callable[[], Iterable[Tensor]]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Planned:
+        """One that is there already, such as a few numbers."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, lambda: [tensor])
+
+
+def total_bytes(tensors: Iterable[Planned]) -> int:
+    """Size of all elements."""
+    return sum(tensor.bytes for tensor in tensors)
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    tensors: Sequence[Planned],
+    transfer: Transfer,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: dict[str, str] | None = None,
+) -> dict[str, str]:
+    """Write `stem`.safetensors, or several and `stem`.safetensors.index.json where they do not fit into one.
+
+    Args:
+        folder: where.
+        stem: "model", say.
+        tensors: in the order in which they are to lie; those with the widest elements must not come behind narrower
+            ones of an odd size (each file keeps the order by width).
+        transfer: told of the bytes that are written.
+        shard_bytes: of tensors in a file.
+        metadata: of each file's header, beside {"format": "pt"}.
+
+    Returns:
+        SHA-256 of each file of tensors, by name.
+    """
+    shards: list[list[Planned]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and total_bytes(shards[-1]) + tensor.bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    names = [
+        f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+        for number in range(1, count + 1)
+    ]
+    hashes = {}
+    for name, shard in zip(names, shards, strict=True):
+        hashes[name] = write_file_of_tensors(folder / name, shard, transfer, metadata=metadata)
+    if count > 1:
+        index = {
+            "metadata": {"total_size": total_bytes(tensors)},
+            "weight_map": {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+        }
+        write_file(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True).encode())
+    return hashes
+
+
+def write_file_of_tensors(
+    path: Path, tensors: Sequence[Planned], transfer: Transfer, *, metadata: dict[str, str] | None = None
+) -> str:
+    """One safetensors file, on disk on return; returns its SHA-256 in hex."""
+    # Widest elements first, so that each tensor is aligned, which readers that map the file need.
+    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.bytes
+        header[tensor.name] = {
+            "dtype": _name(tensor.dtype),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for data in _all_bytes(text, ordered):
+            digest.update(data)
+            file.write(data)
+            transfer.add(len(data))
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _all_bytes(header: bytes, tensors: Iterable[Planned]) -> Iterator[memoryview]:
+    yield memoryview(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors:
+        written = 0
+        for block in tensor.rows():
+            if block.dtype != tensor.dtype or tuple(block.shape[1:]) != tensor.shape[1:]:
+                raise ValueError(f"{tensor.name}: a block of {block.dtype} {list(block.shape)} does not fit its plan")
+            data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+            written += data.nbytes
+            yield data
+        if written != tensor.bytes:
+            raise ValueError(f"{tensor.name}: {tensor.bytes} bytes were planned, {written} came")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next((name for name, known in _EXTRA.items() if known == dtype), None) or dtype_name(dtype)
+
+
+KNOWN_DTYPES = DTYPES | _EXTRA
+"""safetensors' names of the dtypes that inference files may hold."""

@@ -1,0 +1,102 @@
+"""What a model keeps between the parts of a sequence: the keys and values of the tokens it has seen.
+
+Shape letters: B batch, S sequence (of the new part), L all tokens so far, D head size, N query heads, G key and value
+heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class BlockCache:
+    """Keys and values of one block: [B, G, capacity, D] each, of which the first `length` are filled."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor, seen: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """Append [B, G, S, D] twice behind the first `seen`; returns all: [B, G, L, D] twice."""
+        if self.keys is None or self.values is None:
+            shape = (*k.shape[:2], capacity, k.shape[3])
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        stop = seen + k.shape[2]
+        self.keys[:, :, seen:stop] = k
+        self.values[:, :, seen:stop] = v
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+
+class Decoding:
+    """Sequences that are fed part by part, and what was kept of the parts before.
+
+    Shorter sequences of a batch begin with padding, which no token sees; a sequence's first token that is none has
+    position 0.
+
+    Args:
+        padding: tokens of padding before each sequence, int64 [B].
+        capacity: most tokens that a sequence may grow to, padding included.
+    """
+
+    def __init__(self, padding: Tensor, capacity: int) -> None:
+        self.padding = padding
+        self.capacity = capacity
+        self.seen = 0
+        self._blocks: list[BlockCache] = []
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values."""
+        return sum(t.nbytes for block in self._blocks for t in (block.keys, block.values) if t is not None)
+
+    def part(self, length: int, blocks: int) -> Iterator[Part]:
+        """The next part, of `length` tokens, for each of the model's `blocks`; afterwards they count as seen.
+
+        Raises:
+            ValueError: if the sequences would outgrow the capacity.
+        """
+        if self.seen + length > self.capacity:
+            raise ValueError(f"{self.seen + length} tokens do not fit into a cache of {self.capacity}")
+        while len(self._blocks) < blocks:
+            self._blocks.append(BlockCache())
+        positions, visible = self.positions(length), self._visible(length)
+        for block in self._blocks:
+            yield Part(positions, visible, block, self.seen, self.capacity)
+        self.seen += length
+
+    def positions(self, length: int) -> Tensor:
+        """Positions of the next `length` tokens: int64 [B, S]; 0 for padding."""
+        at = torch.arange(self.seen, self.seen + length, device=self.padding.device)
+        return (at.unsqueeze(0) - self.padding.unsqueeze(1)).clamp(min=0)
+
+    def _visible(self, length: int) -> Tensor:
+        """Which of all tokens each new one sees: bool [B, 1, S, L]."""
+        query = torch.arange(self.seen, self.seen + length, device=self.padding.device).view(1, -1, 1)
+        key = torch.arange(self.seen + length, device=self.padding.device).view(1, 1, -1)
+        # Padding sees itself: a softmax over nothing would be NaN, which then spreads through the values.
+        visible = (key <= query) & ((key >= self.padding.view(-1, 1, 1)) | (key == query))
+        return visible.unsqueeze(1)
+
+
+class Part:
+    """One part of the sequences as one block sees it.
+
+    Attributes:
+        positions: int64 [B, S] of the new tokens.
+        visible: which of all tokens each new one sees, bool [B, 1, S, L].
+        capacity: most tokens of a sequence.
+    """
+
+    def __init__(self, positions: Tensor, visible: Tensor, block: BlockCache, seen: int, capacity: int) -> None:
+        self.positions = positions
+        self.visible = visible
+        self._block = block
+        self._seen = seen
+        self.capacity = capacity
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the new tokens, [B, G, S, D] twice -> those of all, [B, G, L, D] twice."""
+        return self._block.extend(k, v, self._seen, self.capacity)
