@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
 
 import torch
 from pydantic import ValidationError

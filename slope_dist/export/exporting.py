@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from slope_dist.errors import UserError
-from slope_dist.export.opening import open_model
-from slope_dist.export.stored import StoredModel, row_blocks
-from slope_dist.export.target import new_folder
+from slope_dist.export.stored import StoredModel
 from slope_dist.transfer import Transfer
 
 FORMS = ("hf", "compressed", "slope")

@@ -138,7 +138,7 @@ def _all_bytes(header: bytes, tensors: Iterable[Planned]) -> Iterator[memoryview
         for block in tensor.rows():
             if block.dtype != tensor.dtype or tuple(block.shape[1:]) != tensor.shape[1:]:
                 raise ValueError(f"{tensor.name}: a block of {block.dtype} {list(block.shape)} does not fit its plan")
-            data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = block.contiguous().reshape(-1).view(torch.uint8).numpy().data
             written += data.nbytes
             yield data
         if written != tensor.bytes:
