@@ -167,9 +167,6 @@ class StoredModel(ABC):
         """The stored weight with the adapter's first factor as its last R rows: [O + R, I], where it is `appended`."""
         raise NotImplementedError(f"{type(self).__name__} appends nothing")
 
-    def close(self) -> None:
-        """Let go of the files."""
-
 
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
     """Cuts of a tensor's rows into blocks of about `CHUNK_BYTES`."""

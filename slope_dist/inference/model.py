@@ -112,9 +112,9 @@ class InferenceModel:
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, decoding: Decoding | None = None) -> Tensor:
-        """int64 [B, S] -> [B, S, V] in the model's dtype; with `decoding` the tokens are the next part of its sequences.
+        """int64 [B, S] -> [B, S, V] in the model's dtype.
 
-        A sequence should not be longer than `context`.
+        With `decoding` the tokens are the next part of its sequences. A sequence should not be longer than `context`.
         """
         return self.module.logits(tokens.to(self.device), decoding)
 
