@@ -89,7 +89,7 @@ def begin_from(
     folder = RunFolder(config)
     _refuse_used(folder)
     corpora = Corpora(config, folder.path)
-    lines = [*corpora.notes, *_compare_tokenizers(stored, corpora)]
+    lines = _compare_tokenizers(stored, corpora)
     if stored.has_adapters:
         lines.append("the adapters were merged into their weights, and then these pruned")
     with _claimed(folder) as turn:
