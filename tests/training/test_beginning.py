@@ -167,11 +167,13 @@ def test_pruning_keeps_what_satisfies_the_pattern_to_the_bit(pattern: str) -> No
     values = torch.randn(64, 256 * shape.n // shape.m)
     values[torch.rand_like(values) < 0.3] = 0.0
     values[torch.rand_like(values) < 0.3] = -0.0
-    # Next to which a stand-in for -0.0 must not win.
+    # Not less than what could stand for -0.0.
     values[torch.rand_like(values) < 0.2] = 2.0**-149
     mask = codec.mask_of(CompressedMatrix.prune(torch.rand(64, 256), shape).indices, shape)
     dense = torch.zeros(64, 256).masked_scatter_(mask, values)
     assert same_bits(prune(dense, shape).expand(), dense)
+    # More zeros with a sign than there is room for: no other number makes room for them.
+    assert torch.equal(prune(torch.where(dense == 0, -0.0, dense), shape).expand(), dense)
     torch.testing.assert_close(prune(dense.abs(), shape).indices, CompressedMatrix.prune(dense.abs(), shape).indices)
 
 
