@@ -22,7 +22,7 @@ from slope_dist.config.model import ModelConfig
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.engine.interface import MicroBatch
 from slope_dist.errors import UserError
-from slope_dist.export.stored import CHUNK_BYTES, LinearForm, StoredModel, forms_of, row_blocks
+from slope_dist.export.stored import LinearForm, StoredModel, forms_of, row_blocks
 from slope_dist.export.target import refuse_without_room
 from slope_dist.inference.model import loss_in_layers
 from slope_dist.parallel.fragments import Fragment, Kind, whole
@@ -41,6 +41,10 @@ _INITIAL = {"init_std", "scale_residual_init"}
 """Of a model's section: what only initial values depend on."""
 
 _ROTARY_SCALING = ("rotary_low_factor", "rotary_high_factor", "rotary_original_length")
+
+_BLOCK_BYTES = 8 * 2**20
+"""Of a matrix in fp32, as much as is pruned at a time: with blocks of 32 MiB and more it takes twice as long, because
+the C library maps and zeroes what it makes of them anew."""
 
 _TILE = 8
 """A multiple of every pattern's m: rows are taken in such numbers, so that no tile of the column mask is cut."""
@@ -308,13 +312,13 @@ def prune(dense: Tensor, pattern: Pattern) -> CompressedMatrix:
 
 
 def _square(values: Tensor) -> float:
-    return float(values.double().square().sum())
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _blocks_of_tiles(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Cuts of the rows of a matrix [O, I] into blocks of about `CHUNK_BYTES` in fp32, none inside a tile."""
+    """Cuts of the rows of a matrix [O, I] into blocks of about `_BLOCK_BYTES`, none inside a tile."""
     rows, columns = shape
-    step = max(1, CHUNK_BYTES // (4 * columns * _TILE)) * _TILE
+    step = max(1, _BLOCK_BYTES // (4 * columns * _TILE)) * _TILE
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
