@@ -1,4 +1,4 @@
-"""A checkpoint reads as the model that was trained: names, numbers, dtype, adapters, tokenizer; or one line says why not.
+"""A checkpoint reads as the model that was trained: names, numbers, dtype, adapters, tokenizer; or a line says why not.
 
 Run: pytest tests/export/test_checkpoint_model.py
 """

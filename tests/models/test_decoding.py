@@ -5,6 +5,8 @@ Run: pytest tests/models/test_decoding.py
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_parts_have_the_logits_of_the_whole(form: str, cuts: tuple[int, ...]) ->
     with torch.inference_mode():
         whole = model.logits(tokens)
         decoding = Decoding(no_padding(3), LENGTH)
-        parts = [model.logits(tokens[:, a:b], decoding) for a, b in zip(bounds, bounds[1:], strict=False)]
+        parts = [model.logits(tokens[:, a:b], decoding) for a, b in pairwise(bounds)]
     assert decoding.seen == LENGTH
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=2e-5)
 
