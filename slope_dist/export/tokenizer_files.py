@@ -144,6 +144,7 @@ def _json_of(proto: Any) -> bytes | None:
         number: texts[number] for number, p in enumerate(pieces) if p.type == p.USER_DEFINED and " " not in p.piece
     }
     unknown = next((number for number, p in enumerate(pieces) if p.type == p.UNKNOWN), None)
+    model: dict[str, object]
     cut = None
     if trainer.model_type == trainer.BPE:
         model = {
