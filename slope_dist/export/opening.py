@@ -36,7 +36,7 @@ def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | N
     if form == "slope":
         from slope_dist.export.slope import SlopeModel
 
-        return SlopeModel(path, tokenizer)
+        return SlopeModel(path, tokenizer, transfer)
     if form == "compressed":
         from slope_dist.export.compressed import CompressedModel
 
