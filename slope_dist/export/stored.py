@@ -21,6 +21,9 @@ from slope_dist.layers import LayerFactory, Linear, logical_tensors
 from slope_dist.models import build_model, shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern
 
+PROJECTIONS = frozenset({"decoder.project_in", "decoder.project_out"})
+"""Linear layers outside the blocks, which are dense and have no adapter."""
+
 CHUNK_BYTES = 64 * 2**20
 """About as much of a tensor exists at one time, where its rows can be taken one after another."""
 
