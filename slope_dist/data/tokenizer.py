@@ -63,6 +63,10 @@ class Tokenizer(ABC):
         """UTF-8 bytes of text each id stands for: int32 [vocab_size]; 0 for ids that are no text."""
         return np.fromiter(map(len, self._pieces), dtype=np.int32, count=self.vocab_size)
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether every id stands for the same bytes in both, whatever files they were read from."""
+        return self.sha256 == other.sha256 or list(self._pieces) == list(other._pieces)
+
     def spells(self, ids: np.ndarray, text: bytes) -> bool:
         """Whether the pieces of `ids`, one after another, are exactly this text in UTF-8."""
         spelled = b"".join(map(self._pieces.__getitem__, ids.tolist()))
