@@ -8,10 +8,14 @@ from typing import Protocol
 
 import torch
 
+from slope_dist.errors import UserError
 from slope_dist.export.stored import StoredModel
 from slope_dist.transfer import Transfer
 
 FORMS = ("hf", "compressed", "slope")
+
+_FORMS_OF = {"merge_adapters": ("hf",), "pad_adapters": ("hf", "compressed"), "prune_adapters": ("slope",)}
+"""Which forms an option has a meaning for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,7 @@ class Options:
     Attributes:
         dtype: of all numbers; None: as they are stored.
         merge_adapters: add adapters into the weights, which are then dense ("hf").
-        pad_adapters: zero rows and columns up to a rank that vLLM accepts ("hf").
+        pad_adapters: zero rows and columns up to a rank that vLLM accepts ("hf", "compressed").
         prune_adapters: prune first factors 2:4, so that they can be appended to their weights ("slope").
         tokenizer: write the tokenizer's files too.
     """
@@ -50,8 +54,11 @@ def export_of(stored: StoredModel, form: str, options: Options) -> Export:
     """The `form` of a model.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if it cannot be had, or an option has no meaning for it.
     """
+    for option, forms in _FORMS_OF.items():
+        if getattr(options, option) and form not in forms:
+            raise UserError(f"--{option.replace('_', '-')} is for --to {' and '.join(forms)}, not for --to {form}")
     if form == "hf":
         from slope_dist.export.huggingface import HuggingFaceExport
 
