@@ -43,7 +43,7 @@ def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | N
         return CompressedModel(path, tokenizer)
     from slope_dist.export.huggingface_model import HuggingFaceModel
 
-    return HuggingFaceModel(path, tokenizer)
+    return HuggingFaceModel(path, tokenizer, transfer)
 
 
 def form_of(path: Path) -> str:

@@ -169,7 +169,9 @@ class SlopeExport:
 
     @property
     def _reason(self) -> str:
-        return "belong to weights that are not 2:4" if self._prune else "are not 2:4; --prune-adapters would make them so"
+        return (
+            "belong to weights that are not 2:4" if self._prune else "are not 2:4; --prune-adapters would make them so"
+        )
 
     def _tail(self, name: str) -> CompressedMatrix:
         """The first factor that is appended to a weight: [R, I]."""

@@ -59,6 +59,11 @@ def total_bytes(tensors: Iterable[Planned]) -> int:
     return sum(tensor.bytes for tensor in tensors)
 
 
+def header_bytes(tensors: Iterable[Planned]) -> int:
+    """About what the header of a file says of them."""
+    return sum(len(tensor.name) + 90 for tensor in tensors)
+
+
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The numbers of the tensor called `name` as `dtype`.
 

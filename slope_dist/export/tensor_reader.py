@@ -43,8 +43,8 @@ class TensorReader:
         entries: every tensor of theirs, by name.
     """
 
-    def __init__(self, folder: Path, files: Iterable[str]) -> None:
-        """Open the `files` of a folder and read their headers.
+    def __init__(self, folder: Path, files: Iterable[str], ignored: re.Pattern[str] | None = None) -> None:
+        """Open the `files` of a folder and read their headers; tensors of `ignored` names are as if not there.
 
         Raises:
             UserError: naming the file, if one is no safetensors file, has a tensor of an unknown dtype, or one that
@@ -54,6 +54,7 @@ class TensorReader:
         self.entries: dict[str, Entry] = {}
         self._handles: dict[str, safe_open] = {}
         self._stamps: dict[str, Stamp] = {}
+        self._ignored = ignored
         for file in files:
             if not FILE_NAME.fullmatch(file):
                 raise UserError(f"{folder}: {visible(file)!r:.100} is not the name of a file of tensors in this folder")
@@ -80,8 +81,10 @@ class TensorReader:
                     "this one too"
                 )
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) of a tensor in memory of its own.
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, columns: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Rows [start, stop) of a tensor, or some `columns` of them, in memory of its own.
 
         Raises:
             UserError: if its file has changed since it was opened, or a number is NaN or infinite.
@@ -90,11 +93,21 @@ class TensorReader:
         path = self.folder / entry.file
         # To touch a page that is no longer in the file would end the process.
         self._check_unchanged(entry.file)
-        found: Tensor = self._handles[entry.file].get_slice(name)[start:stop].clone()
+        view = self._handles[entry.file].get_slice(name)
+        found: Tensor = (view[start:stop] if columns is None else view[start:stop, columns[0] : columns[1]]).clone()
         self._check_unchanged(entry.file)
         if found.is_floating_point() and not found.isfinite().all():
             raise UserError(f"{path}: {name}: expected finite numbers, found NaN or infinity")
         return found
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files."""
+        return list(self._stamps)
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """What the header of a file says beside its tensors."""
+        return self._handles[file].metadata() or {}
 
     def place(self, name: str) -> Path:
         """The file of a tensor."""
@@ -108,6 +121,8 @@ class TensorReader:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: expected safetensors, found: {visible(str(error))[:200]}") from error
         for name, found in slices.items():
+            if self._ignored is not None and self._ignored.fullmatch(name):
+                continue
             shown = visible(name)[:100]
             if name in self.entries:
                 raise UserError(f"{path}: {shown}: expected it once, found it in {self.entries[name].file} too")
