@@ -14,7 +14,7 @@ from slope_dist.transfer import Transfer
 
 FORMS = ("hf", "compressed", "slope")
 
-_FORMS_OF = {"merge_adapters": ("hf",), "pad_adapters": ("hf", "compressed"), "prune_adapters": ("slope",)}
+_FORMS_OF = {"merge_adapters": ("hf",), "pad_adapters": ("hf",), "prune_adapters": ("slope",)}
 """Which forms an option has a meaning for."""
 
 
@@ -25,7 +25,7 @@ class Options:
     Attributes:
         dtype: of all numbers; None: as they are stored.
         merge_adapters: add adapters into the weights, which are then dense ("hf").
-        pad_adapters: zero rows and columns up to a rank that vLLM accepts ("hf", "compressed").
+        pad_adapters: zero rows and columns up to a rank that vLLM accepts ("hf").
         prune_adapters: prune first factors 2:4, so that they can be appended to their weights ("slope").
         tokenizer: write the tokenizer's files too.
     """
