@@ -5,23 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-<<<<<<< HEAD
 from slope_dist.export.opening import open_model
-from slope_dist.export.options import Options
+from slope_dist.export.options import Options, check_options
 from slope_dist.export.proof import check_same
-=======
-import torch
-
-from slope_dist.errors import UserError
->>>>>>> 1fe0ec9350203fce0a8d3398d09ccd048f7c0e92
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.target import new_folder
 from slope_dist.transfer import Transfer
 
 FORMS = ("hf", "compressed", "slope")
-
-_FORMS_OF = {"merge_adapters": ("hf",), "pad_adapters": ("hf",), "prune_adapters": ("slope",)}
-"""Which forms an option has a meaning for."""
 
 
 class Export(Protocol):
@@ -43,9 +34,7 @@ def export_of(stored: StoredModel, form: str, options: Options) -> Export:
     Raises:
         UserError: if it cannot be had, or an option has no meaning for it.
     """
-    for option, forms in _FORMS_OF.items():
-        if getattr(options, option) and form not in forms:
-            raise UserError(f"--{option.replace('_', '-')} is for --to {' and '.join(forms)}, not for --to {form}")
+    check_options(form, options)
     if form == "hf":
         from slope_dist.export.huggingface import HuggingFaceExport
 

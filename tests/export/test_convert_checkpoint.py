@@ -138,7 +138,10 @@ def test_bad_input_is_one_line_and_leaves_nothing(finished: Path, tmp_path: Path
         ("--config is for --to slope-checkpoint", (finished, "--to", "slope-checkpoint")),
         ("--config is for --to slope-checkpoint", (finished, *to_hf, "--config", "x.json")),
         ("--set is for --config", (finished, *to_hf, "--set", "a=1")),
-        ("are for --to hf, not slope", (finished, "--to", "slope", "--output", target, "--merge-adapters")),
+        (
+            "--merge-adapters is for --to hf, not for --to slope",
+            (finished, "--to", "slope", "--output", target, "--merge-adapters"),
+        ),
         ("leaves no adapters to pad", (finished, *to_hf, "--merge-adapters", "--pad-adapters")),
         ("--prune-adapters is for --to slope", (finished, *to_hf, "--prune-adapters")),
         ("contradict", (finished, *to_hf, "--no-tokenizer", "--tokenizer", "x")),
