@@ -23,8 +23,8 @@ from slope_dist.layers import LayerFactory, Linear, logical_tensors
 from slope_dist.models import build_model, family, shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern, pattern_of
 
-_OUTSIDE = {"decoder.project_in", "decoder.project_out"}
-"""Linear layers in the residual stream, outside the blocks, which are dense in every run."""
+PROJECTIONS = frozenset({"decoder.project_in", "decoder.project_out"})
+"""Linear layers outside the blocks, which are dense and have no adapter."""
 
 CHUNK_BYTES = 64 * 2**20
 """About as much of a tensor exists at one time, where its rows can be taken one after another."""
@@ -80,7 +80,7 @@ def forms_of(skeleton: Skeleton, config: Config, adapter_rank: int = 0) -> dict[
     forms = {}
     for name, (shape, bias) in skeleton.linears.items():
         pattern: Pattern | None = None
-        is_dense = name in _OUTSIDE or any(fnmatchcase(name, glob) for glob in kept_dense)
+        is_dense = name in PROJECTIONS or any(fnmatchcase(name, glob) for glob in kept_dense)
         if sparsity.group is not None and not is_dense:
             pattern = pattern_of(name, sparsity.pattern, sparsity.layer_patterns)
         forms[name] = LinearForm(shape, pattern, 0 if pattern is None else adapter_rank, bias=bias)
@@ -181,6 +181,16 @@ class StoredModel(ABC):
         if self.linears[name].pattern is None:
             return self.read(f"{name}.weight.values")
         return self.matrix(name).expand()
+
+    def adapter_product(self, name: str) -> Tensor:
+        """What the adapter of a linear layer adds to its weight, up down / R: fp32 [O, I]."""
+        down, up = (self.read(f"{name}.adapter.{part}").float() for part in ("down", "up"))
+        return up @ down / down.shape[0]
+
+    def merged(self, name: str) -> Tensor:
+        """The weight of a linear layer with what its adapter, if any, adds: fp32 [O, I]."""
+        dense = self.dense(name).float()
+        return dense + self.adapter_product(name) if self.linears[name].adapter_rank else dense
 
     def appended(self, name: str) -> CompressedMatrix:
         """The stored weight with the adapter's first factor as its last R rows: [O + R, I], where it is `appended`."""
