@@ -246,8 +246,8 @@ class _Settings:
         top_k, top_p = known.pop("top_k", None), known.pop("top_p", None)
         if known:
             raise UserError(
-                f"generation settings of the task: {', '.join(known)}: unknown; known are until, max_gen_toks, do_sample, "
-                "temperature, top_k, top_p"
+                f"generation settings of the task: {', '.join(known)}: unknown; known are until, max_gen_toks, "
+                "do_sample, temperature, top_k, top_p"
             )
         if is_drawn and temperature > 0:
             # 0 and 1.0 are how other libraries say "all".
