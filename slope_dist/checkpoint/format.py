@@ -122,8 +122,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def encode(content: dict[str, Any]) -> bytes:
-    """The manifest file of `content` (the fields of `Manifest`): JSON whose last member is the SHA-256 of all bytes
-    before it.
+    """The file of `content` (of a manifest, the fields of `Manifest`): JSON whose last member is the SHA-256 of all
+    bytes before it.
 
     Raises:
         TypeError, ValueError: if something in it is not JSON.
@@ -132,8 +132,8 @@ def encode(content: dict[str, Any]) -> bytes:
     return body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
 
-def decode(data: bytes) -> Manifest:
-    """Undo `encode`, believing nothing.
+def unseal(data: bytes) -> Any:
+    """Undo `encode` as far as JSON goes: what was sealed, without the seal.
 
     Raises:
         ValueError: what was expected and what found, in one line.
@@ -145,11 +145,20 @@ def decode(data: bytes) -> Manifest:
     if stored != found:
         raise ValueError(f"expected sha256 {stored}, found {found}")
     try:
-        content = json.loads(body + b"}", object_pairs_hook=_without_duplicates, parse_constant=_no_number)
+        return json.loads(body + b"}", object_pairs_hook=_without_duplicates, parse_constant=_no_number)
     except RecursionError:
         raise ValueError("expected JSON of moderate depth, found deeper nesting") from None
     except ValueError as error:
         raise ValueError(f"expected JSON: {error}") from None
+
+
+def decode(data: bytes) -> Manifest:
+    """Undo `encode`, believing nothing.
+
+    Raises:
+        ValueError: what was expected and what found, in one line.
+    """
+    content = unseal(data)
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"expected format {FORMAT_VERSION}, found {version!r:.80}")

@@ -99,7 +99,7 @@ class Checkpoint:
         for name in files:
             expected = self.manifest.files[name].sha256
             try:
-                found = _sha256(self.path / name, transfer)
+                found = sha256_of(self.path / name, transfer)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}") from error
             if found != expected:
@@ -347,7 +347,8 @@ def _stamp(file: os.stat_result) -> tuple[int, int, int]:
     return file.st_size, file.st_mtime_ns, file.st_ino
 
 
-def _sha256(path: Path, transfer: Transfer) -> str:
+def sha256_of(path: Path, transfer: Transfer) -> str:
+    """Of a file's bytes, in hex; `OSError` if it cannot be read."""
     digest = hashlib.sha256()
     chunk = memoryview(bytearray(_CHUNK_BYTES))
     with open(path, "rb", buffering=0) as file:

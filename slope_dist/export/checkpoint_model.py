@@ -19,7 +19,7 @@ from slope_dist.config.messages import explain
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.stored import LinearForm, Origin, StoredModel
+from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel
 from slope_dist.models import family
 from slope_dist.parallel.fragments import Kind, whole
 from slope_dist.sparse import Pattern, codec, pattern_of
@@ -110,11 +110,10 @@ class CheckpointModel(StoredModel):
     def _linears(self) -> dict[str, LinearForm]:
         sparsity = self.config.sparsity
         kept_dense = [*family(self.model.family).dense_layers, *sparsity.dense_layers]
-        outside = {"decoder.project_in", "decoder.project_out"}
         forms = {}
         for name, (shape, bias) in self.skeleton.linears.items():
             pattern: Pattern | None = None
-            is_dense = name in outside or any(fnmatchcase(name, glob) for glob in kept_dense)
+            is_dense = name in PROJECTIONS or any(fnmatchcase(name, glob) for glob in kept_dense)
             if sparsity.group is not None and not is_dense:
                 pattern = pattern_of(name, sparsity.pattern, sparsity.layer_patterns)
             rank = self.adapter_rank if pattern is not None else 0

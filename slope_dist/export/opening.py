@@ -36,14 +36,14 @@ def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | N
     if form == "slope":
         from slope_dist.export.slope import SlopeModel
 
-        return SlopeModel(path, tokenizer)
+        return SlopeModel(path, tokenizer, transfer)
     if form == "compressed":
         from slope_dist.export.compressed import CompressedModel
 
         return CompressedModel(path, tokenizer)
     from slope_dist.export.huggingface_model import HuggingFaceModel
 
-    return HuggingFaceModel(path, tokenizer)
+    return HuggingFaceModel(path, tokenizer, transfer)
 
 
 def form_of(path: Path) -> str:

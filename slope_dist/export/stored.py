@@ -21,6 +21,9 @@ from slope_dist.layers import LayerFactory, Linear, logical_tensors
 from slope_dist.models import build_model, shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern
 
+PROJECTIONS = frozenset({"decoder.project_in", "decoder.project_out"})
+"""Linear layers outside the blocks, which are dense and have no adapter."""
+
 CHUNK_BYTES = 64 * 2**20
 """About as much of a tensor exists at one time, where its rows can be taken one after another."""
 
@@ -162,6 +165,16 @@ class StoredModel(ABC):
         if self.linears[name].pattern is None:
             return self.read(f"{name}.weight.values")
         return self.matrix(name).expand()
+
+    def adapter_product(self, name: str) -> Tensor:
+        """What the adapter of a linear layer adds to its weight, up down / R: fp32 [O, I]."""
+        down, up = (self.read(f"{name}.adapter.{part}").float() for part in ("down", "up"))
+        return up @ down / down.shape[0]
+
+    def merged(self, name: str) -> Tensor:
+        """The weight of a linear layer with what its adapter, if any, adds: fp32 [O, I]."""
+        dense = self.dense(name).float()
+        return dense + self.adapter_product(name) if self.linears[name].adapter_rank else dense
 
     def appended(self, name: str) -> CompressedMatrix:
         """The stored weight with the adapter's first factor as its last R rows: [O + R, I], where it is `appended`."""

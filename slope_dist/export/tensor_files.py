@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from slope_dist.checkpoint.format import DTYPES, dtype_name
+from slope_dist.errors import UserError
 from slope_dist.export.target import write_file
 from slope_dist.transfer import Transfer
 
@@ -56,6 +57,24 @@ class Planned:
 def total_bytes(tensors: Iterable[Planned]) -> int:
     """Size of all elements."""
     return sum(tensor.bytes for tensor in tensors)
+
+
+def header_bytes(tensors: Iterable[Planned]) -> int:
+    """About what the header of a file says of them."""
+    return sum(len(tensor.name) + 90 for tensor in tensors)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The numbers of the tensor called `name` as `dtype`.
+
+    Raises:
+        UserError: if one is beyond its range.
+    """
+    found = tensor.to(dtype)
+    if found.is_floating_point() and not found.isfinite().all():
+        largest = float(tensor.abs().max())
+        raise UserError(f"{name}: {largest:.4g} is beyond the range of {dtype}; give a --dtype that holds it")
+    return found
 
 
 def write_shards(
