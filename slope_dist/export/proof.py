@@ -48,7 +48,7 @@ def check_same(source: StoredModel, made: StoredModel, options: Options, transfe
 
 
 def _computes(model: ModelConfig) -> tuple[str, ModelShape]:
-    """What of a model shows in its logits, with what its config leaves open filled in: not how its weights were begun."""
+    """What of a model shows in its logits, what its config leaves open filled in; not how its weights were begun."""
     shape = shape_of(model)
     return model.family, replace(shape, num_kv_heads=shape.kv_heads, init_std=0.0, scale_residual_init=False)
 
