@@ -59,6 +59,11 @@ class Tokenizer(ABC):
         """Ids of `text`, without an end-of-document id: int32 [T]."""
         return self.encode_batch([text])[0]
 
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """UTF-8 of the text that each id stands for, which may end within a character; empty where it is no text."""
+        return self._pieces
+
     def piece_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text each id stands for: int32 [vocab_size]; 0 for ids that are no text."""
         return np.fromiter(map(len, self._pieces), dtype=np.int32, count=self.vocab_size)
