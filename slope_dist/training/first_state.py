@@ -74,7 +74,7 @@ class FirstState(StoredModel):
         plan = self._plan()
         # Both moments, of each trained element.
         moments = 2 * 4 * sum(prod(shape) for key, (shape, _) in plan.items() if key.startswith("weight/"))
-        refuse_without_room(folder, 2 * size_of(plan) + moments)
+        refuse_without_room(folder, 2 * size_of(plan) + moments, "choose another run.folder")
         self._scratch = Scratch(folder, plan)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:

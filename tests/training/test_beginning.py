@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional
 
 from slope_dist.checkpoint.validation import check_state
 from slope_dist.config import Config, derive, load_config
+from slope_dist.data.corpus import Corpus
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
@@ -30,15 +33,17 @@ from slope_dist.export.exporting import convert
 from slope_dist.export.options import Options
 from slope_dist.export.stored import LinearForm, StoredModel, forms_of
 from slope_dist.sparse import CompressedMatrix, Pattern, codec, pruning
+from slope_dist.training import ending
 from slope_dist.training.beginning import begin_from
 from slope_dist.training.build import build, layer_factory
+from slope_dist.training.ending import Turn
 from slope_dist.training.first_state import prune
 from slope_dist.transfer import Transfer
 from tests.checkpoint.states import in_child
 from tests.distributed import run_ranks
 from tests.export.models import MemoryModel, random_stored
-from tests.models.twins import FORMS
-from tests.runs import VOCAB_SIZE, make_corpus, newest, read_all, same_bits, write_config
+from tests.models.twins import FORMS, random_model, twin_of
+from tests.runs import VOCAB_SIZE, make_corpus, newest, read_all, relative, same_bits, write_config
 
 
 class AsDense(StoredModel):
@@ -333,11 +338,42 @@ def test_the_ids_must_be_those_of_the_model(
     without = model_of("opt", None)
     lines = begin_from(without, config_for(without, tmp_path, corpus)).lines
     assert any(line.startswith(f"nothing shows that the ids of {corpus} are those") for line in lines)
-    # The same pieces out of a file of other bytes are the same ids.
-    copy = load_tokenizer(corpus)
-    other = object.__new__(type(copy))
-    vars(other).update(vars(copy) | {"sha256": "0" * 64})
-    assert other.same_ids(copy) and not other.same_ids(load_tokenizer(other_corpus))
+
+
+def test_the_same_ids_out_of_another_file_will_do(
+    corpus: Path, other_corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    stored = model_of("opt", tokenizer)
+    written(stored, "hf", tmp_path / "made")
+    given = open_model(tmp_path / "made", tmp_path / "made" / "tokenizer.json")
+    assert given.tokenizer().sha256 != tokenizer.sha256
+    lines = begin_from(given, config_for(stored, tmp_path, corpus)).lines
+    assert not any("ids" in line for line in lines)
+    with pytest.raises(UserError, match=r"the tokenizer of .*made is not that of "):
+        begin_from(given, config_for(stored, tmp_path / "other", other_corpus))
+
+
+@pytest.mark.parametrize("form_name", ["gpt2", "llama"])
+def test_a_model_of_transformers_begins_with_the_loss_that_it_has_there(
+    form_name: str, corpus: Path, tmp_path: Path
+) -> None:
+    form = FORMS[form_name]
+    form = replace(form, shape=replace(form.shape, vocab_size=VOCAB_SIZE))
+    twin = twin_of(random_model(form), form).eval()
+    twin.save_pretrained(tmp_path / "made")  # type: ignore[operator]
+    model = open_model(tmp_path / "made")
+    config = config_for(model, tmp_path, corpus, sparsity={"pattern": "dense"})
+    lines = begin_from(model, config).lines
+    assert "no linear layer of this run is sparse: nothing was pruned" in lines
+    found = newest(tmp_path / "run").scalars["fingerprint"]
+    windows = Corpus.open(corpus, "valid", VOCAB_SIZE)
+    length = form.shape.sequence_length
+    tokens = torch.stack([torch.from_numpy(windows.tokens(at * length, length + 1)) for at in range(found["samples"])])
+    with torch.inference_mode():
+        logits = twin(tokens[:, :-1]).logits
+    expected = float(functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    assert relative(found["loss"], expected) <= 1e-6
+    assert f"loss of the fixed batch: {expected:.4f}" in lines
 
 
 @pytest.mark.parametrize(
@@ -424,6 +460,24 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(UserError, match=r"b/run has 0.00 GB free, and 0.00 GB are needed; make room"):
         begin_from(stored, config)
     assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
+
+
+def test_a_folder_in_use_is_refused(
+    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = model_of("opt", tokenizer)
+    config = config_for(stored, tmp_path, corpus)
+    saving = tmp_path / "run" / "checkpoints" / f"step-00000004.tmp-{'1' * 32}"
+    saving.mkdir(parents=True)
+    monkeypatch.setattr(ending, "PATIENCE", 0.0)
+    holder = Turn(tmp_path / "run")
+    holder.take()
+    with pytest.raises(UserError, match=r"run is in use by another process"):
+        begin_from(stored, config)
+    assert saving.exists()
+    holder.release()
+    begin_from(stored, config)
+    begun(tmp_path)
 
 
 class Interrupting(Transfer):
