@@ -76,7 +76,7 @@ class CheckpointModel(StoredModel):
                 codec.check(found, pattern)
             except ValueError as error:
                 raise CheckpointError(f"{self._checkpoint.path}: {name}: {error}") from error
-        elif not found.isfinite().all():
+        elif not all_finite(found):
             raise CheckpointError(f"{self._checkpoint.path}: {name}: expected finite numbers, found NaN or infinity")
         return found
 
