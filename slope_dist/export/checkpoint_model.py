@@ -19,7 +19,7 @@ from slope_dist.config.messages import explain
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel
+from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel, all_finite
 from slope_dist.models import family
 from slope_dist.parallel.fragments import Kind, whole
 from slope_dist.sparse import Pattern, codec, pattern_of

@@ -190,7 +190,7 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite, looked at in parts: at once it would take the tensor's memory twice more."""
+    """Whether no number is NaN or infinite, looked at in parts: at once would take twice its memory more."""
     blocks = row_blocks(tuple(tensor.shape), tensor.element_size())
     return all(bool(tensor[start:stop].isfinite().all()) for start, stop in blocks)
 
