@@ -15,7 +15,6 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.exporting import export_of
 from slope_dist.export.options import Options
-from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel
+from slope_dist.export.stored import Origin, StoredModel, forms_of
 from slope_dist.export.target import new_folder
-from slope_dist.models import Decoding, family
+from slope_dist.models import Decoding
 from slope_dist.sparse import codec, pattern_of
 from slope_dist.transfer import Transfer
 
@@ -74,14 +73,7 @@ class RandomModel(StoredModel):
         self.model = config.model
         self.dtype = dtype
         self.origin = Origin(Path("random"), "checkpoint")
-        self.linears = {}
-        dense = [*family(config.model.family).dense_layers, *config.sparsity.dense_layers]
-        for name, (shape, bias) in self.skeleton.linears.items():
-            kept = name in PROJECTIONS or any(fnmatchcase(name, glob) for glob in dense)
-            pattern = None
-            if config.sparsity.group is not None and not kept:
-                pattern = pattern_of(name, config.sparsity.pattern, config.sparsity.layer_patterns)
-            self.linears[name] = LinearForm(shape, pattern, config.adapter_rank if pattern else 0, bias=bias)
+        self.linears = forms_of(self.skeleton, config, config.adapter_rank)
         # Kept for each width: there are few.
         self._rows = cache(self._pool)
 

@@ -112,12 +112,13 @@ class InferenceModel:
         return self._tokenizer
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, decoding: Decoding | None = None) -> Tensor:
-        """int64 [B, S] -> [B, S, V] in the model's dtype.
+    def logits(self, tokens: Tensor, decoding: Decoding | None = None, since: int = 0) -> Tensor:
+        """int64 [B, S] -> [B, S - since, V] in the model's dtype.
 
-        With `decoding` the tokens are the next part of its sequences. A sequence should not be longer than `context`.
+        With `decoding` the tokens are the next part of its sequences; the first `since` of them get no logits. A
+        sequence should not be longer than `context`.
         """
-        return self.module.logits(tokens.to(self.device), decoding)
+        return self.module.logits(tokens.to(self.device), decoding, since)
 
     @property
     def weight_bytes(self) -> int:
