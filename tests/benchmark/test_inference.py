@@ -83,7 +83,7 @@ def test_both_forms_are_measured(tmp_path: Path) -> None:
         assert min(rival[what] for what in ("load_seconds", "prompt_tokens_per_second", "tokens_per_second")) > 0
     assert ratios["linear_bytes"] == expected["compressed"] / expected["dense"] < 0.63
     saved = rivals["dense"]["resident_bytes"] - rivals["compressed"]["resident_bytes"]
-    assert saved > 0.8 * (expected["dense"] - expected["compressed"])
+    assert saved > 0.6 * (expected["dense"] - expected["compressed"])
     assert 0 < row["logits_difference"] < inference.BOUND
 
 
