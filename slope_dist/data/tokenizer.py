@@ -69,6 +69,10 @@ class Tokenizer(ABC):
         before, after = self._around
         return spelled == (before + text + after if text else text)
 
+    def same_pieces(self, other: Tokenizer) -> bool:
+        """Whether each id is the same text in both, and the same one ends a document."""
+        return list(self._pieces) == list(other._pieces) and self.end_of_document == other.end_of_document
+
     def _check_lossless(self, path: Path | str, probe: str, remedy: str) -> None:
         """Refuse a tokenizer that changes text, or whose pieces are not what it decodes them to."""
         around = b"".join(map(self._pieces.__getitem__, self.encode("a").tolist()))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slope_dist.errors import UserError
 from slope_dist.export.dense_rows import rows_of
-from slope_dist.export.exporting import Options
+from slope_dist.export.options import Options
 from slope_dist.export.huggingface import HuggingFaceExport
 from slope_dist.export.huggingface_config import Keys
 from slope_dist.export.huggingface_model import HuggingFaceModel

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from slope_dist.errors import UserError
+from slope_dist.export.opening import open_model
+from slope_dist.export.options import Options
+from slope_dist.export.proof import check_same
 from slope_dist.export.stored import StoredModel
+from slope_dist.export.target import new_folder
 from slope_dist.transfer import Transfer
 
 FORMS = ("hf", "compressed", "slope")
-
-_FORMS_OF = {"merge_adapters": ("hf",), "pad_adapters": ("hf",), "prune_adapters": ("slope",)}
-"""Which forms an option has a meaning for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to write.
-
-    Attributes:
-        dtype: of all numbers; None: as they are stored.
-        merge_adapters: add adapters into the weights, which are then dense ("hf").
-        pad_adapters: zero rows and columns up to a rank that vLLM accepts ("hf").
-        prune_adapters: prune first factors 2:4, so that they can be appended to their weights ("slope").
-        tokenizer: write the tokenizer's files too.
-    """
-
-    dtype: torch.dtype | None = None
-    merge_adapters: bool = False
-    pad_adapters: bool = False
-    prune_adapters: bool = False
-    tokenizer: bool = True
 
 
 class Export(Protocol):
@@ -54,11 +32,8 @@ def export_of(stored: StoredModel, form: str, options: Options) -> Export:
     """The `form` of a model.
 
     Raises:
-        UserError: if it cannot be had, or an option has no meaning for it.
+        UserError: if it cannot be had.
     """
-    for option, forms in _FORMS_OF.items():
-        if getattr(options, option) and form not in forms:
-            raise UserError(f"--{option.replace('_', '-')} is for --to {' and '.join(forms)}, not for --to {form}")
     if form == "hf":
         from slope_dist.export.huggingface import HuggingFaceExport
 
@@ -70,3 +45,31 @@ def export_of(stored: StoredModel, form: str, options: Options) -> Export:
     from slope_dist.export.slope import SlopeExport
 
     return SlopeExport(stored, options)
+
+
+def convert(
+    stored: StoredModel, form: str, target: Path, options: Options, transfer: Transfer, proving: Transfer
+) -> list[str]:
+    """Write a model in another form as the new folder `target`, after it was read back and found to be the same.
+
+    Args:
+        stored: the model.
+        form: of `FORMS`.
+        target: must not exist.
+        options: how to write.
+        transfer: told of the bytes that are written.
+        proving: told of the bytes that are read back.
+
+    Returns:
+        lines that the user should know.
+
+    Raises:
+        UserError: if the model cannot have this form, there is no room, or something is at `target`; nothing is left.
+        WrongExportError: if what was written reads back as something else; nothing is left.
+    """
+    export = export_of(stored, form, options)
+    with new_folder(target, export.bytes) as folder:
+        transfer.begin(export.bytes)
+        lines = export.write(folder, transfer)
+        check_same(stored, open_model(folder), options, proving)
+    return lines

@@ -83,7 +83,7 @@ class AdapterExport:
         self._modules = _modules(stored, pad)
         self._tensors = [tensor for module in self._modules.items() for tensor in self._planned(*module)]
         self._config = _config(self._modules, stored.model.family)
-        self.line = _about({module.rank for module in self._modules.values()}, pad)
+        self.line = _about({module.rank for module in self._modules.values()}, stored.model.family, pad)
         described = sum(map(len, self._metadata("0" * 64).values())) + len(self._config)
         self.bytes = total_bytes(self._tensors) + header_bytes(self._tensors) + described
 
@@ -157,18 +157,17 @@ def _accepted(rank: int) -> int | None:
     return next((accepted for accepted in VLLM_RANKS if accepted >= rank), None)
 
 
-def _about(ranks: set[int], padded: bool) -> str:
+def _about(ranks: set[int], family: str, padded: bool) -> str:
+    """What vLLM makes of adapters of these ranks."""
+    rank = f"the adapters have rank {' and '.join(map(str, sorted(ranks)))}"
     accepted = _accepted(max(ranks))
+    if family == "gpt2":
+        return f"{rank}; vLLM serves GPT-2 without adapters only: --merge-adapters adds them to the weights"
     if accepted is None:
-        return f"vLLM cannot serve the adapters: their rank is {max(ranks)}, and it accepts {VLLM_RANKS[-1]} at most"
-    serve = f"vLLM serves them with --enable-lora --max-lora-rank {accepted}"
-    if padded or ranks <= set(VLLM_RANKS):
-        return f"the adapters have rank {max(ranks)}{' with their padding' if padded else ''}; {serve}"
-    named = " and ".join(map(str, sorted(ranks)))
-    return (
-        f"the adapters have rank {named}, of which vLLM accepts only {', '.join(map(str, VLLM_RANKS))}: --pad-adapters "
-        f"writes rank {accepted}"
-    )
+        return f"{rank}; vLLM accepts {VLLM_RANKS[-1]} at most: --merge-adapters adds them to the weights"
+    if not padded and not ranks <= set(VLLM_RANKS):
+        return f"{rank}, and vLLM knows {', '.join(map(str, VLLM_RANKS))}: --pad-adapters writes rank {accepted}"
+    return f"{rank}; vLLM serves them with --enable-lora --max-lora-rank {accepted}"
 
 
 def _config(modules: dict[str, _Module], family: str) -> bytes:

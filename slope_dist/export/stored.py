@@ -166,6 +166,16 @@ class StoredModel(ABC):
             return self.read(f"{name}.weight.values")
         return self.matrix(name).expand()
 
+    def adapter_product(self, name: str) -> Tensor:
+        """What the adapter of a linear layer adds to its weight, up down / R: fp32 [O, I]."""
+        down, up = (self.read(f"{name}.adapter.{part}").float() for part in ("down", "up"))
+        return up @ down / down.shape[0]
+
+    def merged(self, name: str) -> Tensor:
+        """The weight of a linear layer with what its adapter, if any, adds: fp32 [O, I]."""
+        dense = self.dense(name).float()
+        return dense + self.adapter_product(name) if self.linears[name].adapter_rank else dense
+
     def appended(self, name: str) -> CompressedMatrix:
         """The stored weight with the adapter's first factor as its last R rows: [O + R, I], where it is `appended`."""
         raise NotImplementedError(f"{type(self).__name__} appends nothing")

@@ -23,7 +23,7 @@ from torch import Tensor
 from slope_dist.checkpoint.format import encode
 from slope_dist.errors import UserError
 from slope_dist.export import open_model
-from slope_dist.export.exporting import Options
+from slope_dist.export.options import Options
 from slope_dist.export.slope import SlopeExport, SlopeModel, shapes_in_files
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.tensor_files import Planned, write_file_of_tensors

@@ -1,0 +1,63 @@
+"""Sequences fed in parts, their keys and values kept, have the logits of the whole; padding before them changes none.
+
+Run: pytest tests/models/test_decoding.py
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from slope_dist.models import Decoding
+from tests.models.twins import FORMS, VOCAB, random_model
+
+LENGTH = 40
+
+
+def no_padding(sequences: int) -> torch.Tensor:
+    return torch.zeros(sequences, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("cuts", [(17, 18, 19), (1, 39), ()])
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_have_the_logits_of_the_whole(form: str, cuts: tuple[int, ...]) -> None:
+    model = random_model(FORMS[form]).eval()
+    tokens = torch.randint(VOCAB, (3, LENGTH))
+    bounds = [0, *cuts, LENGTH]
+    with torch.inference_mode():
+        whole = model.logits(tokens)
+        decoding = Decoding(no_padding(3), LENGTH)
+        parts = [model.logits(tokens[:, a:b], decoding) for a, b in pairwise(bounds)]
+    assert decoding.seen == LENGTH
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_is_not_seen(form: str) -> None:
+    model = random_model(FORMS[form]).eval()
+    padding = torch.tensor([0, 5, 29])
+    tokens = torch.randint(VOCAB, (3, LENGTH))
+    with torch.inference_mode():
+        decoding = Decoding(padding, LENGTH)
+        first, last = model.logits(tokens[:, :30], decoding), model.logits(tokens[:, 30:], decoding)
+        found = torch.cat([first, last], dim=1)
+        assert not found.isnan().any()
+        for row, skipped in enumerate(padding.tolist()):
+            alone = model.logits(tokens[row : row + 1, skipped:])
+            torch.testing.assert_close(found[row, skipped:], alone[0], rtol=1e-5, atol=2e-5)
+
+
+def test_the_cache_holds_what_it_was_made_for() -> None:
+    model = random_model(FORMS["llama"]).eval()
+    shape = FORMS["llama"].shape
+    decoding = Decoding(no_padding(2), 8)
+    assert decoding.bytes == 0
+    with torch.inference_mode():
+        model.logits(torch.randint(VOCAB, (2, 5)), decoding)
+        # Keys and values of the few grouped heads, fp32, for every block.
+        assert decoding.bytes == 2 * shape.num_layers * 2 * shape.kv_heads * 8 * shape.head_size * 4
+        with pytest.raises(ValueError, match="9 tokens do not fit into a cache of 8"):
+            model.logits(torch.randint(VOCAB, (2, 4)), decoding)
+    assert decoding.seen == 5
