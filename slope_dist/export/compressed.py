@@ -18,12 +18,12 @@ from torch import Tensor
 
 from slope_dist.errors import UserError
 from slope_dist.export.dense_rows import rows_of
-from slope_dist.export.options import Options
 from slope_dist.export.huggingface import HuggingFaceExport
 from slope_dist.export.huggingface_config import Keys
 from slope_dist.export.huggingface_model import HuggingFaceModel
 from slope_dist.export.huggingface_names import FileTensor, file_tensors, module_of
 from slope_dist.export.opening import CONFIG, read_json
+from slope_dist.export.options import Options
 from slope_dist.export.peft_adapter import AdapterExport
 from slope_dist.export.stored import Origin, Skeleton, StoredModel, row_blocks
 from slope_dist.export.tensor_files import SHARD_BYTES, Planned, cast
