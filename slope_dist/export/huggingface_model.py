@@ -27,6 +27,7 @@ from slope_dist.export.peft_adapter import ADAPTER_FOLDER
 from slope_dist.export.peft_reader import AdapterReader
 from slope_dist.export.stored import LinearForm, Origin, StoredModel, row_blocks
 from slope_dist.export.tensor_reader import TensorReader
+from slope_dist.export.tokenizer_files import tokenizer_in
 from slope_dist.sparse import Pattern
 from slope_dist.transfer import Transfer
 
@@ -95,12 +96,13 @@ class HuggingFaceModel(StoredModel):
     def tokenizer(self) -> Tokenizer:
         """The one that was given, or that of the folder; its end of a document must be that of the config."""
         where = self._tokenizer_path or self._path
-        try:
+        if self._tokenizer_path is not None:
             found = load_tokenizer(where)
-        except UserError as error:
-            if self._tokenizer_path is not None:
-                raise
-            raise UserError(f"{error}; or name the tokenizer with --tokenizer PATH") from error
+        else:
+            try:
+                found = tokenizer_in(where)
+            except UserError as error:
+                raise UserError(f"{error}; or name the tokenizer with --tokenizer PATH") from error
         if found.vocab_size > self.model.vocab_size:
             raise UserError(
                 f"{where} is not the tokenizer of {self._path}: it has {found.vocab_size} ids, and the model "
