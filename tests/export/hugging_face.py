@@ -67,3 +67,14 @@ def difference(first: Tensor, second: Tensor) -> float:
     """Largest, of all elements."""
     assert first.shape == second.shape
     return float((first - second).abs().max())
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    """Root of the mean square of the difference, relative to that of the second."""
+    assert first.shape == second.shape
+    return float((first - second).pow(2).mean().sqrt() / second.pow(2).mean().sqrt())
+
+
+def roundings(dtype: torch.dtype) -> float:
+    """Eight steps of a dtype: what two orders of the same additions may differ by, behind three blocks."""
+    return 8 * torch.finfo(dtype).eps
