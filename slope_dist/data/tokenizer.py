@@ -69,18 +69,14 @@ class Tokenizer(ABC):
         return np.fromiter(map(len, self._pieces), dtype=np.int32, count=self.vocab_size)
 
     def same_ids(self, other: Tokenizer) -> bool:
-        """Whether every id stands for the same bytes in both, whatever files they were read from."""
-        return self.sha256 == other.sha256 or list(self._pieces) == list(other._pieces)
+        """Whether each id is the same text in both and the same one ends a document, whatever their files are."""
+        return list(self._pieces) == list(other._pieces) and self.end_of_document == other.end_of_document
 
     def spells(self, ids: np.ndarray, text: bytes) -> bool:
         """Whether the pieces of `ids`, one after another, are exactly this text in UTF-8."""
         spelled = b"".join(map(self._pieces.__getitem__, ids.tolist()))
         before, after = self._around
         return spelled == (before + text + after if text else text)
-
-    def same_pieces(self, other: Tokenizer) -> bool:
-        """Whether each id is the same text in both, and the same one ends a document."""
-        return list(self._pieces) == list(other._pieces) and self.end_of_document == other.end_of_document
 
     def _check_lossless(self, path: Path | str, probe: str, remedy: str) -> None:
         """Refuse a tokenizer that changes text, or whose pieces are not what it decodes them to."""

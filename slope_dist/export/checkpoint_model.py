@@ -18,7 +18,7 @@ from slope_dist.config.messages import explain
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.stored import Origin, StoredModel, forms_of
+from slope_dist.export.stored import Origin, StoredModel, all_finite, forms_of
 from slope_dist.parallel.fragments import Kind, whole
 from slope_dist.sparse import codec
 from slope_dist.transfer import Transfer
@@ -74,7 +74,7 @@ class CheckpointModel(StoredModel):
                 codec.check(found, pattern)
             except ValueError as error:
                 raise CheckpointError(f"{self._checkpoint.path}: {name}: {error}") from error
-        elif not found.isfinite().all():
+        elif not all_finite(found):
             raise CheckpointError(f"{self._checkpoint.path}: {name}: expected finite numbers, found NaN or infinity")
         return found
 

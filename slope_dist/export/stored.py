@@ -205,6 +205,12 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int
         yield start, min(rows, start + step)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, looked at in parts: at once would take twice its memory more."""
+    blocks = row_blocks(tuple(tensor.shape), tensor.element_size())
+    return all(bool(tensor[start:stop].isfinite().all()) for start, stop in blocks)
+
+
 def keeps_two_of_four(dense: Tensor) -> bool:
     """Whether every four consecutive entries of a row hold at most two that are not zero: [O, I]."""
     if dense.shape[1] % 8:
