@@ -36,6 +36,7 @@ setup(
         "test": [
             "hypothesis>=6.170",
             "mypy>=2.4",
+            "peft>=0.21.2",
             "pytest>=9.2",
             "pytest-xdist>=3.6",
             "ruff>=0.17",

@@ -155,6 +155,7 @@ CONFIGS: list[tuple[str, str, Any, str]] = [
     ("opt", "hidden_size", GONE, "hidden_size is missing; expected a whole number above 0"),
     ("opt", "hidden_size", 60, "model.hidden_size 60 is not a multiple of 8"),
     ("opt", "num_hidden_layers", 10**6, "num_layers: Input should be less than or equal to 10000"),
+    ("opt", "num_hidden_layers", 9999, "expected tensors of 9999 blocks, as config.json says, found 52 tensors"),
     ("opt", "vocab_size", 96, "decoder.embed_tokens.weight: expected F32 [96, 64], found F32 [97, 64]"),
     ("opt", "do_layer_norm_before", False, "model.decoder.final_layer_norm.bias: expected only the tensors"),
     ("opt", "pruned_heads", {"0": [1]}, "pruned_heads is"),
@@ -408,21 +409,18 @@ def test_an_adapter_that_does_something_else_is_refused(copy, key: str, value: A
 
 def test_a_header_that_does_not_fit_its_adapter_is_refused(copy) -> None:
     folder = copy("gpt2")
-    layer = "transformer.h.1.attn.q_proj"
+    layer, other = (f"transformer.h.1.attn.{kind}_proj" for kind in "qk")
+    own = {name: 4 for name, form in random_stored("gpt2", adapters=True).linears.items() if form.adapter_rank}
     for ranks, expected in (
         ("rubbish", "ranks: expected ranks of linear layers of the base"),
         (json.dumps({"other": 4}), "ranks: expected ranks of linear layers of the base"),
         (json.dumps({layer: -4}), "ranks: expected ranks of linear layers of the base"),
-        (json.dumps({layer: 20}), "c_attn: the header's ranks do not fit rank 12"),
         (json.dumps({layer: 4}), "c_proj has an adapter that they do not name"),
+        (json.dumps(own | {layer: 20}), "c_attn: the header's ranks do not fit rank 12"),
+        (json.dumps(own | {"transformer.h.0.attn.q_proj": 4}), "ranks name layers that have no adapter"),
     ):
         rewrite(folder / ADAPTER, lambda factors: None, {"ranks": ranks})
         refused(folder, expected)
-    own = {name: form.adapter_rank for name, form in random_stored("gpt2", adapters=True).linears.items()}
-    own = {name: rank for name, rank in own.items() if rank}
-    rewrite(folder / ADAPTER, lambda factors: None, {"ranks": json.dumps(own | {"transformer.h.0.attn.q_proj": 4})})
-    refused(folder, "ranks name layers that have no adapter")
-    other = layer.replace("q_proj", "k_proj")
     rewrite(folder / ADAPTER, lambda factors: None, {"ranks": json.dumps(own | {layer: 3, other: 5})})
     refused(folder, f"expected zeros beside the adapter of {layer}", lambda model: model.read(f"{layer}.adapter.up"))
 
