@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from slope_dist.checkpoint.retention import sync_folder
 from slope_dist.errors import UserError
 from slope_dist.export.dense_rows import rows_of
-from slope_dist.export.exporting import Options
 from slope_dist.export.huggingface_config import config_json
 from slope_dist.export.huggingface_names import file_tensors
 from slope_dist.export.opening import CONFIG
+from slope_dist.export.options import Options
 from slope_dist.export.peft_adapter import ADAPTER_FOLDER, AdapterExport
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.target import write_file
@@ -52,15 +54,12 @@ class HuggingFaceExport:
         dtype = options.dtype or stored.dtype
         ids, tokenizer_files = self._tokenizer(stored, options)
         self._files = {
-            CONFIG: _json(config_json(stored.model, dtype, ids)),
+            CONFIG: _json(self._config(stored, dtype, ids)),
             "generation_config.json": _json(ids),
             **tokenizer_files,
         }
         merged = options.merge_adapters
-        self._weights = [
-            Planned(tensor.name, tensor.shape, dtype, partial(rows_of, stored, tensor, dtype, merged=merged))
-            for tensor in file_tensors(stored.model.family, stored.skeleton)
-        ]
+        self._weights = self._planned(stored, dtype, merged)
         self.bytes = total_bytes(self._weights) + header_bytes(self._weights) + sum(map(len, self._files.values()))
         self._adapter: AdapterExport | None = None
         if not stored.has_adapters:
@@ -71,7 +70,7 @@ class HuggingFaceExport:
         else:
             self._adapter = AdapterExport(stored, dtype, pad=options.pad_adapters)
             self.bytes += self._adapter.bytes
-            self._lines.append(self._adapter.line)
+            self._lines += self._about_adapters(self._adapter)
 
     def write(self, folder: Path, transfer: Transfer) -> list[str]:
         """See `Export`."""
@@ -86,6 +85,21 @@ class HuggingFaceExport:
             self._adapter.write(inner, transfer, identity_of(hashes))
             sync_folder(inner)
         return list(self._lines)
+
+    def _config(self, stored: StoredModel, dtype: torch.dtype, ids: dict[str, int | None]) -> dict[str, object]:
+        """The content of config.json."""
+        return config_json(stored.model, dtype, ids)
+
+    def _planned(self, stored: StoredModel, dtype: torch.dtype, merged: bool) -> list[Planned]:
+        """The tensors of the files of weights."""
+        return [
+            Planned(tensor.name, tensor.shape, dtype, partial(rows_of, stored, tensor, dtype, merged=merged))
+            for tensor in file_tensors(stored.model.family, stored.skeleton)
+        ]
+
+    def _about_adapters(self, adapter: AdapterExport) -> list[str]:
+        """What the user should know of the adapters beside the weights."""
+        return [adapter.line]
 
     def _tokenizer(self, stored: StoredModel, options: Options) -> tuple[dict[str, int | None], dict[str, bytes]]:
         """Ids of special tokens, and the tokenizer's files."""

@@ -28,6 +28,7 @@ from slope_dist.export.peft_reader import AdapterReader
 from slope_dist.export.stored import LinearForm, Origin, StoredModel, row_blocks
 from slope_dist.export.tensor_reader import TensorReader
 from slope_dist.export.tokenizer_files import tokenizer_in
+from slope_dist.sparse import Pattern
 from slope_dist.transfer import Transfer
 
 _ONE_FILE = f"{STEM}.safetensors"
@@ -79,7 +80,7 @@ class HuggingFaceModel(StoredModel):
         self._adapter = self._adapter_reader()
         ranks = {} if self._adapter is None else self._adapter.ranks
         self.linears = {
-            name: LinearForm(shape, None, ranks.get(name, 0), bias=bias)
+            name: LinearForm(shape, self._pattern(name), ranks.get(name, 0), bias=bias)
             for name, (shape, bias) in self.skeleton.linears.items()
         }
 
@@ -127,6 +128,14 @@ class HuggingFaceModel(StoredModel):
             return tensors
         return [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors]
 
+    def _beside(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """What the files hold beside the tensors that `_named` gives: dtype and shape by name."""
+        return {}
+
+    def _pattern(self, layer: str) -> Pattern | None:
+        """How the weight of a linear layer is stored."""
+        return None
+
     def _check(self) -> torch.dtype:
         """The dtype of the weights.
 
@@ -138,7 +147,7 @@ class HuggingFaceModel(StoredModel):
         dtype = entries[table].dtype if table in entries else torch.float32
         if dtype not in _DTYPES:
             raise UserError(f"{self._reader.place(table)}: {table}: expected F32, BF16 or F16, found {entries[table]}")
-        expected = {tensor.name: (dtype, tensor.shape) for tensor in self._tensors}
+        expected = {tensor.name: (dtype, tensor.shape) for tensor in self._tensors} | self._beside(dtype)
         copied = self.model.has_tied_head and _HEAD in entries
         if copied:
             expected[_HEAD] = expected[table]

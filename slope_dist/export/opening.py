@@ -40,7 +40,7 @@ def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | N
     if form == "compressed":
         from slope_dist.export.compressed import CompressedModel
 
-        return CompressedModel(path, tokenizer)
+        return CompressedModel(path, tokenizer, transfer)
     from slope_dist.export.huggingface_model import HuggingFaceModel
 
     return HuggingFaceModel(path, tokenizer, transfer)

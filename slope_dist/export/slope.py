@@ -22,8 +22,8 @@ from slope_dist.data.load_tokenizer import FILES as TOKENIZER_FILES
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.exporting import Options
 from slope_dist.export.opening import MAX_JSON_BYTES, SLOPE
+from slope_dist.export.options import Options
 from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel, keeps_two_of_four, row_blocks
 from slope_dist.export.target import write_file
 from slope_dist.export.tensor_files import KNOWN_DTYPES, Planned, cast, total_bytes, write_shards
