@@ -77,7 +77,7 @@ def test_files_of_text(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     documents = [Document(name="", text=text) for text in (TEXTS[0], *TEXTS)]
     expected = evaluate_documents(model, documents, View.of(model, stride=10))
     code, output, _ = evaluate(
-        run, tmp_path / "a.txt", tmp_path / "b.jsonl", "--field", "body", "--stride", 10, "--batch", 2, "--json"
+        run, "--field", "body", "--stride", 10, tmp_path / "a.txt", tmp_path / "b.jsonl", "--batch", 2, "--json"
     )
     found = json.loads(output)
     assert code == 0

@@ -142,6 +142,7 @@ def test_a_terminal_is_not_steered(
         (["--prompt", "a", "--prompt", "ab " * 200], "prompt 2 has 401 tokens"),
         (["--prompt-file", "{tmp}/none"], "cannot read {tmp}/none: No such file or directory"),
         (["--prompt-file", "{tmp}/empty.txt"], "{tmp}/empty.txt holds no prompt"),
+        (["--prompt-file", "{tmp}/blank.jsonl"], "{tmp}/blank.jsonl holds no prompt"),
         (["--prompt-file", "{tmp}/latin.txt"], "{tmp}/latin.txt is not UTF-8 text: bad byte at offset 1"),
         (["--prompt-file", "{tmp}/bad.jsonl"], "{tmp}/bad.jsonl:2 is not JSON"),
         (["--prompt-file", "{tmp}/number.jsonl"], "{tmp}/number.jsonl:1 is neither a JSON string nor an object"),
@@ -153,6 +154,7 @@ def test_what_cannot_be_used_is_one_line(
     run: Path, generate: Tool, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes(b"a\xe9")
     (tmp_path / "bad.jsonl").write_text('"a"\n{\n')
     (tmp_path / "number.jsonl").write_text("5\n")
