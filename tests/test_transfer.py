@@ -5,7 +5,7 @@ Run: pytest tests/test_transfer.py
 
 from __future__ import annotations
 
-from slope_dist.transfer import QUIET_SECONDS, Transfer
+from slope_dist.transfer import QUIET_SECONDS, Transfer, count_text
 
 MIB = 2**20
 
@@ -35,6 +35,15 @@ def test_a_short_one_says_nothing_and_a_new_one_begins_anew() -> None:
     now += 1.0
     transfer.add(4)
     assert len(said) == 1 and said[0].startswith("loading: 8 B of 4 B") and said[0].endswith("0.0s left")
+
+
+def test_units_other_than_bytes() -> None:
+    now, said = 0.0, []
+    transfer = Transfer("tokens predicted", said.append, text=count_text, clock=lambda: now)
+    transfer.begin(65_536)
+    now += 4.0
+    transfer.add(12_288)
+    assert said == ["tokens predicted: 12,288 of 65,536, 3,072/s, 17s left"]
 
 
 def test_without_a_voice_it_only_counts() -> None:

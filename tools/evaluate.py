@@ -63,7 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, metavar="N", help=f"windows at a time ({View.batch})")
     parser.add_argument("--limit", type=int, metavar="TOKENS", help="predict the first tokens only")
     parser.add_argument("--json", action="store_true", help="the result as JSON")
-    options = parser.parse_args(arguments)
+    # Files may come behind options, too.
+    options = parser.parse_intermixed_args(arguments)
     if (options.corpus is None) == (not options.text):
         parser.error("give --corpus or TEXT_FILE, one of the two")
     if options.text and (options.split is not None or options.valid_fraction is not None):

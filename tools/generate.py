@@ -101,11 +101,13 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     lines = text.removesuffix("\n").split("\n") if text else []
-    if not lines:
+    if path.suffix == ".jsonl":
+        found = [_of_json(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    else:
+        found = [line.removesuffix("\r") for line in lines]
+    if not found:
         raise UserError(f"{path} holds no prompt; give one a line")
-    if path.suffix != ".jsonl":
-        return [line.removesuffix("\r") for line in lines]
-    return [_of_json(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    return found
 
 
 def _decoded(data: bytes, what: str) -> str:

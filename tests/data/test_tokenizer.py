@@ -51,6 +51,7 @@ def test_odd_text_comes_back(tokenizer, name):
     assert tokenizer.decode(ids) == text
     assert tokenizer.end_of_document not in ids
     assert tokenizer.piece_bytes()[ids].sum() == len(text.encode())
+    assert b"".join(tokenizer.pieces[token] for token in ids) == text.encode()
 
 
 @settings(deadline=None, max_examples=300)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ TEXTS = [
     "the sparse weight is kept in groups of four and two of them stay while the others go",
     "How many of the four stay? Two of them do.\n\tWhich ones? é, ü and 日本語 \U0001f600",
 ]
-
-Main = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -69,23 +66,34 @@ def model(tokenizer: JsonTokenizer) -> InferenceModel:
     return InferenceModel(random_stored("llama", adapters=True, vocab_size=tokenizer.vocab_size, tokenizer=tokenizer))
 
 
-@pytest.fixture
-def tool(capsys: pytest.CaptureFixture[str]) -> Callable[[str], Main]:
-    """Gives, for a program in tools/, what runs it: exit code, stdout and stderr."""
+class Tool:
+    """A program in tools/, run in this process.
 
-    def of(name: str) -> Main:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    Attributes:
+        module: the program.
+    """
+
+    def __init__(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
         assert spec is not None and spec.loader is not None
-        module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        self.module: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._capsys = capsys
 
-        def run(*arguments: object) -> tuple[int, str, str]:
-            capsys.readouterr()
-            code = module.main([str(argument) for argument in arguments])
-            output, errors = capsys.readouterr()
-            assert "Traceback" not in errors
-            return code, output, errors
+    def __call__(self, *arguments: object) -> tuple[int, str, str]:
+        """Exit code, stdout and stderr."""
+        self._capsys.readouterr()
+        code = self.module.main([str(argument) for argument in arguments])
+        output, errors = self._capsys.readouterr()
+        assert "Traceback" not in errors
+        return code, output, errors
 
-        return run
 
-    return of
+@pytest.fixture
+def generate(capsys: pytest.CaptureFixture[str]) -> Tool:
+    return Tool("generate", capsys)
+
+
+@pytest.fixture
+def evaluate(capsys: pytest.CaptureFixture[str]) -> Tool:
+    return Tool("evaluate", capsys)

@@ -19,6 +19,7 @@ from slope_dist.errors import UserError
 from slope_dist.inference import InferenceModel
 from slope_dist.inference.generation import Generation, Spelling, prompt_ids
 from slope_dist.inference.sampling import Sampling
+from slope_dist.sparse import SparseWeight
 from tests.export.models import random_stored
 from tests.inference.conftest import TEXTS
 from tests.inference.twins import merged_twin
@@ -134,22 +135,28 @@ def test_speed_counts_the_tokens_of_the_model() -> None:
     assert str(generation.speed).startswith("prefill 13 tokens in ")
 
 
+def whole_weights(shapes: set[tuple[int, int]]) -> list[torch.Tensor]:
+    """Every tensor of these shapes that this process holds."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return [tensor for tensor in found if tuple(tensor.shape) in shapes]
+
+
 def test_no_dense_weight_is_left_anywhere() -> None:
     stored = random_stored("llama", adapters=True, dtype=torch.bfloat16)
-    model = InferenceModel(stored)
     shapes = {form.shape for form in stored.linears.values() if form.pattern is not None}
-    # Of all linears those alone that stay dense are there whole; what the model was made of is let go of.
-    dense = sum(form.shape in shapes for form in stored.linears.values() if form.pattern is None)
     assert len(shapes) > 2
-    del stored._tensors, stored.module
+    before = whole_weights(shapes)
+    model = InferenceModel(stored)
     continued(model, random_prompts([4, 9]), 8)
-    gc.collect()
-    found = [
-        o
-        for o in gc.get_objects()
-        if isinstance(o, torch.Tensor) and tuple(o.shape) in shapes and o.is_floating_point()
-    ]
-    assert len(found) == dense
+    after = whole_weights(shapes)
+    # Of all linears those alone that stay dense are there whole.
+    assert len(after) - len(before) == sum(
+        form.pattern is None for form in stored.linears.values() if form.shape in shapes
+    )
+    sparse = [module for module in model.module.modules() if isinstance(module, SparseWeight)]
+    held = sum(tensor.nbytes for weight in sparse for tensor in (*weight.parameters(), *weight.buffers()))
+    assert held == sum(2 * weight.shape[0] * weight.shape[1] for weight in sparse) * 9 / 16
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ Run: pytest tests/inference/test_harness.py
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ from slope_dist.inference.evaluation import View, evaluate_documents
 from slope_dist.inference.harness import SlopeLM
 from tests.data.test_json_tokenizer import byte_fallback
 from tests.export.models import random_stored
-from tests.inference.conftest import ROOT, TEXTS
+from tests.inference.conftest import ROOT, TEXTS, Tool
 from tests.inference.twins import merged_twin
 
 TOOL = ROOT / "tools" / "lm_eval.py"
@@ -212,10 +212,10 @@ def test_bad_model_arguments_are_refused(arguments: str, message: str) -> None:
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """The command in this process: exit code and stderr."""
-    spec = importlib.util.spec_from_file_location("tool", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # To list all of the harness's own tasks takes seconds.
+    only_ours = partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", only_ours)
+    module = Tool("lm_eval", capsys).module
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])

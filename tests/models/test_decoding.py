@@ -49,6 +49,32 @@ def test_padding_is_not_seen(form: str) -> None:
             torch.testing.assert_close(found[row, skipped:], alone[0], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_some_sequences_go_on_without_the_others(form: str) -> None:
+    model = random_model(FORMS[form]).eval()
+    tokens = torch.randint(VOCAB, (4, LENGTH))
+    rows = torch.tensor([3, 1])
+    with torch.inference_mode():
+        decoding = Decoding(torch.tensor([0, 5, 9, 2]), LENGTH)
+        model.logits(tokens[:, :20], decoding)
+        decoding.keep(rows)
+        found = model.logits(tokens[rows, 20:], decoding)
+        for row, padding, logits in ((3, 2, found[0]), (1, 5, found[1])):
+            alone = model.logits(tokens[row : row + 1, padding:])[0, 20 - padding :]
+            torch.testing.assert_close(logits, alone, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_from_a_place_on_are_the_last_of_all(form: str) -> None:
+    model = random_model(FORMS[form]).eval()
+    tokens = torch.randint(VOCAB, (2, LENGTH))
+    with torch.inference_mode():
+        whole = model.logits(tokens)
+        torch.testing.assert_close(model.logits(tokens, since=33), whole[:, 33:], rtol=1e-5, atol=2e-5)
+        cached = model.logits(tokens, Decoding(no_padding(2), LENGTH), since=39)
+        torch.testing.assert_close(cached, whole[:, 39:], rtol=1e-5, atol=2e-5)
+
+
 def test_the_cache_holds_what_it_was_made_for() -> None:
     model = random_model(FORMS["llama"]).eval()
     shape = FORMS["llama"].shape
