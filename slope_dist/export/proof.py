@@ -11,7 +11,8 @@ from torch import Tensor
 from slope_dist.config.model import ModelConfig
 from slope_dist.export.options import Options
 from slope_dist.export.stored import StoredModel, row_blocks
-from slope_dist.models import ModelShape, Rotary, shape_of
+from slope_dist.models import ModelShape, Rotary
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern
 from slope_dist.transfer import Transfer
 

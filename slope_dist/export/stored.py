@@ -20,7 +20,8 @@ from slope_dist.config import Config
 from slope_dist.config.model import ModelConfig
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.layers import LayerFactory, Linear, logical_tensors
-from slope_dist.models import build_model, family, shape_of
+from slope_dist.models import build_model, family
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern, pattern_of
 
 PROJECTIONS = frozenset({"decoder.project_in", "decoder.project_out"})

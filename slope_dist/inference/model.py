@@ -13,7 +13,8 @@ from slope_dist.export.opening import open_model
 from slope_dist.export.stored import LinearForm, StoredModel
 from slope_dist.layers import LayerFactory, Linear, LowRankAdapter, logical_tensors
 from slope_dist.layers.linear import Split
-from slope_dist.models import Decoding, LanguageModel, build_model, family, shape_of
+from slope_dist.models import Decoding, LanguageModel, build_model, family
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import CompressedMatrix, DenseWeight, SparseWeight, Weight
 from slope_dist.transfer import Transfer
 

@@ -2,6 +2,6 @@
 
 from slope_dist.models.decoding import Decoding
 from slope_dist.models.registry import Family, LanguageModel, build_model, family
-from slope_dist.models.shape import ModelShape, Rotary, shape_of
+from slope_dist.models.shape import ModelShape, Rotary
 
-__all__ = ["Decoding", "Family", "LanguageModel", "ModelShape", "Rotary", "build_model", "family", "shape_of"]
+__all__ = ["Decoding", "Family", "LanguageModel", "ModelShape", "Rotary", "build_model", "family"]

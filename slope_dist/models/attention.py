@@ -31,7 +31,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, part: Part | None = None) 
         k, v = part.extend(k, v)
         visible = part.visible
     mixed = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
     )
     return mixed.transpose(1, 2).flatten(2)
 

@@ -16,11 +16,12 @@ from slope_dist.engine import Engine
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
-from slope_dist.models import LanguageModel, build_model, family, shape_of
+from slope_dist.models import LanguageModel, build_model, family
 from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.parallel.regions import TensorPlace
 from slope_dist.planning import ModelState, ParameterCount, ShareSize, Storage, count_parameters, measure
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import Pattern, exception_of
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from slope_dist.config import deepspeed_dict, derive, load_config
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.layers import NextTokenLoss, logical_tensors
-from slope_dist.models import family, shape_of
+from slope_dist.models import family
 from slope_dist.parallel.fragments import MemorySource
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import SparseWeight
 from slope_dist.training.build import layer_factory
 from tests.distributed import end_ranks, run_ranks

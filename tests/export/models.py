@@ -12,7 +12,8 @@ from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.stored import LinearForm, Origin, StoredModel
 from slope_dist.layers import LayerFactory, Linear, logical_tensors
-from slope_dist.models import LanguageModel, ModelShape, build_model, family, shape_of
+from slope_dist.models import LanguageModel, ModelShape, build_model, family
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import Pattern, SparseWeight
 from tests.models.twins import FORMS
 

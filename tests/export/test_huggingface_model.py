@@ -19,7 +19,7 @@ from slope_dist.data.sentencepiece_model import SentencePieceTokenizer, train_to
 from slope_dist.errors import UserError
 from slope_dist.export.huggingface_model import HuggingFaceModel
 from slope_dist.export.opening import open_model
-from slope_dist.models import shape_of
+from slope_dist.planning.shapes import shape_of
 from tests.export.damage import WEIGHTS, edit, refused, rewrite, spoilt
 from tests.export.hugging_face import EXACT, difference, exported, ours, theirs
 from tests.export.models import random_stored
