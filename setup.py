@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "compressed-tensors>=0.20",
             "hypothesis>=6.170",
             "mypy>=2.4",
             "pytest>=9.2",

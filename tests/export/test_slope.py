@@ -25,6 +25,7 @@ from slope_dist.checkpoint.format import encode
 from slope_dist.errors import UserError
 from slope_dist.export import open_model
 from slope_dist.export.options import Options
+from slope_dist.export.proof import WrongExportError, check_same
 from slope_dist.export.slope import SlopeExport, SlopeModel, shapes_in_files
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.tensor_files import Planned, write_file_of_tensors
@@ -48,9 +49,8 @@ def written(stored: StoredModel, folder: Path, **options: Any) -> tuple[SlopeMod
     folder.mkdir()
     export = SlopeExport(stored, Options(**{"tokenizer": False} | options))
     said = export.write(folder, Transfer())
-    size = (folder / TENSORS).stat().st_size
-    header = 8 + int.from_bytes((folder / TENSORS).read_bytes()[:8], "little")
-    assert size - header <= export.bytes
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert 0.9 * export.bytes < sum(sizes.values()) - sizes[DESCRIPTION] <= 1.01 * export.bytes
     opened = open_model(folder)
     assert isinstance(opened, SlopeModel)
     return opened, said
@@ -147,8 +147,24 @@ def test_pruned_factors_are_appended_and_said(tmp_path: Path) -> None:
     assert "changes the model" in line
     (number,) = re.findall(r"0\.\d+", line)
     assert float(number) == pytest.approx((lost / total) ** 0.5, abs=1e-4)
-    assert lost > 0.0
+    # Of normal numbers, as docs/inference-formats.md says.
+    assert float(number) == pytest.approx(0.36, abs=0.02)
     assert distance(logits_of(opened), logits_of(with_sparse_factors(stored))) < 1e-5
+
+
+def test_zeros_that_are_not_kept_have_no_sign(tmp_path: Path) -> None:
+    stored = with_sparse_factors(random_stored("opt", adapters=True))
+    down = stored._tensors[f"{LAYER}.adapter.down"]
+    down.copy_(torch.where(down == 0.0, -0.0, down))
+    opened, said = written(stored, tmp_path / "out")
+    assert said == []
+    found = opened.read(f"{LAYER}.adapter.down")
+    assert torch.equal(found, down)
+    assert not torch.signbit(found[found == 0.0]).any()
+    check_same(stored, opened, Options(), Transfer())
+    stored._tensors[f"{LAYER}.adapter.down"] = down * 1.001
+    with pytest.raises(WrongExportError, match=re.escape(LAYER)):
+        check_same(stored, SlopeModel(tmp_path / "out"), Options(), Transfer())
 
 
 def test_there_may_be_nothing_to_prune(tmp_path: Path) -> None:
@@ -227,6 +243,9 @@ def test_the_tokenizer_comes_with_it(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--tokenizer"):
         bare.tokenizer()
     assert open_model(tmp_path / "bare", given).tokenizer().sha256 == tokenizer.sha256
+    written(random_stored("opt"), tmp_path / "small")
+    with pytest.raises(UserError, match=f"ids, and the model {VOCAB}"):
+        open_model(tmp_path / "small", given).tokenizer()
 
 
 def test_a_missing_tokenizer_is_refused_before_anything_is_written() -> None:
