@@ -33,10 +33,14 @@ setup(
         "torch>=2.11",
     ],
     extras_require={
+        "evaluation": ["lm-eval>=0.4.13"],
         "test": [
+            "accelerate>=1.15",
             "compressed-tensors>=0.20",
             "hypothesis>=6.170",
+            "lm-eval>=0.4.13",
             "mypy>=2.4",
+            "peft>=0.21",
             "pytest>=9.2",
             "pytest-xdist>=3.6",
             "ruff>=0.17",

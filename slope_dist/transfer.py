@@ -18,6 +18,11 @@ def size_text(size: float) -> str:
     return f"{size:.2f} GiB"
 
 
+def count_text(count: float) -> str:
+    """A number for people: "12,288"."""
+    return f"{count:,.0f}"
+
+
 def duration_text(seconds: float) -> str:
     """Seconds for people: "3m12s"."""
     if seconds < 10:
@@ -28,11 +33,12 @@ def duration_text(seconds: float) -> str:
 
 
 class Transfer:
-    """Bytes on their way to or from a disk.
+    """Bytes on their way to or from a disk, or other units of a long work.
 
     Args:
         what: such as "saving step 12".
         say: called with a line; None for silence.
+        text: writes a number of the units.
         quiet: see `QUIET_SECONDS`.
         clock: seconds.
     """
@@ -42,17 +48,19 @@ class Transfer:
         what: str = "",
         say: Callable[[str], None] | None = None,
         *,
+        text: Callable[[float], str] = size_text,
         quiet: float = QUIET_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._what = what
         self._say = say
+        self._text = text
         self._quiet = quiet
         self._clock = clock
         self.begin(0)
 
     def begin(self, total: int) -> None:
-        """From here on, so many bytes."""
+        """From here on, so many units."""
         self._total = total
         self._done = 0
         self._start = self._said = self._clock()
@@ -67,6 +75,6 @@ class Transfer:
         rate = self._done / (now - self._start)
         left = max(0, self._total - self._done) / rate
         self._say(
-            f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, "
-            f"{size_text(rate)}/s, {duration_text(left)} left"
+            f"{self._what}: {self._text(self._done)} of {self._text(self._total)}, "
+            f"{self._text(rate)}/s, {duration_text(left)} left"
         )

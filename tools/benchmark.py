@@ -6,6 +6,7 @@
     python tools/benchmark.py checkpoint --folder /where/checkpoints/go
     python tools/benchmark.py loader
     python tools/benchmark.py data --megabytes 80
+    python tools/benchmark.py inference --config configs/opt1.3b.json --folder /where/models/go
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
@@ -22,6 +23,10 @@ reading all of it once adds to the memory that the process holds.
 
 data: a .jsonl file made for it to tokens on disk, by prepare and by datasets.map with the same tokenizer and as many
 processes. Both are first seen to make as many tokens.
+
+inference: a model of a config, its weights random, written in the form for our own inference and in that of Hugging
+Face, each loaded on the CPU by a process of its own: what it then holds and, for information, how fast it is. The two
+are seen to give the same logits.
 """
 
 from __future__ import annotations
@@ -33,24 +38,21 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import benchmark_tables as tables
 import checkpoint_rivals
 import torch
 from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from slope_dist.benchmark import layer, loading, machine, preparing, ranks, traffic
+from slope_dist.benchmark import inference, layer, loading, machine, memory, preparing, ranks, traffic
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
+from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
-SPARSE = [rival for rival in layer.RIVALS if rival != layer.DENSE]
 EXIT_WRONG_RESULT = 1
-KIB = 2**10
-MIB = 2**20
-GB = 10**9
 TABLE_WIDTH = 120
 
 
@@ -131,6 +133,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     options.add_argument("--rounds", type=int, default=5, metavar="N", help="runs of each (%(default)s)")
     _add_output(options)
+    options = commands.add_parser("inference", help="memory of a loaded model, compressed beside dense")
+    options.set_defaults(check=_check_inference, run=run_inference)
+    options.add_argument("--config", required=True, metavar="FILE", help="of a run")
+    options.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="%(default)s")
+    use = inference.Work()
+    options.add_argument("--prompt", type=int, default=use.prompt, metavar="N", help="tokens (%(default)s)")
+    options.add_argument("--seconds", type=float, default=use.seconds, metavar="S", help="timing of each (%(default)s)")
+    options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
+    options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
+    _add_output(options)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen
@@ -185,6 +197,20 @@ def _check_data(options: argparse.Namespace) -> None:
     # A tokenizer is trained on it.
     if not 2 <= options.megabytes <= 10_000:
         raise UserError(f"--megabytes {options.megabytes} is not between 2 and 10000")
+
+
+def _check_inference(options: argparse.Namespace) -> None:
+    if not memory.can_measure(torch.device("cpu")):
+        raise UserError("this system does not tell a process what memory it holds; use Linux")
+    # Kept: a config is read and checked once.
+    options.run_config = load_config(options.config)
+    length = options.run_config.model.sequence_length
+    if not 1 <= options.prompt < length:
+        raise UserError(f"--prompt {options.prompt} is not between 1 and {length - 1}, the model's length less one")
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"--threads {options.threads} is less than 1")
+    _check_seconds(options.seconds)
+    _check_folder(options.folder)
 
 
 def _check_width(name: str, width: int) -> None:
@@ -244,7 +270,7 @@ def run_layer(options: argparse.Namespace) -> None:
             for name, most in peak.items():
                 rivals[name]["peak_bytes"] = most
             rows.append(case.row() | {"rivals": rivals})
-    _report("layer", rows, facts, layer_table(rows, facts), options.output)
+    _report("layer", rows, facts, tables.layer_table(rows, facts), options.output)
 
 
 def run_traffic(options: argparse.Namespace) -> None:
@@ -254,7 +280,7 @@ def run_traffic(options: argparse.Namespace) -> None:
     facts = machine.describe(torch.device("cpu")) | {"deepspeed": version("deepspeed")}
     with Console(stderr=True).status(f"{len(cases)} cases on {traffic.RANKS} ranks"):
         rows = traffic.measure(cases, size)
-    _report("traffic", rows, facts, traffic_table(rows, size, facts), options.output)
+    _report("traffic", rows, facts, tables.traffic_table(rows, size, facts), options.output)
 
 
 def run_checkpoint(options: argparse.Namespace) -> None:
@@ -263,7 +289,7 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     facts = machine.describe(torch.device("cpu")) | {"deepspeed": version("deepspeed")}
     with Console(stderr=True).status(f"{checkpoint_rivals.RANKS} ranks save and load"):
         rows = checkpoint_rivals.measure(size, options.stages, options.rounds, options.folder)
-    _report("checkpoint", rows, facts, checkpoint_table(rows, facts), options.output)
+    _report("checkpoint", rows, facts, tables.checkpoint_table(rows, facts), options.output)
 
 
 def run_loader(options: argparse.Namespace) -> None:
@@ -272,23 +298,7 @@ def run_loader(options: argparse.Namespace) -> None:
     facts = machine.describe(torch.device("cpu")) | {"megatron-core": version("megatron-core")}
     with Console(stderr=True).status(f"{size.samples} samples"):
         row = loading.measure(size, options.seconds, options.folder)
-    _report("loader", [row], facts, loader_table(row, facts), options.output)
-
-
-def loader_table(row: dict, facts: dict[str, object]) -> Table:
-    """The row for a reader."""
-    table = Table(
-        title=f"batches of {row['batch_size']} x {row['sequence_length']} tokens from "
-        f"{row['corpus_bytes'] / GB:.2f} GB, {facts['device']}, megatron-core {facts['megatron-core']}",
-        caption="x: median of the ratios of time, round by round, with quartiles. Memory: what the resident memory "
-        f"grows by while {row['samples']} samples are read.",
-    )
-    for heading in ("", "million tokens/s", "time x", "memory MiB"):
-        table.add_column(heading, justify="right")
-    for name, rival in row["rivals"].items():
-        speed = f"{rival['tokens_per_second'] / 1e6:.1f}"
-        table.add_row(name, speed, _ratio(rival), f"{rival['grown_bytes'] / MIB:.1f}")
-    return table
+    _report("loader", [row], facts, tables.loader_table(row, facts), options.output)
 
 
 def run_data(options: argparse.Namespace) -> None:
@@ -297,51 +307,19 @@ def run_data(options: argparse.Namespace) -> None:
     facts = machine.describe(torch.device("cpu")) | {name: version(name) for name in libraries}
     with Console(stderr=True).status(f"{options.megabytes:g} MB on {options.workers} processes"):
         rows = preparing.measure(options.megabytes, options.workers, options.rounds, options.tokenizers)
-    _report("data", rows, facts, data_table(rows, facts), options.output)
+    _report("data", rows, facts, tables.data_table(rows, facts), options.output)
 
 
-def data_table(rows: list[dict], facts: dict[str, object]) -> Table:
-    """The rows for a reader: MB/s of each, and the ratio of their times."""
-    table = Table(
-        title=f"{rows[0]['bytes'] / preparing.MB:.0f} MB of .jsonl to tokens, {rows[0]['workers']} processes, "
-        f"{facts['device']}, datasets {facts['datasets']}, tokenizers {facts['tokenizers']}, sentencepiece "
-        f"{facts['sentencepiece']}",
-        caption="Medians. datasets: load_dataset and map. x: seconds of prepare over those of "
-        "datasets, round by round. prepare also reads each document back, splits, and hashes.",
-    )
-    for heading in ("tokenizer", "prepare MB/s", "datasets MB/s", "x"):
-        table.add_column(heading, justify="left" if heading == "tokenizer" else "right")
-    for row in rows:
-        speeds = (f"{row['rivals'][name]['mb_per_second']:.1f}" for name in (preparing.OURS, preparing.THEIRS))
-        table.add_row(row["tokenizer"], *speeds, f"{row['ratio']:.2f}")
-    return table
-
-
-def checkpoint_table(rows: list[dict], facts: dict[str, object]) -> Table:
-    """The rows for a reader: sizes, and seconds for each GB of state with ratios of ours to the others'."""
-    table = Table(
-        title=f"seconds a GB of state (bf16 weights, fp32 masters and moments), {rows[0]['ranks']} ranks, "
-        f"{facts['device']}, {facts['cores']} cores, torch {facts['torch']}, deepspeed {facts['deepspeed']}",
-        caption="Medians. save: to the disk, synced. load: files in the page cache; ours are verified first. stall: "
-        "what training waits for where the rest is written beside it. (x): seconds of slope_dist over this one's, "
-        "round by round. SHA-256 alone, which only slope_dist computes, once in a save and once in a load: hash.",
-    )
-    for heading in ("state", "ZeRO", "GB"):
-        table.add_column(heading)
-    for heading in ("", "stored GB", "save", "load", "stall", "hash"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        first = [row["pattern"], str(row["zero_stage"]), f"{row['state_bytes'] / GB:.2f}"]
-        for name, rival in row["rivals"].items():
-            ratios = row["ratios"].get(name, {})
-            cells = []
-            for what in ("save_to_disk", "load", "stall"):
-                seconds = f"{rival[what]['median'] * GB / row['state_bytes']:.2f}" if what in rival else "-"
-                cells.append(seconds + (f" ({ratios[what]['median']:.2f}x)" if what in ratios else ""))
-            hashed = f"{row['hash']['median'] * GB / row['state_bytes']:.2f}" if name == checkpoint_rivals.OURS else ""
-            table.add_row(*first, name, f"{rival['stored_bytes'] / GB:.3f}", *cells, hashed)
-            first = ["", "", ""]
-    return table
+def run_inference(options: argparse.Namespace) -> None:
+    """Write, load and measure both forms, print the table and write the numbers."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    facts = machine.describe(torch.device("cpu"))
+    work = inference.Work(prompt=options.prompt, seconds=options.seconds)
+    with Console(stderr=True).status("") as status:
+        row = inference.measure(options.run_config, DTYPES[options.dtype], work, options.folder, status.update)
+    row = {"config": Path(options.config).stem} | row
+    _report("inference", [row], facts, tables.inference_table(row, facts), options.output)
 
 
 def _report(name: str, rows: list[dict], facts: dict[str, object], table: Table, output: Path | None) -> None:
@@ -356,63 +334,6 @@ def _report(name: str, rows: list[dict], facts: dict[str, object], table: Table,
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
     console.print(f"every number is in {output}")
-
-
-def traffic_table(rows: list[dict], size: traffic.Size, facts: dict[str, object]) -> Table:
-    """The rows for a reader: KiB of a dense block, and 2:4 over dense with and without biases and norms."""
-    table = Table(
-        title=f"one block in one step, width {size.hidden_size}, inner width {size.ffn_size}, {traffic.RANKS} ranks, "
-        f"torch {facts['torch']}, deepspeed {facts['deepspeed']}",
-        caption="x: bytes of 2:4 over those of dense, for the whole block and for its linears alone. Reduced: "
-        "gradients. Gathered: weights, at ZeRO 3 and FSDP2 with metadata.",
-    )
-    for heading in ("engine", "weights", "gradients"):
-        table.add_column(heading)
-    for kind in (traffic.REDUCED, traffic.GATHERED):
-        for heading in (f"{kind} KiB", "block x", "linears x"):
-            table.add_column(heading, justify="right")
-    for row in rows:
-        cells = []
-        for kind in (traffic.REDUCED, traffic.GATHERED):
-            ratios = row[kind]
-            dense = f"{row[traffic.DENSE]['block_bytes'][kind] / KIB:.0f}"
-            cells += ["-"] * 3 if ratios is None else [dense, f"{ratios['block']:.4f}", f"{ratios['linears']:.4f}"]
-        gradients = "fp32" if row["gradient_dtype"] == "fp32" else row["precision"]
-        table.add_row(row["engine"], row["precision"], gradients, *cells)
-    return table
-
-
-def layer_table(rows: list[dict], facts: dict[str, object]) -> Table:
-    """The rows for a reader: medians, ratios with their quartiles, and memory."""
-    table = Table(
-        title=f"one linear layer, forward + backward, {rows[0]['tokens']} tokens, {facts['device']}, "
-        f"{facts['threads']} threads, torch {facts['torch']}",
-        caption="x: median of the ratios to torch.nn.Linear, round by round, with quartiles. MiB: weights and buffers "
-        "and the measured peak of a step above them and the input and output gradient.",
-    )
-    headings = ["in -> out", "dtype", "dense ms", *(f"{rival} x" for rival in SPARSE)]
-    for heading in headings + [f"{rival} MiB" for rival in layer.RIVALS]:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        rivals = row["rivals"]
-        table.add_row(
-            f"{row['in_features']} -> {row['out_features']}",
-            NAMES[row["dtype"]],
-            f"{rivals[layer.DENSE]['seconds'] * 1e3:.1f}",
-            *(_ratio(rivals[rival]) for rival in SPARSE),
-            *(_memory(rivals[rival]) for rival in layer.RIVALS),
-        )
-    return table
-
-
-def _ratio(rival: dict[str, float]) -> str:
-    return f"{rival['ratio']:.2f} ({rival['ratio_q1']:.2f}-{rival['ratio_q3']:.2f})"
-
-
-def _memory(rival: dict[str, float]) -> str:
-    if "peak_bytes" not in rival:
-        return "not measured"
-    return f"{(rival['held_bytes'] + rival['peak_bytes']) / MIB:.0f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

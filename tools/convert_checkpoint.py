@@ -28,6 +28,7 @@ exit codes:
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ from pathlib import Path
 import torch
 
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
+from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.export.exporting import FORMS, convert
 from slope_dist.export.opening import form_of, open_model
@@ -116,6 +118,19 @@ def run(options: argparse.Namespace) -> list[str]:
     lines = convert(stored, options.to, options.output, chosen, _transfer("writing"), _transfer("reading back"))
     size = sum(path.stat().st_size for path in options.output.rglob("*") if path.is_file())
     return [*lines, f"{options.output}: {options.to}, {size_text(size)}, read back and the same"]
+
+
+def _begin_run(options: argparse.Namespace) -> list[str]:
+    # Of runs and corpora only this form needs to know, and loading what knows them takes seconds.
+    from slope_dist.training.beginning import begin_from
+
+    config = load_config(options.config, options.changes)
+    stored = open_model(options.model, options.tokenizer, _transfer("hashing files"))
+    begun = begin_from(stored, config, merge_adapters=options.merge_adapters, transfer=_transfer("writing"))
+    go_on = ["python", "launch/pretrain.py", "--config", options.config]
+    for change in options.changes:
+        go_on += ["--set", change]
+    return [*begun.lines, f"{begun.path}: {size_text(begun.bytes)}; go on with: {shlex.join(go_on)}"]
 
 
 def _transfer(what: str) -> Transfer:

@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,44 @@ def peak_of(prepare: Callable[[], Callable[[], None]], device: torch.device) -> 
     return int(answer)
 
 
+def anonymous_bytes() -> int:
+    """Resident memory of this process that is of no file, such as tensors; a file's mapped pages are not in it."""
+    return _status("RssAnon")
+
+
+class AnonymousPeak:
+    """The most anonymous memory while a block runs, looked at every few milliseconds from a thread of its own.
+
+    The kernel keeps a high-water mark only of all resident memory, in which mapped files are.
+
+    Attributes:
+        bytes: the most that was seen.
+    """
+
+    def __init__(self, seconds: float = 0.002) -> None:
+        self.bytes = 0
+        self._seconds = seconds
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> AnonymousPeak:
+        self.bytes = anonymous_bytes()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._look()
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, anonymous_bytes())
+
+    def _watch(self) -> None:
+        while not self._end.wait(self._seconds):
+            self._look()
+
+
 def _peak_on_cuda(prepare: Callable[[], Callable[[], None]], device: torch.device) -> int:
     work = prepare()
     gc.collect()
@@ -64,7 +103,7 @@ def _measure_and_exit(prepare: Callable[[], Callable[[], None]], writing: int) -
     try:
         work = prepare()
         gc.collect()
-        _return_free_heap()
+        return_free_heap()
         _CLEAR.write_text("5")
         before = _status("VmRSS")
         work()
@@ -77,8 +116,11 @@ def _measure_and_exit(prepare: Callable[[], Callable[[], None]], writing: int) -
         os._exit(code)
 
 
-def _return_free_heap() -> None:
-    # Free heap that stays resident would be used again unseen, and the peak read too low.
+def return_free_heap() -> None:
+    """Give the system back what the C library keeps of freed memory.
+
+    It would stay resident and be used again unseen, and a peak be read too low.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -59,19 +59,24 @@ class Tokenizer(ABC):
         """Ids of `text`, without an end-of-document id: int32 [T]."""
         return self.encode_batch([text])[0]
 
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        """UTF-8 of the text that each id stands for, which may end within a character; empty where it is no text."""
+        return self._pieces
+
     def piece_bytes(self) -> np.ndarray:
         """UTF-8 bytes of text each id stands for: int32 [vocab_size]; 0 for ids that are no text."""
         return np.fromiter(map(len, self._pieces), dtype=np.int32, count=self.vocab_size)
+
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether each id is the same text in both and the same one ends a document, whatever their files are."""
+        return list(self._pieces) == list(other._pieces) and self.end_of_document == other.end_of_document
 
     def spells(self, ids: np.ndarray, text: bytes) -> bool:
         """Whether the pieces of `ids`, one after another, are exactly this text in UTF-8."""
         spelled = b"".join(map(self._pieces.__getitem__, ids.tolist()))
         before, after = self._around
         return spelled == (before + text + after if text else text)
-
-    def same_pieces(self, other: Tokenizer) -> bool:
-        """Whether each id is the same text in both, and the same one ends a document."""
-        return list(self._pieces) == list(other._pieces) and self.end_of_document == other.end_of_document
 
     def _check_lossless(self, path: Path | str, probe: str, remedy: str) -> None:
         """Refuse a tokenizer that changes text, or whose pieces are not what it decodes them to."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -19,10 +18,9 @@ from slope_dist.config.messages import explain
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel
-from slope_dist.models import family
+from slope_dist.export.stored import Origin, StoredModel, all_finite, forms_of
 from slope_dist.parallel.fragments import Kind, whole
-from slope_dist.sparse import Pattern, codec, pattern_of
+from slope_dist.sparse import codec
 from slope_dist.transfer import Transfer
 
 
@@ -55,7 +53,7 @@ class CheckpointModel(StoredModel):
         self.config = _config_of(self._checkpoint)
         self.model = self.config.model
         self.adapter_rank = self._adapter_rank()
-        self.linears = self._linears()
+        self.linears = forms_of(self.skeleton, self.config, self.adapter_rank)
         self.dtype = self._check()
         self.origin = Origin(self._checkpoint.path, "checkpoint", self._checkpoint.step)
 
@@ -76,7 +74,7 @@ class CheckpointModel(StoredModel):
                 codec.check(found, pattern)
             except ValueError as error:
                 raise CheckpointError(f"{self._checkpoint.path}: {name}: {error}") from error
-        elif not found.isfinite().all():
+        elif not all_finite(found):
             raise CheckpointError(f"{self._checkpoint.path}: {name}: expected finite numbers, found NaN or infinity")
         return found
 
@@ -106,19 +104,6 @@ class CheckpointModel(StoredModel):
         tensors = self._checkpoint.manifest.tensors
         downs = [tensor for key, tensor in tensors.items() if key.endswith(".adapter.down")]
         return downs[0].shape[0] if downs and downs[0].shape else 0
-
-    def _linears(self) -> dict[str, LinearForm]:
-        sparsity = self.config.sparsity
-        kept_dense = [*family(self.model.family).dense_layers, *sparsity.dense_layers]
-        forms = {}
-        for name, (shape, bias) in self.skeleton.linears.items():
-            pattern: Pattern | None = None
-            is_dense = name in PROJECTIONS or any(fnmatchcase(name, glob) for glob in kept_dense)
-            if sparsity.group is not None and not is_dense:
-                pattern = pattern_of(name, sparsity.pattern, sparsity.layer_patterns)
-            rank = self.adapter_rank if pattern is not None else 0
-            forms[name] = LinearForm(shape, pattern, rank, bias=bias)
-        return forms
 
     def _check(self) -> torch.dtype:
         """The dtype of the weights.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from slope_dist.export.opening import open_model
-from slope_dist.export.options import Options
+from slope_dist.export.options import Options, check_options
 from slope_dist.export.proof import check_same
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.target import new_folder
@@ -32,8 +32,9 @@ def export_of(stored: StoredModel, form: str, options: Options) -> Export:
     """The `form` of a model.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if it cannot be had, or an option has no meaning for it.
     """
+    check_options(form, options)
     if form == "hf":
         from slope_dist.export.huggingface import HuggingFaceExport
 

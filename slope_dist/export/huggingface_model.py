@@ -66,6 +66,10 @@ class HuggingFaceModel(StoredModel):
         self._tokenizer_path = tokenizer
         self._transfer = transfer or Transfer()
         self._reader = _opened(path)
+        blocks, found = self.model.num_layers, len(self._reader.entries)
+        if found < blocks:
+            # Before the model's shapes are made, which takes a while for so many.
+            raise UserError(f"{path}: expected tensors of {blocks} blocks, as {CONFIG} says, found {found} tensors")
         self._tensors = self._named()
         self.dtype = self._check()
         self._places: dict[str, tuple[FileTensor, range]] = {}
@@ -143,6 +147,7 @@ class HuggingFaceModel(StoredModel):
         Raises:
             UserError: if the tensors are not those of the model.
         """
+        # The first layer's first, of tokens.
         entries, table = self._reader.entries, self._tensors[0].name
         dtype = entries[table].dtype if table in entries else torch.float32
         if dtype not in _DTYPES:

@@ -28,15 +28,18 @@ class Options:
     tokenizer: bool = True
 
 
+_FORMS_OF = {"merge_adapters": "hf", "pad_adapters": "hf", "prune_adapters": "slope"}
+"""The form that an option has a meaning for."""
+
+
 def check_options(form: str, options: Options) -> None:
     """Refuse what has no meaning for a form.
 
     Raises:
         UserError: naming the option and the form it is for.
     """
-    if (options.merge_adapters or options.pad_adapters) and form != "hf":
-        raise UserError(f"--merge-adapters and --pad-adapters are for --to hf, not {form}")
+    for option, only in _FORMS_OF.items():
+        if getattr(options, option) and form != only:
+            raise UserError(f"--{option.replace('_', '-')} is for --to {only}, not for --to {form}")
     if options.merge_adapters and options.pad_adapters:
         raise UserError("--merge-adapters leaves no adapters to pad; give one of the two")
-    if options.prune_adapters and form != "slope":
-        raise UserError(f"--prune-adapters is for --to slope, not {form}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
+from slope_dist.config.model import ModelConfig
 from slope_dist.export.options import Options
 from slope_dist.export.stored import StoredModel, row_blocks
+from slope_dist.models import ModelShape, Rotary, shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern
 from slope_dist.transfer import Transfer
 
@@ -27,7 +30,7 @@ def check_same(source: StoredModel, made: StoredModel, options: Options, transfe
         WrongExportError: naming the first tensor that is another.
         UserError: if either cannot be read.
     """
-    if source.model != made.model:
+    if _computes(source.model) != _computes(made.model):
         raise WrongExportError(f"{made.origin.path}: the model's sizes do not read back")
     transfer.begin(sum(prod(form.shape) for form in source.linears.values()) * made.dtype.itemsize)
     for name, shape in source.skeleton.others.items():
@@ -42,6 +45,15 @@ def check_same(source: StoredModel, made: StoredModel, options: Options, transfe
             _require_equal(f"{name}.bias", source.read(f"{name}.bias").to(made.dtype), made.read(f"{name}.bias"))
         if form.adapter_rank and not options.merge_adapters:
             _check_adapter(source, made, name, options)
+
+
+def _computes(model: ModelConfig) -> tuple[str, ModelShape]:
+    """What of a model shows in its logits, what its config leaves open filled in; not how its weights were begun."""
+    shape = shape_of(model)
+    # The other numbers of rotary positions are those of a scaling.
+    rotary = shape.rotary if shape.rotary.scaling is not None else Rotary(base=shape.rotary.base)
+    shape = replace(shape, num_kv_heads=shape.kv_heads, rotary=rotary)
+    return model.family, replace(shape, init_std=0.0, scale_residual_init=False)
 
 
 def _check_adapter(source: StoredModel, made: StoredModel, name: str, options: Options) -> None:

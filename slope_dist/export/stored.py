@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -15,11 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slope_dist.config import Config
 from slope_dist.config.model import ModelConfig
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.layers import LayerFactory, Linear, logical_tensors
-from slope_dist.models import build_model, shape_of
-from slope_dist.sparse import CompressedMatrix, Pattern
+from slope_dist.models import build_model, family, shape_of
+from slope_dist.sparse import CompressedMatrix, Pattern, pattern_of
 
 PROJECTIONS = frozenset({"decoder.project_in", "decoder.project_out"})
 """Linear layers outside the blocks, which are dense and have no adapter."""
@@ -69,6 +71,20 @@ class Skeleton:
         parts = {f"{name}.{part}" for name in linears for part in ("weight.values", "bias")}
         others = {tensor.name: tensor.shape for tensor in logical_tensors(made) if tensor.name not in parts}
         return cls(linears, others)
+
+
+def forms_of(skeleton: Skeleton, config: Config, adapter_rank: int = 0) -> dict[str, LinearForm]:
+    """How a run stores each linear layer, by name; `adapter_rank` is that of the sparse ones."""
+    sparsity = config.sparsity
+    kept_dense = [*family(config.model.family).dense_layers, *sparsity.dense_layers]
+    forms = {}
+    for name, (shape, bias) in skeleton.linears.items():
+        pattern: Pattern | None = None
+        is_dense = name in PROJECTIONS or any(fnmatchcase(name, glob) for glob in kept_dense)
+        if sparsity.group is not None and not is_dense:
+            pattern = pattern_of(name, sparsity.pattern, sparsity.layer_patterns)
+        forms[name] = LinearForm(shape, pattern, 0 if pattern is None else adapter_rank, bias=bias)
+    return forms
 
 
 @dataclass(frozen=True)
@@ -187,6 +203,12 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite, looked at in parts: at once would take twice its memory more."""
+    blocks = row_blocks(tuple(tensor.shape), tensor.element_size())
+    return all(bool(tensor[start:stop].isfinite().all()) for start, stop in blocks)
 
 
 def keeps_two_of_four(dense: Tensor) -> bool:

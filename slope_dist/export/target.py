@@ -32,12 +32,7 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
     temporary = target.with_name(f"{target.name}.tmp-{uuid4().hex}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed_bytes + SPARE_BYTES:
-            raise UserError(
-                f"{target.parent} has {free / 1e9:.2f} GB free, and {needed_bytes / 1e9:.2f} GB are needed; make room, "
-                "or name another --output"
-            )
+        refuse_without_room(target.parent, needed_bytes)
         temporary.mkdir()
         try:
             yield temporary
@@ -53,6 +48,20 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
         raise UserError(f"{target} was not written: {what}{error.strerror or error}") from error
+
+
+def refuse_without_room(folder: Path, needed_bytes: int) -> None:
+    """Refuse what would not fit beside the files that are there.
+
+    Raises:
+        UserError: if the file system of `folder`, which exists, has too little room.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + SPARE_BYTES:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free, and {needed_bytes / 1e9:.2f} GB are needed; make room, or name "
+            "another --output"
+        )
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slope_dist.command_line import visible
 from slope_dist.errors import UserError
+from slope_dist.export.stored import all_finite
 from slope_dist.export.tensor_files import KNOWN_DTYPES
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -96,7 +97,7 @@ class TensorReader:
         view = self._handles[entry.file].get_slice(name)
         found: Tensor = (view[start:stop] if columns is None else view[start:stop, columns[0] : columns[1]]).clone()
         self._check_unchanged(entry.file)
-        if found.is_floating_point() and not found.isfinite().all():
+        if found.is_floating_point() and not all_finite(found):
             raise UserError(f"{path}: {name}: expected finite numbers, found NaN or infinity")
         return found
 

@@ -41,10 +41,10 @@ class AppendedLinear(nn.Module):
 
 
 class InferenceFactory(LayerFactory):
-    """Makes each linear layer empty, as it is stored."""
+    """Makes each linear layer as it is stored, without memory: `load_layer` gives every tensor its own."""
 
     def __init__(self, linears: dict[str, LinearForm]) -> None:
-        super().__init__(seed=0, pattern=None, draw=False)
+        super().__init__(seed=0, pattern=None, draw=False, device="meta")
         self._linears = linears
 
     def linear(  # type: ignore[override]
@@ -54,19 +54,20 @@ class InferenceFactory(LayerFactory):
         form = self._linears[name]
         rank = form.adapter_rank
         rows = out_features + (rank if form.appended else 0)
-        weight: Weight
-        if form.pattern is None:
-            weight = DenseWeight(torch.zeros(rows, in_features))
-        else:
-            weight = SparseWeight(CompressedMatrix.blank((rows, in_features), form.pattern))
-        if form.appended:
-            assert isinstance(weight, SparseWeight)
-            return AppendedLinear(name, weight, torch.zeros(out_features, rank), bias=bias)
-        adapter = None
-        if rank:
-            assert split != "whole"
-            adapter = LowRankAdapter(torch.zeros(rank, in_features), out_features, split=split)
-        return Linear(name, weight, bias=bias, split=split, adapter=adapter)
+        with torch.device(self.device):
+            weight: Weight
+            if form.pattern is None:
+                weight = DenseWeight(torch.empty(rows, in_features))
+            else:
+                weight = SparseWeight(CompressedMatrix.blank((rows, in_features), form.pattern, self.device))
+            if form.appended:
+                assert isinstance(weight, SparseWeight)
+                return AppendedLinear(name, weight, torch.empty(out_features, rank), bias=bias)
+            adapter = None
+            if rank:
+                assert split != "whole"
+                adapter = LowRankAdapter(torch.empty(rank, in_features), out_features, split=split)
+            return Linear(name, weight, bias=bias, split=split, adapter=adapter)
 
 
 class InferenceModel:
@@ -111,12 +112,13 @@ class InferenceModel:
         return self._tokenizer
 
     @torch.inference_mode()
-    def logits(self, tokens: Tensor, decoding: Decoding | None = None) -> Tensor:
-        """int64 [B, S] -> [B, S, V] in the model's dtype.
+    def logits(self, tokens: Tensor, decoding: Decoding | None = None, since: int = 0) -> Tensor:
+        """int64 [B, S] -> [B, S - since, V] in the model's dtype.
 
-        With `decoding` the tokens are the next part of its sequences. A sequence should not be longer than `context`.
+        With `decoding` the tokens are the next part of its sequences; the first `since` of them get no logits. A
+        sequence should not be longer than `context`.
         """
-        return self.module.logits(tokens.to(self.device), decoding)
+        return self.module.logits(tokens.to(self.device), decoding, since)
 
     @property
     def weight_bytes(self) -> int:
@@ -149,7 +151,7 @@ def load_model(
 
 
 def load_layer(layer: nn.Module, stored: StoredModel, dtype: torch.dtype, transfer: Transfer) -> None:
-    """Put stored tensors into a layer that `InferenceFactory` made, in place, cast to `dtype`."""
+    """Put stored tensors, cast to `dtype`, in the place of those of a layer that `InferenceFactory` made."""
     with torch.no_grad():
         for tensor in logical_tensors(layer):
             name, live = tensor.name, tensor.tensor
@@ -162,8 +164,12 @@ def load_layer(layer: nn.Module, stored: StoredModel, dtype: torch.dtype, transf
             else:
                 found = stored.read(name)
             transfer.add(found.nbytes)
-            live.data = found if live.dtype == torch.uint8 else found.to(dtype)
-            live.requires_grad_(False)
+            found = found if live.dtype == torch.uint8 else found.to(dtype)
+            # Not set as the data of the old one, which has no memory and so is of another kind. What else refers to the
+            # tensor, such as a head tied to it, has the new one too.
+            torch.utils.swap_tensors(
+                live, nn.Parameter(found, requires_grad=False) if isinstance(live, nn.Parameter) else found
+            )
 
 
 def _loaded(stored: StoredModel, device: torch.device, dtype: torch.dtype, transfer: Transfer) -> LanguageModel:

@@ -29,6 +29,11 @@ class BlockCache:
         self.values[:, :, seen:stop] = v
         return self.keys[:, :, :stop], self.values[:, :, :stop]
 
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these sequences alone: int64 [b]."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[rows], self.values[rows]
+
 
 class Decoding:
     """Sequences that are fed part by part, and what was kept of the parts before.
@@ -66,6 +71,12 @@ class Decoding:
         for block in self._blocks:
             yield Part(positions, visible, block, self.seen, self.capacity)
         self.seen += length
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these sequences of the batch alone, in this order: int64 [b]."""
+        self.padding = self.padding[rows]
+        for block in self._blocks:
+            block.keep(rows)
 
     def positions(self, length: int) -> Tensor:
         """Positions of the next `length` tokens: int64 [B, S]; 0 for padding."""

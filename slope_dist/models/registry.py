@@ -77,24 +77,24 @@ class LanguageModel(nn.Module):
         self.loss = loss
         self.recompute = recompute
 
-    def logits(self, tokens: Tensor, decoding: Decoding | None = None) -> Tensor:
-        """int64 [B, S] -> [B, S, V], or this tensor rank's part of V.
+    def logits(self, tokens: Tensor, decoding: Decoding | None = None, since: int = 0) -> Tensor:
+        """int64 [B, S] -> [B, S - since, V], or this tensor rank's part of V.
 
-        With `decoding` the tokens are the next part of its sequences.
+        With `decoding` the tokens are the next part of its sequences; the first `since` of them get no logits.
         """
         first, *blocks, last = self.layers
         if decoding is not None:
             hidden = first(tokens, decoding.positions(tokens.shape[1]))
             for block, part in zip(blocks, decoding.part(tokens.shape[1], len(blocks)), strict=True):
                 hidden = block(hidden, part)
-            return last(hidden)
+            return last(hidden[:, since:] if since else hidden)
         hidden = first(tokens)
         for block in blocks:
             if self.recompute and self.training:
                 hidden = checkpoint(block, hidden, use_reentrant=False)
             else:
                 hidden = block(hidden)
-        return last(hidden)
+        return last(hidden[:, since:] if since else hidden)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy in nats over all B * S labels, computed in fp32: int64 [B, S] twice -> scalar."""

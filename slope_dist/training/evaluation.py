@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
+from typing import Protocol
+
+from torch import Tensor
 
 from slope_dist.config import Config
 from slope_dist.config.weights import shares
 from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.data.sampling import Part, evaluation_batches
-from slope_dist.engine import Engine
+from slope_dist.engine.interface import MicroBatch
 from slope_dist.parallel import collectives
+
+
+class Evaluator(Protocol):
+    """What of an engine an evaluation needs."""
+
+    def evaluate(self, batch: MicroBatch) -> Tensor:
+        """See `Engine.evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,7 @@ def evaluate_mixture(parts: Sequence[Part], one: Callable[[Corpus], Evaluation |
 
 
 def evaluate(
-    engine: Engine,
+    engine: Evaluator,
     corpus: Corpus,
     config: Config,
     data_ranks: int,

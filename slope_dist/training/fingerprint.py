@@ -13,9 +13,8 @@ import torch
 
 from slope_dist.config import Config
 from slope_dist.data.corpus import Corpus
-from slope_dist.engine import Engine
 from slope_dist.errors import UserError
-from slope_dist.training.evaluation import evaluate
+from slope_dist.training.evaluation import Evaluator, evaluate
 
 SAMPLES = 2
 """Windows of the validation split in the fixed batch."""
@@ -24,19 +23,30 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2.0**-7, "fp16": 2.0**-9}
 """By which a loss may change, relative to it, with the layout or the machine: sums are made in another order."""
 
 
-def measure(engine: Engine, corpus: Corpus, config: Config, data_ranks: int, data_rank: int) -> dict[str, Any]:
-    """The fingerprint of an engine's state. Collective; the same on every rank."""
+def measure(
+    engine: Evaluator, corpus: Corpus, config: Config, data_ranks: int, data_rank: int, by: str | None = None
+) -> dict[str, Any]:
+    """The fingerprint of an engine's state. Collective; the same on every rank.
+
+    Args:
+        engine: what holds the state.
+        corpus: the validation split.
+        config: the run.
+        data_ranks: ranks that share the windows.
+        data_rank: this one.
+        by: what computes it, where that is no engine of a run, and so in no layout.
+    """
     found = evaluate(engine, corpus, config, data_ranks, data_rank, samples=SAMPLES)
     assert found is not None
     parallel = config.parallel.model_dump(mode="json")
     same = {key: parallel[key] for key in ("engine", "tensor", "pipeline", "zero_stage", "sequence_parallel")}
+    layout = same | {"data": data_ranks} if by is None else {"engine": by}
     return {
         "loss": found.loss,
         "samples": SAMPLES,
         "tolerance": TOLERANCE[config.precision],
         "made_by": {
-            **same,
-            "data": data_ranks,
+            **layout,
             "precision": config.precision,
             "micro_batch_size": config.training.micro_batch_size,
             "torch": str(torch.__version__),

@@ -62,6 +62,10 @@ def test_a_small_run_reports_every_rival_and_the_machine(tmp_path: Path) -> None
         (["data", "--workers", "0"], "--workers 0 is less than 1"),
         (["data", "--megabytes", "nan"], "--megabytes nan is not between 2 and 10000"),
         (["data", "--tokenizers", "bert"], "invalid choice: 'bert'"),
+        (["inference"], "the following arguments are required: --config"),
+        (["inference", "--config", "no/such.json"], "no/such.json"),
+        (["inference", "--config", "configs/tiny.json", "--prompt", "0"], "--prompt 0 is not between 1 and"),
+        (["inference", "--config", "configs/tiny.json", "--folder", "no/such"], "--folder no/such is not a folder"),
         (["gemm"], "invalid choice: 'gemm'"),
         ([], "COMMAND"),
     ],
@@ -71,6 +75,7 @@ def test_bad_options_are_refused_in_one_line(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    monkeypatch.chdir(ROOT)
     import benchmark as tool
 
     assert tool.main(options) == 2

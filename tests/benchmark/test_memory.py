@@ -5,7 +5,9 @@ Run: pytest tests/benchmark/test_memory.py
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,22 @@ def test_the_peak_is_what_was_held_at_the_worst_moment() -> None:
 
     # Above it some MiB of library code, paged in at its first use.
     assert 191 < memory.peak_of(prepare, CPU) / MIB < 230
+
+
+def test_anonymous_memory_is_that_of_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "mapped"
+    file.write_bytes(bytes(64 * MIB))
+    before = memory.anonymous_bytes()
+    with memory.AnonymousPeak() as peak:
+        mapped = torch.from_file(str(file), size=64 * MIB, dtype=torch.uint8, shared=False)
+        assert int(mapped.max()) == 0
+        held = torch.ones(64 * MIB, dtype=torch.uint8)
+        more = held.clone()
+        time.sleep(0.1)
+        del more
+    assert 127 < (peak.bytes - before) / MIB < 150
+    assert 63 < (memory.anonymous_bytes() - before) / MIB < 80
+    assert len(held) + len(mapped) == 128 * MIB
 
 
 def test_a_step_of_a_layer_takes_at_least_its_results() -> None:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from slope_dist.export.exporting import Options
 from slope_dist.export.huggingface import HuggingFaceExport
+from slope_dist.export.options import Options
 from slope_dist.export.stored import StoredModel
 from slope_dist.inference import InferenceModel
 from slope_dist.transfer import Transfer

@@ -6,17 +6,13 @@ Run: pytest tests/export/test_huggingface_model.py
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slope_dist.data.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
@@ -24,12 +20,10 @@ from slope_dist.errors import UserError
 from slope_dist.export.huggingface_model import HuggingFaceModel
 from slope_dist.export.opening import open_model
 from slope_dist.models import shape_of
-from tests.export.hugging_face import EXACT, difference, exported, ours, relative, theirs, with_adapter
+from tests.export.damage import WEIGHTS, edit, refused, rewrite, spoilt
+from tests.export.hugging_face import EXACT, difference, exported, ours, theirs
 from tests.export.models import random_stored
 from tests.models.twins import FORMS, random_model, twin_of
-
-WEIGHTS = "model.safetensors"
-ADAPTER = "adapter/adapter_model.safetensors"
 
 
 def dense_in(stored: Any, name: str) -> Tensor:
@@ -69,76 +63,6 @@ def test_what_transformers_saves_is_read(form: str, tmp_path: Path) -> None:
     assert difference(ours(found), theirs(twin)) < EXACT
 
 
-@pytest.mark.parametrize("form", ["opt", "gpt2", "llama"])
-@pytest.mark.parametrize("root", [False, True])
-def test_what_peft_saves_is_read(form: str, root: bool, tmp_path: Path) -> None:
-    twin = twin_of(random_model(FORMS[form]), FORMS[form])
-    twin.save_pretrained(tmp_path / "hf")
-    gpt2 = FORMS[form].family == "gpt2"
-    names = ["c_attn", "mlp.c_fc"] if gpt2 else ["q_proj", "v_proj"]
-    config = peft.LoraConfig(
-        r=3,
-        lora_alpha=7,
-        target_modules=names,
-        rank_pattern={names[1]: 5},
-        alpha_pattern={} if root else {names[0]: 2},
-        use_rslora=root,
-        fan_in_fan_out=gpt2,
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    made = peft.get_peft_model(twin, config).eval()
-    made.save_pretrained(tmp_path / "hf" / "adapter")
-    found = HuggingFaceModel(tmp_path / "hf")
-    assert {form.adapter_rank for form in found.linears.values()} == {0, 3, 5}
-    # A scaling of theirs that is none of ours is multiplied into a factor, which rounds it.
-    assert difference(ours(found), theirs(made)) < 2 * EXACT
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One of each family, with adapters."""
-    made = {}
-    for form in ("opt", "opt 350M", "gpt2", "llama", "llama scaled", "mistral"):
-        made[form] = tmp_path_factory.mktemp("written") / "hf"
-        exported(random_stored(form, adapters=True), made[form])
-    return made
-
-
-@pytest.fixture
-def copy(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A folder of one's own of a form, to damage."""
-
-    def copied(form: str) -> Path:
-        return Path(shutil.copytree(folders[form], tmp_path / "copy"))
-
-    return copied
-
-
-def refused(folder: Path, expected: str, act: Callable[[HuggingFaceModel], object] = lambda model: None) -> None:
-    """Opening, or `act`, ends in one line that has this in it."""
-    with pytest.raises(UserError) as caught:
-        act(HuggingFaceModel(folder))
-    assert expected in str(caught.value), str(caught.value)
-    assert str(caught.value).isprintable()
-    assert str(folder) in str(caught.value)
-
-
-def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a JSON file."""
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Tensor]], object], metadata: dict[str, str] | None = None) -> None:
-    """Change a file of tensors; its header keeps nothing but `metadata`."""
-    tensors = load_file(path)
-    change(tensors)
-    path.unlink()
-    save_file(tensors, path, metadata)
-
-
 GONE = object()
 CONFIGS: list[tuple[str, str, Any, str]] = [
     ("opt", "model_type", "bloom", 'model_type is "bloom"; our model has one of "opt", "gpt2", "llama", "mistral"'),
@@ -155,6 +79,7 @@ CONFIGS: list[tuple[str, str, Any, str]] = [
     ("opt", "hidden_size", GONE, "hidden_size is missing; expected a whole number above 0"),
     ("opt", "hidden_size", 60, "model.hidden_size 60 is not a multiple of 8"),
     ("opt", "num_hidden_layers", 10**6, "num_layers: Input should be less than or equal to 10000"),
+    ("opt", "num_hidden_layers", 9999, "expected tensors of 9999 blocks, as config.json says, found 52 tensors"),
     ("opt", "vocab_size", 96, "decoder.embed_tokens.weight: expected F32 [96, 64], found F32 [97, 64]"),
     ("opt", "do_layer_norm_before", False, "model.decoder.final_layer_norm.bias: expected only the tensors"),
     ("opt", "pruned_heads", {"0": [1]}, "pruned_heads is"),
@@ -236,13 +161,6 @@ def test_names_and_buffers_of_older_versions_are_known(copy, form: str, prefix: 
 
     rewrite(folder / WEIGHTS, older)
     assert difference(ours(HuggingFaceModel(folder)), expected) == 0
-
-
-def spoilt(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
-    def spoil(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = change(tensors[name])
-
-    return spoil
 
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -337,107 +255,6 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, change, expected: str) ->
     assert len(list((tmp_path / "hf").glob("model-*-of-00004.safetensors"))) == 4
     edit(tmp_path / "hf" / "model.safetensors.index.json", change)
     refused(tmp_path / "hf", expected)
-
-
-def test_an_adapter_of_another_base_is_refused(copy, folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = copy("llama")
-    rewrite(folder / WEIGHTS, spoilt(GATE, lambda tensor: tensor + 1))
-    refused(folder, f"{ADAPTER} is an adapter of another base: expected weights with identity")
-    shutil.rmtree(folder / "adapter")
-    shutil.copytree(folders["llama scaled"] / "adapter", folder / "adapter")
-    refused(folder, "is an adapter of another base")
-    # One that says nothing of its base is known by its shapes alone.
-    for form, expected in (
-        ("llama scaled", "expected factors [r, 64] and [32, r]"),
-        ("opt", "has no such linear layer"),
-    ):
-        shutil.rmtree(folder / "adapter")
-        shutil.copytree(folders[form] / "adapter", folder / "adapter")
-        rewrite(folder / ADAPTER, lambda tensors: None)
-        refused(folder, expected)
-
-
-UP = "base_model.model.model.layers.1.mlp.gate_proj.lora_B.weight"
-DOWN = UP.replace("_B", "_A")
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda factors: factors.pop(UP), "gate_proj.lora_A.weight: expected two factors [r, 64] and [160, r]"),
-        (
-            lambda factors: [factors.pop(name) for name in (UP, DOWN)],
-            "gate_proj has no adapter, and is a target module",
-        ),
-        (lambda factors: factors.clear() or factors.update(x=torch.ones(1)), "x: the base has no such linear layer"),
-        (lambda factors: factors.update({UP.replace("layers.1", "layers.3"): factors[UP].clone()}), "no such linear"),
-        (spoilt(UP, lambda factor: factor[:, :3].clone()), "expected factors [r, 64] and [160, r] for this base"),
-        (spoilt(UP, lambda factor: factor[0].clone()), "expected two factors"),
-        (spoilt(UP, torch.Tensor.byte), "expected floating point, found U8 [160, 4]"),
-    ],
-)
-def test_an_adapter_that_does_not_fit_is_refused(copy, change, expected: str) -> None:
-    folder = copy("llama")
-    rewrite(folder / ADAPTER, change)
-    refused(folder, expected)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [
-        ("peft_type", "LOHA", 'peft_type is "LOHA"; our model has "LORA"'),
-        ("bias", "all", 'bias is "all"; our model has "none"'),
-        ("use_dora", True, "use_dora is true; our model has false"),
-        ("modules_to_save", ["lm_head"], "modules_to_save is"),
-        ("layers_to_transform", [1], "layers_to_transform is [1]; our model has null"),
-        ("r", 5, "down_proj: adapter_config.json says rank 5, found rank 4"),
-        ("r", 0, "r is 0; expected a number above 0"),
-        ("lora_alpha", "1", "lora_alpha is"),
-        ("rank_pattern", {"gate_proj": 5}, "gate_proj: adapter_config.json says rank 5, found rank 4"),
-        ("rank_pattern", 5, "rank_pattern is 5; expected an object"),
-        ("target_modules", [], "target_modules is []; expected a list of names"),
-        ("target_modules", ["q_proj", "rubbish"], "the base has no linear layer rubbish"),
-        ("target_modules", ["q_proj", "v_proj"], "is not among the target_modules"),
-    ],
-)
-def test_an_adapter_that_does_something_else_is_refused(copy, key: str, value: Any, expected: str) -> None:
-    folder = copy("llama")
-    edit(folder / "adapter" / "adapter_config.json", lambda config: config.update({key: value}))
-    refused(folder, expected)
-
-
-def test_a_header_that_does_not_fit_its_adapter_is_refused(copy) -> None:
-    folder = copy("gpt2")
-    layer = "transformer.h.1.attn.q_proj"
-    for ranks, expected in (
-        ("rubbish", "ranks: expected ranks of linear layers of the base"),
-        (json.dumps({"other": 4}), "ranks: expected ranks of linear layers of the base"),
-        (json.dumps({layer: -4}), "ranks: expected ranks of linear layers of the base"),
-        (json.dumps({layer: 20}), "c_attn: the header's ranks do not fit rank 12"),
-        (json.dumps({layer: 4}), "c_proj has an adapter that they do not name"),
-    ):
-        rewrite(folder / ADAPTER, lambda factors: None, {"ranks": ranks})
-        refused(folder, expected)
-    own = {name: form.adapter_rank for name, form in random_stored("gpt2", adapters=True).linears.items()}
-    own = {name: rank for name, rank in own.items() if rank}
-    rewrite(folder / ADAPTER, lambda factors: None, {"ranks": json.dumps(own | {"transformer.h.0.attn.q_proj": 4})})
-    refused(folder, "ranks name layers that have no adapter")
-    other = layer.replace("q_proj", "k_proj")
-    rewrite(folder / ADAPTER, lambda factors: None, {"ranks": json.dumps(own | {layer: 3, other: 5})})
-    refused(folder, f"expected zeros beside the adapter of {layer}", lambda model: model.read(f"{layer}.adapter.up"))
-
-
-def test_an_adapter_of_ours_that_others_saved_again_is_read(copy) -> None:
-    folder = copy("gpt2")
-    expected = theirs(with_adapter(folder))
-    # Nothing of ours is left in its header: query, key and value share the whole adapter of their module.
-    rewrite(folder / ADAPTER, lambda factors: None)
-    found = HuggingFaceModel(folder)
-    assert found.linears["transformer.h.1.attn.q_proj"].adapter_rank == 12
-    assert found.linears["transformer.h.0.attn.q_proj"].adapter_rank == 0
-    assert relative(ours(found), expected) < 1e-5
-    exported(found, folder.parent / "again")
-    assert difference(theirs(with_adapter(folder.parent / "again")), expected) < EXACT
 
 
 def test_the_tokenizer_is_that_of_the_folder_or_the_one_named(tmp_path: Path) -> None:
