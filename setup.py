@@ -36,6 +36,7 @@ setup(
         "evaluation": ["lm-eval>=0.4.13"],
         "test": [
             "accelerate>=1.15",
+            "compressed-tensors>=0.20",
             "hypothesis>=6.170",
             "lm-eval>=0.4.13",
             "mypy>=2.4",

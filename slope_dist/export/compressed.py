@@ -7,7 +7,7 @@ Shape letters: O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -85,6 +85,19 @@ def weights_in_files(
     return found
 
 
+def layers_apart(weights: Iterable[FileTensor | CompressedWeight]) -> set[str]:
+    """Layers whose weights have our names in the files, whatever module of transformers they belong to."""
+    found = set()
+    for weight in weights:
+        if isinstance(weight, CompressedWeight):
+            modules = {weight.layer: weight.module}
+        else:
+            layers = [part.removesuffix(_WEIGHT) for part in weight.parts if part.endswith(_WEIGHT)]
+            modules = dict.fromkeys(layers, weight.name.removesuffix(".weight"))
+        found |= {layer for layer, module in modules.items() if layer == module}
+    return found
+
+
 class CompressedExport(HuggingFaceExport):
     """A model about to be written with its 2:4 weights compressed; see `Export`."""
 
@@ -114,6 +127,9 @@ class CompressedExport(HuggingFaceExport):
             else:
                 planned += _planned_parts(stored, tensor, dtype)
         return planned
+
+    def _apart(self, stored: StoredModel) -> Collection[str]:
+        return layers_apart(_weights_of(stored))
 
     def _about_adapters(self, adapter: AdapterExport) -> list[str]:
         # It speaks of serving them, which needs the form "hf".
@@ -240,6 +256,9 @@ class CompressedModel(HuggingFaceModel):
             expected[compressed] = (dtype, (rows, columns // 2))
             expected[bitmask] = (torch.uint8, (rows, -(-columns // 8)))
         return expected
+
+    def _apart(self) -> Collection[str]:
+        return layers_apart([*self._compressed.values(), *self._tensors])
 
     def _pattern(self, layer: str) -> Pattern | None:
         return TWO_FOUR if layer in self._compressed else None

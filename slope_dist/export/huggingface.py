@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +68,7 @@ class HuggingFaceExport:
         elif merged:
             self._lines.append(_gone(stored))
         else:
-            self._adapter = AdapterExport(stored, dtype, pad=options.pad_adapters)
+            self._adapter = AdapterExport(stored, dtype, pad=options.pad_adapters, apart=self._apart(stored))
             self.bytes += self._adapter.bytes
             self._lines += self._about_adapters(self._adapter)
 
@@ -96,6 +96,10 @@ class HuggingFaceExport:
             Planned(tensor.name, tensor.shape, dtype, partial(rows_of, stored, tensor, dtype, merged=merged))
             for tensor in file_tensors(stored.model.family, stored.skeleton)
         ]
+
+    def _apart(self, stored: StoredModel) -> Collection[str]:
+        """Layers that are modules of their own in the files, whatever transformers has."""
+        return ()
 
     def _about_adapters(self, adapter: AdapterExport) -> list[str]:
         """What the user should know of the adapters beside the weights."""

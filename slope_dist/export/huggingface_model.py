@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -132,6 +133,10 @@ class HuggingFaceModel(StoredModel):
         """What the files hold beside the tensors that `_named` gives: dtype and shape by name."""
         return {}
 
+    def _apart(self) -> Collection[str]:
+        """Layers that are modules of their own in the files, whatever transformers has."""
+        return ()
+
     def _pattern(self, layer: str) -> Pattern | None:
         """How the weight of a linear layer is stored."""
         return None
@@ -166,7 +171,7 @@ class HuggingFaceModel(StoredModel):
         if not os.path.lexists(folder):
             return None
         shapes = {name: shape for name, (shape, _) in self.skeleton.linears.items()}
-        return AdapterReader(folder, self.model.family, shapes, cache(self._identity))
+        return AdapterReader(folder, self.model.family, shapes, cache(self._identity), self._apart())
 
     def _identity(self) -> str:
         """Of the weights, for an adapter that names those it belongs to."""

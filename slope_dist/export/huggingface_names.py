@@ -9,7 +9,7 @@ Shape letters: O out, I in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from slope_dist.export.stored import Skeleton
@@ -47,11 +47,14 @@ def module_of(family: str, name: str) -> str:
     return f"{part[1]}.c_attn" if part else name
 
 
-def modules_of(family: str, layers: Iterable[str]) -> dict[str, list[str]]:
-    """transformers' modules, each with those of our `layers` that it holds, along O."""
+def modules_of(family: str, layers: Iterable[str], apart: Collection[str] = ()) -> dict[str, list[str]]:
+    """transformers' modules, each with those of our `layers` that it holds, along O.
+
+    Those that are `apart` are modules of their own, by our names.
+    """
     found: dict[str, list[str]] = {}
     for layer in layers:
-        found.setdefault(module_of(family, layer), []).append(layer)
+        found.setdefault(layer if layer in apart else module_of(family, layer), []).append(layer)
     return found
 
 

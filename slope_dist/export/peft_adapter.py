@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -67,20 +67,21 @@ class AdapterExport:
         line: what the user should know.
     """
 
-    def __init__(self, stored: StoredModel, dtype: torch.dtype, *, pad: bool) -> None:
+    def __init__(self, stored: StoredModel, dtype: torch.dtype, *, pad: bool, apart: Collection[str] = ()) -> None:
         """Plan.
 
         Args:
             stored: a model that has adapters.
             dtype: of the factors.
             pad: zero rows and columns up to the next rank that vLLM accepts, the same for all modules.
+            apart: layers that are modules of their own; see `modules_of`.
 
         Raises:
             UserError: if it accepts none that is large enough.
         """
         self._stored = stored
         self._dtype = dtype
-        self._modules = _modules(stored, pad)
+        self._modules = _modules(stored, pad, apart)
         self._tensors = [tensor for module in self._modules.items() for tensor in self._planned(*module)]
         self._config = _config(self._modules, stored.model.family)
         self.line = _about({module.rank for module in self._modules.values()}, stored.model.family, pad)
@@ -133,9 +134,9 @@ def scaled(factor: Tensor, by: Fraction) -> Tensor:
     return factor if by == 1 else factor.float() * float(by)
 
 
-def _modules(stored: StoredModel, pad: bool) -> dict[str, _Module]:
+def _modules(stored: StoredModel, pad: bool, apart: Collection[str]) -> dict[str, _Module]:
     found = {}
-    for name, layers in modules_of(stored.model.family, stored.linears).items():
+    for name, layers in modules_of(stored.model.family, stored.linears, apart).items():
         forms = [stored.linears[layer] for layer in layers]
         ranks = {layer: form.adapter_rank for layer, form in zip(layers, forms, strict=True)}
         own = [rank for rank in ranks.values() if rank]

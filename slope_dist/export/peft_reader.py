@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
@@ -75,7 +75,12 @@ class AdapterReader:
     """
 
     def __init__(
-        self, folder: Path, family: str, linears: Mapping[str, tuple[int, int]], base: Callable[[], str]
+        self,
+        folder: Path,
+        family: str,
+        linears: Mapping[str, tuple[int, int]],
+        base: Callable[[], str],
+        apart: Collection[str] = (),
     ) -> None:
         """Open and check them.
 
@@ -84,6 +89,7 @@ class AdapterReader:
             family: of the base.
             linears: our linear layers of the base, [O, I] by name.
             base: makes the identity of the base's weights, where the adapter names one.
+            apart: layers that are modules of their own; see `modules_of`.
 
         Raises:
             UserError: if the adapter does something that ours do not, or belongs to another base.
@@ -97,7 +103,7 @@ class AdapterReader:
                 f"{self._path} is an adapter of another base: expected weights with identity "
                 f"{visible(metadata[BASE_KEY])[:12]}..., found {base()[:12]}... in {folder.parent}"
             )
-        self._modules = modules_of(family, (name for name in linears if name not in PROJECTIONS))
+        self._modules = modules_of(family, (name for name in linears if name not in PROJECTIONS), apart)
         self._linears = linears
         shapes = self._shapes()
         config = Keys(read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)

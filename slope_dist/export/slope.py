@@ -26,7 +26,7 @@ from slope_dist.export.opening import MAX_JSON_BYTES, SLOPE
 from slope_dist.export.options import Options
 from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel, keeps_two_of_four, row_blocks
 from slope_dist.export.target import write_file
-from slope_dist.export.tensor_files import KNOWN_DTYPES, Planned, cast, total_bytes, write_shards
+from slope_dist.export.tensor_files import KNOWN_DTYPES, Planned, cast, header_bytes, total_bytes, write_shards
 from slope_dist.export.tensor_reader import TensorReader, stamp_of
 from slope_dist.files import read_bounded
 from slope_dist.sparse import CompressedMatrix, Pattern, codec
@@ -96,8 +96,10 @@ class SlopeExport:
         self._prune = options.prune_adapters
         self._dtype = options.dtype or stored.dtype
         self._tokenizer = stored.tokenizer() if options.tokenizer else None
+        self._files = {} if self._tokenizer is None else self._tokenizer.files()
         # An appended factor takes less than one beside its weight.
-        self.bytes = total_bytes(self.planned(stored.linears))
+        planned = self.planned({name: replace(form, appended=False) for name, form in stored.linears.items()})
+        self.bytes = total_bytes(planned) + header_bytes(planned) + sum(map(len, self._files.values()))
 
     def planned(self, linears: Mapping[str, LinearForm]) -> list[Planned]:
         """The tensors of the files in which linear layers lie so."""
@@ -109,8 +111,7 @@ class SlopeExport:
         tensors = self.planned(linears)
         transfer.begin(total_bytes(tensors))
         hashes = write_shards(folder, STEM, tensors, transfer)
-        tokenizer = {} if self._tokenizer is None else self._tokenizer.files()
-        for name, data in tokenizer.items():
+        for name, data in self._files.items():
             write_file(folder / name, data)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": hashes.get(path.name) or sha256_of(path, Transfer())}
@@ -132,7 +133,7 @@ class SlopeExport:
                 for name, form in linears.items()
             },
             "files": files,
-            "tokenizer": self._tokenizer and {"files": list(tokenizer), "sha256": self._tokenizer.sha256},
+            "tokenizer": self._tokenizer and {"files": list(self._files), "sha256": self._tokenizer.sha256},
         }
         write_file(folder / SLOPE, encode(content))
         return lines
@@ -261,6 +262,11 @@ class SlopeModel(StoredModel):
             raise UserError(
                 f"{found} is not the tokenizer of {self._path}: expected SHA-256 {kept.sha256:.12}..., found "
                 f"{tokenizer.sha256:.12}..."
+            )
+        if tokenizer.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"{found} is not the tokenizer of {self._path}: it has {tokenizer.vocab_size} ids, and the model "
+                f"{self.model.vocab_size}"
             )
         return tokenizer
 

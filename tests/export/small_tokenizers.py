@@ -11,7 +11,7 @@ from slope_dist.data.tokenizer import Tokenizer
 from tests.data.test_json_tokenizer import byte_level
 
 KINDS = ("json", "sentencepiece")
-VOCAB_SIZE = 390
+VOCAB_SIZE = 400
 
 
 @cache
@@ -23,4 +23,4 @@ def small_tokenizer(kind: str) -> Tokenizer:
     text = "the sparse weight is kept in groups of four and two of them stay while others go"
     words = text.split()
     lines = [" ".join(draw.choices(words, k=9)) for _ in range(400)]
-    return SentencePieceTokenizer(train_tokenizer(lines, VOCAB_SIZE))
+    return SentencePieceTokenizer(train_tokenizer(lines, 390))
