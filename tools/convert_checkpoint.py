@@ -15,8 +15,9 @@ zeros. Adapters lie beside them in adapter/ for PEFT, or are added into the weig
 --to slope-checkpoint: step 0 of the run that --config describes, in its run folder. Weights that are 2:4 already are
 kept as they are, others are pruned by magnitude.
 
-The output appears whole or not at all, after it was read back and compared, number by number, with what it was made of.
-docs/inference-formats.md describes the formats.
+The output appears whole or not at all: the first three after they were read back and compared, number by number,
+with what they were made of; a checkpoint with its hashes and the loss of a fixed batch, which the run that loads it
+must find again. docs/inference-formats.md describes the formats.
 
 exit codes:
   0    done

@@ -20,7 +20,6 @@ Loss is the mean over tokens, in nats; perplexity is exp(loss). Bits per byte ca
 
 exit codes:
   0  done
-  1  the checkpoint is damaged
   2  the command line is wrong, or the model, its tokenizer or the text cannot be used
 """
 
@@ -32,7 +31,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from slope_dist.checkpoint import CheckpointError
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
 from slope_dist.config.data import DataConfig
 from slope_dist.data.corpus import Corpus
@@ -43,8 +41,6 @@ from slope_dist.inference.command_line import DTYPES, add_model_options, model_o
 from slope_dist.inference.evaluation import Evaluation, View, check_tokenizer, evaluate_corpus, evaluate_documents
 from slope_dist.inference.model import InferenceModel
 from slope_dist.transfer import Transfer, count_text
-
-EXIT_DAMAGED = 1
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -159,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(parse(arguments))
     except UserError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        return EXIT_DAMAGED if isinstance(error, CheckpointError) else EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -25,7 +25,6 @@ too.
 
 exit codes:
   0  done
-  1  the checkpoint is damaged
   2  the command line is wrong, or the model, its tokenizer or a prompt cannot be used
 """
 
@@ -38,7 +37,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slope_dist.checkpoint import CheckpointError
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.files import read_bounded
@@ -47,7 +45,6 @@ from slope_dist.inference.generation import Continuation, Generation, Speed, Spe
 from slope_dist.inference.model import InferenceModel
 from slope_dist.inference.sampling import Sampling
 
-EXIT_DAMAGED = 1
 MAX_PROMPT_BYTES = 2**28
 SHOWN = 60
 """Characters of a prompt in the line before its text."""
@@ -237,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(parse(arguments))
     except UserError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        return EXIT_DAMAGED if isinstance(error, CheckpointError) else EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT
     except BrokenPipeError:
         # Whoever read has seen enough, as `head` does. What is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

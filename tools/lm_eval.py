@@ -5,8 +5,9 @@
         --include_path my_tasks --batch_size 16
 
 path is a checkpoint, a run folder (its newest checkpoint that verifies), or a folder that tools/convert_checkpoint.py
-wrote. Other model arguments: tokenizer, dtype (fp32, bf16, fp16), device (cpu, cuda), batch_size, seed. Tasks come from
-the harness, whose data are downloaded, or from the YAML files in the folder of --include_path.
+wrote. Other model arguments: tokenizer, dtype (fp32, bf16, fp16), device (cpu, cuda), batch_size, seed (of tasks that
+draw). The harness looks for a GPU where no device is named. Tasks come from the harness, whose data are downloaded, or
+from the YAML files in the folder of --include_path.
 
 It needs the extra "evaluation": pip install -c constraints.txt -e '.[evaluation]'
 """

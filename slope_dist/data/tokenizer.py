@@ -69,8 +69,8 @@ class Tokenizer(ABC):
         return np.fromiter(map(len, self._pieces), dtype=np.int32, count=self.vocab_size)
 
     def same_ids(self, other: Tokenizer) -> bool:
-        """Whether every id stands for the same bytes in both, whatever files they were read from."""
-        return self.sha256 == other.sha256 or list(self._pieces) == list(other._pieces)
+        """Whether each id is the same text in both and the same one ends a document, whatever their files are."""
+        return list(self._pieces) == list(other._pieces) and self.end_of_document == other.end_of_document
 
     def spells(self, ids: np.ndarray, text: bytes) -> bool:
         """Whether the pieces of `ids`, one after another, are exactly this text in UTF-8."""

@@ -98,8 +98,8 @@ class CompressedExport(HuggingFaceExport):
                 "with explicit zeros: the format is for 2:4 alone"
             )
         self._lines.append(
-            "slope_dist reads this form; transformers and vLLM had loaders for it and have none now: see "
-            "docs/inference-formats.md, or convert to hf for them"
+            "transformers and vLLM read this form no more, and transformers goes on with random numbers for its "
+            "weights: read it with slope_dist, or convert to hf for them"
         )
 
     def _config(self, stored: StoredModel, dtype: torch.dtype, ids: dict[str, int | None]) -> dict[str, object]:

@@ -23,7 +23,7 @@ def rows_of(stored: StoredModel, tensor: FileTensor, dtype: torch.dtype, *, merg
         stored: the model.
         tensor: which; of one that is transposed, its whole layer is in memory.
         dtype: to cast to.
-        merged: add adapters, computed in fp32.
+        merged: add adapters, computed in fp32, with the whole layer in memory.
 
     Raises:
         UserError: see `StoredModel.read`; or if a number is beyond the range of `dtype`.
@@ -47,12 +47,12 @@ def _blocks(stored: StoredModel, name: str, *, merged: bool) -> Iterator[Tensor]
             yield stored.read(name, start, stop)
         return
     form = stored.linears[layer]
-    down = stored.read(f"{layer}.adapter.down").float() if merged and form.adapter_rank else None
-    for start, stop in row_blocks(form.shape, torch.float32.itemsize):
+    if merged and form.adapter_rank:
+        # Whole: who proves the sum computes it so, and blocks of a product may be rounded otherwise.
+        yield stored.merged(layer)
+        return
+    for start, stop in row_blocks(form.shape, stored.dtype.itemsize):
         block = stored.read(name, start, stop)
         if form.pattern is not None:
             block = CompressedMatrix(block, stored.read(f"{layer}.weight.indices", start, stop), form.pattern).expand()
-        if down is not None:
-            up = stored.read(f"{layer}.adapter.up", start, stop).float()
-            block = block.float().addmm_(up, down, alpha=1.0 / form.adapter_rank)
         yield block

@@ -24,6 +24,7 @@ from slope_dist.export.peft_adapter import ADAPTER_FOLDER, AdapterExport
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.target import write_file
 from slope_dist.export.tensor_files import SHARD_BYTES, Planned, header_bytes, total_bytes, write_shards
+from slope_dist.export.tokenizer_files import hugging_face_files, lines_about, special_ids
 from slope_dist.transfer import Transfer
 
 STEM = "model"
@@ -105,8 +106,6 @@ class HuggingFaceExport:
         if not options.tokenizer:
             self._lines.append("without the tokenizer no end of a text is known: eos_token_id is null in config.json")
             return _NO_IDS, {}
-        from slope_dist.export.tokenizer_files import hugging_face_files, lines_about, special_ids
-
         tokenizer = stored.tokenizer()
         files = hugging_face_files(tokenizer, stored.model)
         self._lines += lines_about(files)

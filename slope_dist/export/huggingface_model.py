@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slope_dist.checkpoint.reader import sha256_of
 from slope_dist.command_line import visible
+from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.huggingface import STEM, identity_of
@@ -64,6 +65,10 @@ class HuggingFaceModel(StoredModel):
         self._tokenizer_path = tokenizer
         self._transfer = transfer or Transfer()
         self._reader = _opened(path)
+        blocks, found = self.model.num_layers, len(self._reader.entries)
+        if found < blocks:
+            # Before the model's shapes are made, which takes a while for so many.
+            raise UserError(f"{path}: expected tensors of {blocks} blocks, as {CONFIG} says, found {found} tensors")
         self._tensors = self._named()
         self.dtype = self._check()
         self._places: dict[str, tuple[FileTensor, range]] = {}
@@ -95,12 +100,13 @@ class HuggingFaceModel(StoredModel):
     def tokenizer(self) -> Tokenizer:
         """The one that was given, or that of the folder; its end of a document must be that of the config."""
         where = self._tokenizer_path or self._path
-        try:
-            found = tokenizer_in(where)
-        except UserError as error:
-            if self._tokenizer_path is not None:
-                raise
-            raise UserError(f"{error}; or name the tokenizer with --tokenizer PATH") from error
+        if self._tokenizer_path is not None:
+            found = load_tokenizer(where)
+        else:
+            try:
+                found = tokenizer_in(where)
+            except UserError as error:
+                raise UserError(f"{error}; or name the tokenizer with --tokenizer PATH") from error
         if found.vocab_size > self.model.vocab_size:
             raise UserError(
                 f"{where} is not the tokenizer of {self._path}: it has {found.vocab_size} ids, and the model "
@@ -136,6 +142,7 @@ class HuggingFaceModel(StoredModel):
         Raises:
             UserError: if the tensors are not those of the model.
         """
+        # The first layer's first, of tokens.
         entries, table = self._reader.entries, self._tensors[0].name
         dtype = entries[table].dtype if table in entries else torch.float32
         if dtype not in _DTYPES:

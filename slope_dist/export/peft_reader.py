@@ -193,6 +193,8 @@ class AdapterReader:
                 part = rank if own is None else own.get(layer, 0)
                 if part:
                     places[layer] = _Place(module, rows, part, first, scaling * part)
+                elif self._reader.read(_name(module, "B"), *rows).any():
+                    raise UserError(f"{self._path}: header: {RANKS_KEY}: {layer} has an adapter that they do not name")
                 row = rows[1]
                 first += 0 if own is None else part
             if first > rank:

@@ -11,7 +11,7 @@ from torch import Tensor
 from slope_dist.config.model import ModelConfig
 from slope_dist.export.options import Options
 from slope_dist.export.stored import StoredModel, row_blocks
-from slope_dist.models import ModelShape, shape_of
+from slope_dist.models import ModelShape, Rotary, shape_of
 from slope_dist.sparse import CompressedMatrix, Pattern
 from slope_dist.transfer import Transfer
 
@@ -50,7 +50,10 @@ def check_same(source: StoredModel, made: StoredModel, options: Options, transfe
 def _computes(model: ModelConfig) -> tuple[str, ModelShape]:
     """What of a model shows in its logits, what its config leaves open filled in; not how its weights were begun."""
     shape = shape_of(model)
-    return model.family, replace(shape, num_kv_heads=shape.kv_heads, init_std=0.0, scale_residual_init=False)
+    # The other numbers of rotary positions are those of a scaling.
+    rotary = shape.rotary if shape.rotary.scaling is not None else Rotary(base=shape.rotary.base)
+    shape = replace(shape, num_kv_heads=shape.kv_heads, rotary=rotary)
+    return model.family, replace(shape, init_std=0.0, scale_residual_init=False)
 
 
 def _check_adapter(source: StoredModel, made: StoredModel, name: str, options: Options) -> None:

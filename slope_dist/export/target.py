@@ -32,7 +32,7 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
     temporary = target.with_name(f"{target.name}.tmp-{uuid4().hex}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        refuse_without_room(target.parent, needed_bytes)
+        refuse_without_room(target.parent, needed_bytes, "name another --output")
         temporary.mkdir()
         try:
             yield temporary
@@ -50,17 +50,22 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         raise UserError(f"{target} was not written: {what}{error.strerror or error}") from error
 
 
-def refuse_without_room(folder: Path, needed_bytes: int) -> None:
+def refuse_without_room(folder: Path, needed_bytes: int, instead: str) -> None:
     """Refuse what would not fit beside the files that are there.
 
+    Args:
+        folder: exists.
+        needed_bytes: of what will be written.
+        instead: what helps where no room can be made.
+
     Raises:
-        UserError: if the file system of `folder`, which exists, has too little room.
+        UserError: if the file system of `folder` has too little room.
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SPARE_BYTES:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free, and {needed_bytes / 1e9:.2f} GB are needed; make room, or name "
-            "another --output"
+            f"{folder} has {free / 1e9:.2f} GB free, and {needed_bytes / 1e9:.2f} GB are needed; make room, or "
+            f"{instead}"
         )
 
 

@@ -99,7 +99,7 @@ def tokenizer_in(folder: Path) -> Tokenizer:
         except UserError:
             # There is none, mostly; or, under the first name, one of the other kinds that others have.
             continue
-        if original.same_ids(tokenizer) and original.end_of_document == tokenizer.end_of_document:
+        if original.same_ids(tokenizer):
             return original
     return tokenizer
 

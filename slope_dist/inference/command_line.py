@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from slope_dist.errors import UserError
-from slope_dist.inference.model import InferenceModel, load_model
+from slope_dist.export.opening import open_model
+from slope_dist.inference.model import InferenceModel
 from slope_dist.transfer import Transfer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,13 +50,9 @@ def load(path: Path, *, tokenizer: Path | None, dtype: str | None, device: str) 
         raise UserError(f'there is no device "{device}"; there are {", ".join(DEVICES)}')
     if device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"device {device} is not there: torch {torch.__version__} finds no GPU; use cpu")
-    return load_model(
-        path,
-        tokenizer=tokenizer,
-        device=device,
-        dtype=None if dtype is None else DTYPES[dtype],
-        transfer=Transfer("loading the model", say),
-    )
+    stored = open_model(path, tokenizer, Transfer("hashing files", say))
+    wanted = None if dtype is None else DTYPES[dtype]
+    return InferenceModel(stored, device=device, dtype=wanted, transfer=Transfer("loading the model", say))
 
 
 def say(line: str) -> None:

@@ -169,7 +169,7 @@ def check_tokenizer(tokenizer: Tokenizer, corpus: Corpus) -> None:
     other = corpus.tokenizer
     if other is None or other.sha256 == tokenizer.sha256:
         return
-    if other.end_of_document != tokenizer.end_of_document or list(other.pieces) != list(tokenizer.pieces):
+    if not other.same_ids(tokenizer):
         raise UserError(
             f"{corpus.folder} was made with another tokenizer than the model's: its SHA-256 starts with "
             f"{other.sha256[:12]}, that of the model's with {tokenizer.sha256[:12]}; prepare the text with the model's"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from slope_dist.errors import UserError
-from slope_dist.inference.command_line import load
+from slope_dist.inference.command_line import load, say
 from slope_dist.inference.generation import Generation, Spelling, prompt_ids
 from slope_dist.inference.model import InferenceModel
 from slope_dist.inference.sampling import Sampling
@@ -24,6 +25,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import simple_parse_args_string
     from tqdm import tqdm
 except ImportError as error:
     raise UserError(
@@ -87,6 +89,22 @@ class SlopeLM(TemplateLM):
         # Refused now, not after the first task was read.
         Sampling(seed=seed)
         self._lengths = self.model.tokenizer.piece_bytes()
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> SlopeLM:
+        """From --model_args, which go before the harness's own options."""
+        options = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        # The harness asks for a GPU where nobody has said anything, whether there is one or not.
+        if "device" in options and "device" not in arg_dict and not torch.cuda.is_available():
+            if options["device"] != "cpu":
+                say("note: torch finds no GPU, so the model is on the CPU")
+            options["device"] = "cpu"
+        return cls(**(options | arg_dict))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> SlopeLM:
+        """From --model_args as text."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def batch_size(self) -> int:

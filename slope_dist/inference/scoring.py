@@ -79,10 +79,11 @@ def score(model: InferenceModel, questions: Sequence[Question]) -> list[Score]:
     tokens = torch.zeros(len(questions), width, dtype=torch.int64)
     for row, question in enumerate(questions):
         ids = torch.as_tensor(question.ids)
-        if int(ids.min()) < 0 or int(ids.max()) >= model.vocab_size:
+        bad = ids[(ids < 0) | (ids >= model.vocab_size)]
+        if len(bad):
             raise UserError(
-                f"the text has the id {int(ids.max())}, which is not one of the model's {model.vocab_size}; is the "
-                "tokenizer the model's?"
+                f"the text has the id {int(bad[0])}, which is not of the model's {model.vocab_size}; is the tokenizer "
+                "the model's?"
             )
         tokens[row, : len(ids) - 1] = ids[:-1]
     since = min(len(question.ids) - 1 - question.predicted for question in questions)

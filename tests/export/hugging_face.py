@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from slope_dist.export.exporting import Options
 from slope_dist.export.huggingface import HuggingFaceExport
+from slope_dist.export.options import Options
 from slope_dist.export.stored import StoredModel
 from slope_dist.inference import InferenceModel
 from slope_dist.transfer import Transfer
@@ -67,3 +67,14 @@ def difference(first: Tensor, second: Tensor) -> float:
     """Largest, of all elements."""
     assert first.shape == second.shape
     return float((first - second).abs().max())
+
+
+def relative(first: Tensor, second: Tensor) -> float:
+    """Root of the mean square of the difference, relative to that of the second."""
+    assert first.shape == second.shape
+    return float((first - second).pow(2).mean().sqrt() / second.pow(2).mean().sqrt())
+
+
+def roundings(dtype: torch.dtype) -> float:
+    """Eight steps of a dtype: what two orders of the same additions may differ by, behind three blocks."""
+    return 8 * torch.finfo(dtype).eps

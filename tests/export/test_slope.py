@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -233,18 +234,23 @@ def test_a_missing_tokenizer_is_refused_before_anything_is_written() -> None:
         SlopeExport(random_stored("opt"), Options())
 
 
-def test_the_documented_reader_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["2:4", "2:8", "4:8"])
+def test_the_documented_reader_reads(pattern: str, tmp_path: Path) -> None:
     document = (Path(__file__).parents[2] / "docs" / "inference-formats.md").read_text()
-    (code,) = re.findall(r"```python\n(# slope.*?)```", document, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     reader: dict[str, Any] = {}
     exec(code, reader)
-    stored = with_sparse_factors(random_stored("opt 350M", adapters=True))
-    written(stored, tmp_path / "out")
-    for name, form in stored.linears.items():
-        weight, down = reader["read_linear"](tmp_path / "out", name)
-        assert torch.equal(torch.from_numpy(weight), stored.dense(name))
-        if form.adapter_rank:
-            assert torch.equal(torch.from_numpy(down), stored.read(f"{name}.adapter.down"))
+    stored = random_stored("opt 350M", adapters=True, pattern=pattern, dtype=torch.bfloat16)
+    # One of a 2:4 weight is appended.
+    down = stored._tensors[f"{LAYER}.adapter.down"]
+    down.copy_(CompressedMatrix.prune(down, TWO_FOUR).expand())
+    opened, _ = written(stored, tmp_path / "out")
+    assert opened.linears[LAYER].appended == (pattern == "2:4")
+    for name in (LAYER, "decoder.layers.1.fc2", "decoder.layers.0.self_attn.q_proj"):
+        weight, down = reader["read_slope"](tmp_path / "out", name)
+        assert np.array_equal(weight, stored.dense(name).float().numpy())
+        if stored.linears[name].adapter_rank:
+            assert np.array_equal(down, stored.read(f"{name}.adapter.down").float().numpy())
         else:
             assert down is None
 

@@ -7,7 +7,8 @@ parallelism on and off where there are tensor ranks; 2:4 and dense.
 A short list runs in bf16. There, weights drift apart: sums are made in another order and rounded to 8 bits, and Adam
 magnifies the rounding of elements that have hardly any gradient. Column masks, which follow from the weights, drift
 with them. So bf16 is held to forward masks and samples bit for bit, losses, and the gradients of the first step, not to
-the weights at the end, nor to the first gradients of the adapters, which join when the weights have drifted.
+the weights at the end, nor to the first gradients of the adapters, which join when the weights have drifted; and the
+norms of gradients from then on to a wider bound than those before.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Bounds:
 
     Attributes:
         loss: of each step, and of the evaluation at the end.
-        norm: of each step's gradient norm.
+        norm: of each step's gradient norm, while the adapters have not joined.
+        later_norm: the same from then on.
         weight: norm of the difference of each logical weight after the last step.
         gradient: the same of each parameter's gradient in its first step.
         rounding: norm that the gradient of a parameter whose exact gradient is zero may have, of the whole norm.
@@ -71,6 +73,7 @@ class Bounds:
 
     loss: float
     norm: float
+    later_norm: float
     weight: float | None
     gradient: float
     rounding: float
@@ -90,9 +93,16 @@ _ROUNDINGS = 20
 _RELU_GRADIENT = 2 * (2 * sqrt(_ROUNDINGS / 3) * _ROUNDING / pi) ** 0.5
 
 BOUNDS = {
-    "fp32": Bounds(loss=1e-5, norm=1e-4, weight=1e-5, gradient=1e-5, rounding=1e-6, adapters=True),
+    "fp32": Bounds(loss=1e-5, norm=1e-4, later_norm=1e-4, weight=1e-5, gradient=1e-5, rounding=1e-6, adapters=True),
     "bf16": Bounds(
-        loss=1e-3, norm=4 * _ROUNDING, weight=None, gradient=_RELU_GRADIENT, rounding=2 * _ROUNDING, adapters=False
+        loss=1e-3,
+        norm=2 * _ROUNDING,
+        # LLaMA's on two tensor ranks, whose partial sums are rounded once more, are off by 1e-3 before and 1e-2 then.
+        later_norm=16 * _ROUNDING,
+        weight=None,
+        gradient=_RELU_GRADIENT,
+        rounding=2 * _ROUNDING,
+        adapters=False,
     ),
 }
 

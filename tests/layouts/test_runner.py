@@ -45,7 +45,9 @@ def test_only_what_has_not_passed_is_run_again(
 
     # Other sources: run again, and now it fails, by bounds that nothing meets.
     monkeypatch.setitem(
-        matrix.BOUNDS, "fp32", Bounds(loss=-1, norm=-1, weight=None, gradient=-1, rounding=1, adapters=True)
+        matrix.BOUNDS,
+        "fp32",
+        Bounds(loss=-1, norm=-1, later_norm=-1, weight=None, gradient=-1, rounding=1, adapters=True),
     )
     printed.clear()
     assert not runner(tmp_path, corpus, printed, "two").run([CASE])

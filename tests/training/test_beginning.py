@@ -1,92 +1,41 @@
 """Claim: a model at rest becomes step 0 of a run: zeros that satisfy the pattern are kept to the bit, other weights are
-pruned by magnitude, masters are the source's own numbers; and what cannot be a beginning is refused with nothing left.
+pruned by magnitude, masters are the source's own numbers, and the loss is that of the model.
 
 Run: pytest tests/training/test_beginning.py
 """
 
 from __future__ import annotations
 
-import os
-import resource
-import shutil
-import signal
-from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from slope_dist.checkpoint.validation import check_state
-from slope_dist.config import Config, derive, load_config
-from slope_dist.data.load_tokenizer import load_tokenizer
+from slope_dist.config import derive
+from slope_dist.data.corpus import Corpus
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.checkpoint_model import CheckpointModel
-from slope_dist.export.stored import LinearForm, StoredModel, forms_of
+from slope_dist.export import open_model
+from slope_dist.export.stored import forms_of
 from slope_dist.sparse import CompressedMatrix, Pattern, codec, pruning
-from slope_dist.training.beginning import begin_from, prune
+from slope_dist.training.beginning import begin_from
 from slope_dist.training.build import build, layer_factory
-from slope_dist.transfer import Transfer
-from tests.checkpoint.states import in_child
-from tests.distributed import run_ranks
-from tests.export.models import MemoryModel, random_stored
-from tests.models.twins import FORMS
-from tests.runs import VOCAB_SIZE, make_corpus, newest, read_all, same_bits, write_config
+from slope_dist.training.first_state import prune
+from tests.models.twins import FORMS, random_model, twin_of
+from tests.runs import VOCAB_SIZE, newest, read_all, relative, same_bits
+from tests.training.beginnings import Altered, AsDense, begun, config_for, model_of, written
 
+FORMS_OF_FILES = ("hf", "compressed", "slope")
 
-class AsDense(StoredModel):
-    """The same model whose files know nothing of patterns."""
-
-    def __init__(self, sparse: StoredModel) -> None:
-        self.sparse = sparse
-        self.origin, self.model, self.dtype = sparse.origin, sparse.model, sparse.dtype
-        self.linears = {name: LinearForm(form.shape, bias=form.bias) for name, form in sparse.linears.items()}
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        linear = name.removesuffix(".weight.values")
-        found = self.sparse.dense(linear) if linear in self.linears else self.sparse.read(name)
-        return found[start:stop].clone()
-
-    def tokenizer(self) -> Tokenizer:
-        return self.sparse.tokenizer()
-
-
-class Altered(StoredModel):
-    """A model of which one tensor is another."""
-
-    def __init__(self, model: StoredModel, name: str, tensor: Tensor) -> None:
-        self.whole, self.name, self.tensor = model, name, tensor
-        self.origin, self.model, self.dtype, self.linears = model.origin, model.model, model.dtype, model.linears
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.tensor[start:stop].clone() if name == self.name else self.whole.read(name, start, stop)
-
-    def tokenizer(self) -> Tokenizer:
-        return self.whole.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(corpus: Path) -> Tokenizer:
-    return load_tokenizer(corpus)
-
-
-def model_of(form: str, tokenizer: Tokenizer | None, **how: Any) -> MemoryModel:
-    return random_stored(form, vocab_size=VOCAB_SIZE, tokenizer=tokenizer, **how)
-
-
-def config_for(stored: StoredModel, folder: Path, corpus: Path, **changes: Any) -> Config:
-    model = stored.model.model_dump(mode="json") | changes.pop("model", {})
-    return load_config(write_config(folder, corpus, model=model, **changes))
-
-
-def begun(folder: Path) -> CheckpointModel:
-    """The checkpoint of step 0, all of it checked."""
-    checkpoint = newest(folder / "run")
-    assert checkpoint.step == 0
-    check_state(checkpoint)
-    return CheckpointModel(folder / "run")
+SECOND = {
+    "opt": "decoder.layers.1.fc1",
+    "gpt2": "transformer.h.1.mlp.c_fc",
+    "llama": "model.layers.1.mlp.up_proj",
+    "mistral": "model.layers.1.mlp.up_proj",
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -112,12 +61,32 @@ def test_a_sparse_model_comes_back_to_the_bit(
         assert same_bits(back.read(name), sparse.read(name)), name
 
 
-SECOND = {
-    "opt": "decoder.layers.1.fc1",
-    "gpt2": "transformer.h.1.mlp.c_fc",
-    "llama": "model.layers.1.mlp.up_proj",
-    "mistral": "model.layers.1.mlp.up_proj",
-}
+@pytest.mark.parametrize("form", FORMS_OF_FILES)
+def test_every_form_of_files_comes_back_to_the_bit(
+    form: str, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    stored = model_of("gpt2", tokenizer, dtype=torch.bfloat16)
+    written(stored, form, tmp_path / "made")
+    begin_from(open_model(tmp_path / "made"), config_for(stored, tmp_path, corpus, precision="bf16"))
+    written(stored, "hf", tmp_path / "before", tokenizer=False)
+    written(begun(tmp_path), "hf", tmp_path / "after", tokenizer=False)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "after" / name).read_bytes() == (tmp_path / "before" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("form", "how"), [("hf", {}), ("compressed", {}), ("slope", {"prune_adapters": True})])
+def test_adapters_of_every_form_of_files_can_be_merged(
+    form: str, how: dict[str, bool], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    stored = model_of("llama", tokenizer, adapters=True, rank=16)
+    written(stored, form, tmp_path / "made", **how)
+    made = open_model(tmp_path / "made")
+    assert made.has_adapters and any(form.appended for form in made.linears.values()) == bool(how)
+    begin_from(made, config_for(stored, tmp_path, corpus), merge_adapters=True)
+    back = begun(tmp_path)
+    for name, form_of_layer in back.linears.items():
+        merged = made.merged(name)
+        assert torch.equal(back.dense(name), best_two(merged) if form_of_layer.pattern else merged), name
 
 
 def test_a_sparse_source_keeps_its_values_and_indices(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -167,11 +136,13 @@ def test_pruning_keeps_what_satisfies_the_pattern_to_the_bit(pattern: str) -> No
     values = torch.randn(64, 256 * shape.n // shape.m)
     values[torch.rand_like(values) < 0.3] = 0.0
     values[torch.rand_like(values) < 0.3] = -0.0
-    # Next to which a stand-in for -0.0 must not win.
+    # Not less than what could stand for -0.0.
     values[torch.rand_like(values) < 0.2] = 2.0**-149
     mask = codec.mask_of(CompressedMatrix.prune(torch.rand(64, 256), shape).indices, shape)
     dense = torch.zeros(64, 256).masked_scatter_(mask, values)
     assert same_bits(prune(dense, shape).expand(), dense)
+    # More zeros with a sign than there is room for: no other number makes room for them.
+    assert torch.equal(prune(torch.where(dense == 0, -0.0, dense), shape).expand(), dense)
     torch.testing.assert_close(prune(dense.abs(), shape).indices, CompressedMatrix.prune(dense.abs(), shape).indices)
 
 
@@ -236,7 +207,7 @@ def test_adapters_are_merged_where_that_is_asked_for(corpus: Path, tokenizer: To
         begin_from(stored, config)
     assert not (tmp_path / "run").exists()
     lines = begin_from(stored, config, merge_adapters=True).lines
-    assert "the adapters were merged into their weights, and then these pruned" in lines
+    assert "the adapters were merged into the weights before these were pruned" in lines
     back = begun(tmp_path)
     assert not back.has_adapters
     for name, form in stored.linears.items():
@@ -255,162 +226,24 @@ def test_rotary_positions_allow_shorter_samples(corpus: Path, tokenizer: Tokeniz
     assert begun(tmp_path).model.sequence_length == 16
 
 
-def make_other_corpus(folder: str) -> None:
-    make_corpus(folder, seed=5)
-
-
-@pytest.fixture(scope="module")
-def other_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of other text, and so with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("other") / "corpus"
-    run_ranks(make_other_corpus, 1, str(folder))
-    return folder
-
-
-def test_the_ids_must_be_those_of_the_model(
-    corpus: Path, other_corpus: Path, tokenizer: Tokenizer, tmp_path: Path
+@pytest.mark.parametrize("form_name", ["gpt2", "llama"])
+def test_a_model_of_transformers_begins_with_the_loss_that_it_has_there(
+    form_name: str, corpus: Path, tmp_path: Path
 ) -> None:
-    stored = model_of("opt", tokenizer)
-    with pytest.raises(
-        UserError, match=r"the tokenizer of memory is not that of .*prepare the corpus with the model's"
-    ):
-        begin_from(stored, config_for(stored, tmp_path, other_corpus))
-    assert not (tmp_path / "run").exists()
-    without = model_of("opt", None)
-    lines = begin_from(without, config_for(without, tmp_path, corpus)).lines
-    assert any(line.startswith(f"nothing shows that the ids of {corpus} are those") for line in lines)
-    # The same pieces out of a file of other bytes are the same ids.
-    copy = load_tokenizer(corpus)
-    other = object.__new__(type(copy))
-    vars(other).update(vars(copy) | {"sha256": "0" * 64})
-    assert other.same_ids(copy) and not other.same_ids(load_tokenizer(other_corpus))
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        (
-            {"model": {"family": "gpt2", "embedding_size": None}},
-            'memory has model.family "opt", and the config "gpt2"; set it to "opt", or choose another model',
-        ),
-        ({"model": {"ffn_size": 168}}, "memory has model.ffn_size 160, and the config 168; set it to 160, "),
-        ({"model": {"num_heads": 8}}, "memory has model.num_heads 4, and the config 8; set it to 4, "),
-        ({"model": {"vocab_size": 520}}, "memory has model.vocab_size 512, and the config 520; set it to 512, "),
-        # Learned positions would be cut.
-        ({"model": {"sequence_length": 16}}, "memory has model.sequence_length 80, and the config 16; set it to 80, "),
-        ({"model": {"norm_epsilon": 1e-6}}, "memory has model.norm_epsilon 1e-05, and the config 1e-06; "),
-        ({"data": {"folder": "nowhere"}}, r"no corpus in nowhere \(data.folder\); make one with tools/prepare_data.py"),
-        ({"sparsity": {"dense_layers": ["*.fc3"]}}, r'sparsity.dense_layers: "\*.fc3" matches no linear of this model'),
-    ],
-)
-def test_what_is_not_the_configs_model_is_refused(
-    changes: dict[str, Any], match: str, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    stored = model_of("opt", tokenizer)
-    with pytest.raises(UserError, match=match) as caught:
-        begin_from(stored, config_for(stored, tmp_path, corpus, **changes))
-    assert "\n" not in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_longer_samples_than_the_models_are_refused(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    stored = model_of("llama", tokenizer)
-    with pytest.raises(UserError, match=r"model.sequence_length 80, and the config 96; set it to at most 80"):
-        begin_from(stored, config_for(stored, tmp_path, corpus, model={"sequence_length": 96}))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "precision", "match"),
-    [
-        ("decoder.layers.2.fc1.weight.values", torch.nan, "fp32", "fc1.weight.values: expected finite numbers, found "),
-        ("decoder.final_layer_norm.weight", torch.inf, "fp32", "final_layer_norm.weight: expected finite numbers"),
-        ("decoder.layers.2.fc2.bias", 1e5, "fp16", "fc2.bias holds 100000, which is beyond the range of fp16; use "),
-        ("decoder.embed_tokens.weight", 1e38, "fp32", "its loss in fp32 is (nan|inf), so no run could go on from it"),
-    ],
-)
-def test_numbers_that_no_run_can_have_are_refused(
-    name: str, value: float, precision: str, match: str, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    stored = model_of("opt", tokenizer)
-    bad = stored.read(name)
-    bad.view(-1)[: 1 if value != 1e38 else None] = value
-    with pytest.raises(UserError, match=match):
-        begin_from(Altered(stored, name, bad), config_for(stored, tmp_path, corpus, precision=precision))
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
-
-
-def test_a_folder_with_checkpoints_is_refused(corpus: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    stored = model_of("opt", tokenizer)
-    config = config_for(stored, tmp_path, corpus)
-    begin_from(stored, config)
-    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"run/checkpoints already holds checkpoints; choose another run.folder"):
-        begin_from(stored, config)
-    assert before == sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-
-
-def test_a_full_disk_leaves_nothing(
-    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stored = model_of("opt", tokenizer)
-    whole = begin_from(stored, config_for(stored, tmp_path / "whole", corpus)).path
-    config = config_for(stored, tmp_path / "a" / "b", corpus)
-
-    def body(limit: int, match: str) -> None:
-        """A size limit stands for a full disk: it is met by the scratch file, or by a file of the checkpoint."""
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(UserError, match=match):
-            begin_from(stored, config)
-
-    # The scratch file is of about the size of the weights; the moments are twice that.
-    size = (whole / "rank-00000.weights.safetensors").stat().st_size
-    assert in_child(lambda: body(size // 2, "b/run was not written: .*File too large")) == 0
-    assert in_child(lambda: body(size * 3 // 2, "step 0 was not saved: .*optimizer.*: File too large")) == 0
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(UserError, match=r"b/run has 0.00 GB free, and 0.00 GB are needed; make room"):
-        begin_from(stored, config)
-    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["config.json"]
-
-
-class Interrupting(Transfer):
-    """Sends this process a signal after so many reports."""
-
-    def __init__(self, reports: int, sent: signal.Signals) -> None:
-        super().__init__()
-        self.left, self.sent = reports, sent
-
-    def add(self, size: int) -> None:
-        super().add(size)
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.sent)
-
-
-def reports_of(stored: StoredModel, config: Config) -> int:
-    counting = Interrupting(-1, signal.SIGINT)
-    begin_from(stored, config, transfer=counting)
-    return -1 - counting.left
-
-
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_one_leaves_no_checkpoint(
-    sent: signal.Signals, corpus: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    stored = model_of("opt", tokenizer)
-    total = reports_of(stored, config_for(stored, tmp_path / "whole", corpus))
-    config = config_for(stored, tmp_path, corpus)
-
-    def body(reports: int) -> None:
-        with pytest.raises(KeyboardInterrupt):
-            begin_from(stored, config, transfer=Interrupting(reports, sent))
-
-    for reports in (1, total // 2, total - 2):
-        assert in_child(lambda reports=reports: body(reports)) == (0 if sent == signal.SIGINT else -signal.SIGKILL)
-        if sent == signal.SIGINT:
-            assert not (tmp_path / "run").exists()
-        else:
-            assert not list((tmp_path / "run" / "checkpoints").glob("step-00000000"))
-    # What a kill leaves is no obstacle.
-    begin_from(stored, config)
-    begun(tmp_path)
+    form = FORMS[form_name]
+    form = replace(form, shape=replace(form.shape, vocab_size=VOCAB_SIZE))
+    twin = twin_of(random_model(form), form).eval()
+    twin.save_pretrained(tmp_path / "made")  # type: ignore[operator]
+    model = open_model(tmp_path / "made")
+    config = config_for(model, tmp_path, corpus, sparsity={"pattern": "dense"})
+    lines = begin_from(model, config).lines
+    assert "no linear layer of this run is sparse: nothing was pruned" in lines
+    found = newest(tmp_path / "run").scalars["fingerprint"]
+    windows = Corpus.open(corpus, "valid", VOCAB_SIZE)
+    length = form.shape.sequence_length
+    tokens = torch.stack([torch.from_numpy(windows.tokens(at * length, length + 1)) for at in range(found["samples"])])
+    with torch.inference_mode():
+        logits = twin(tokens[:, :-1]).logits
+    expected = float(functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+    assert relative(found["loss"], expected) <= 1e-6
+    assert f"loss of the fixed batch: {expected:.4f}" in lines

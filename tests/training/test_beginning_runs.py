@@ -48,6 +48,14 @@ QUICK = ("ZeRO 1", "FSDP2")
 
 
 @pytest.fixture(scope="module")
+def exported(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its last weights in Hugging Face's form."""
+    target = tmp_path_factory.mktemp("exported") / "hf"
+    assert convert(str(first), "--to", "hf", "--output", str(target)) == 0
+    return target
+
+
+@pytest.fixture(scope="module")
 def first(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that ended."""
     folder = tmp_path_factory.mktemp("first")
@@ -55,18 +63,25 @@ def first(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def convert(*arguments: str) -> int:
+    # Beside the package, not in it.
+    from tools.convert_checkpoint import main
+
+    return main(list(arguments))
+
+
 def begin(source: Path, folder: Path, corpus: Path, **changes: Any) -> str:
-    """Make the last weights of a run step 0 of another; returns that one's config."""
+    """Make a model step 0 of a run; returns that one's config."""
     path = str(write_config(folder, corpus, **changes))
-    begin_from(open_model(source), load_config(path))
+    assert convert(str(source), "--from", "hf", "--to", "slope-checkpoint", "--config", path) == 0
     return path
 
 
 @pytest.fixture(scope="module")
-def second(first: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def second(exported: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a run that went on from the first's weights, on one rank."""
     folder = tmp_path_factory.mktemp("second")
-    run_ranks(train, 1, begin(first, folder, corpus, **SECOND, checkpoint__interval=2))
+    run_ranks(train, 1, begin(exported, folder, corpus, **SECOND, checkpoint__interval=2))
     return folder / "run"
 
 
@@ -94,9 +109,9 @@ def test_step_0_is_stored_as_a_run_stores_its_steps(second: Path) -> None:
     "layout", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in LAYOUTS]
 )
 def test_it_is_the_same_run_in_every_layout(
-    layout: str, first: Path, second: Path, corpus: Path, tmp_path: Path
+    layout: str, exported: Path, second: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    run_ranks(train, 2, begin(first, tmp_path, corpus, **SECOND, **LAYOUTS[layout]))
+    run_ranks(train, 2, begin(exported, tmp_path, corpus, **SECOND, **LAYOUTS[layout]))
     rows, expected = step_rows(tmp_path / "run"), step_rows(second)
     assert len(rows) == len(expected) == 6
     for mine, other in zip(rows, expected, strict=True):
@@ -107,9 +122,11 @@ def masks_of(run: Path) -> dict[str, Tensor]:
     return read_all(newest(run), "metadata")
 
 
-def test_adapters_from_the_first_step_leave_the_masks_alone(first: Path, corpus: Path, tmp_path: Path) -> None:
+def test_adapters_from_the_first_step_leave_the_masks_alone(
+    first: Path, exported: Path, corpus: Path, tmp_path: Path
+) -> None:
     changes = SECOND | {"adapters__rank": 8, "adapters__fraction": 1.0, "checkpoint__interval": 3}
-    path = begin(first, tmp_path / "whole", corpus, **changes)
+    path = begin(exported, tmp_path / "whole", corpus, **changes)
     begun = masks_of(tmp_path / "whole" / "run")
     run_ranks(train, 1, path)
     run = tmp_path / "whole" / "run"
