@@ -56,13 +56,14 @@ def form_of(path: Path) -> str:
         names = set(os.listdir(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    if MANIFEST in names or "checkpoints" in names or step_of(path.name.partition(".tmp-")[0]) is not None:
+    if MANIFEST in names or "checkpoints" in names:
         return "checkpoint"
     if SLOPE in names:
         return "slope"
     if CONFIG in names:
         return "compressed" if "quantization_config" in read_json(path / CONFIG) else "hf"
-    if any(step_of(name) is not None for name in names):
+    # A folder of checkpoints, or a save that did not end; a converted model may be called like a checkpoint.
+    if any(step_of(name) is not None for name in names) or step_of(path.name.partition(".tmp-")[0]) is not None:
         return "checkpoint"
     raise UserError(
         f"{path} holds no model: expected a checkpoint (manifest.json), a run folder (checkpoints/), {SLOPE} or "

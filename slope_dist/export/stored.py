@@ -30,6 +30,8 @@ PROJECTIONS = frozenset({"decoder.project_in", "decoder.project_out"})
 CHUNK_BYTES = 64 * 2**20
 """About as much of a tensor exists at one time, where its rows can be taken one after another."""
 
+_FINITE_BLOCK = 2**20
+
 
 @dataclass(frozen=True)
 class LinearForm:
@@ -207,9 +209,8 @@ def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite, looked at in parts: at once would take twice its memory more."""
-    blocks = row_blocks(tuple(tensor.shape), tensor.element_size())
-    return all(bool(tensor[start:stop].isfinite().all()) for start, stop in blocks)
+    """Whether no number is NaN or infinite, looked at in parts: at once it would take twice its memory more."""
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(_FINITE_BLOCK))
 
 
 def keeps_two_of_four(dense: Tensor) -> bool:

@@ -72,6 +72,14 @@ def test_every_form_reads_back_and_asks_the_same(finished: Path, tmp_path: Path,
     torch.testing.assert_close(after.logits(tokens), before.logits(tokens), rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_output_may_be_called_like_a_checkpoint(finished: Path, tmp_path: Path, form: str) -> None:
+    target = tmp_path / f"step-{STEPS:08d}"
+    assert convert(finished, "--to", form, "--output", target) == 0
+    assert form_of(target) == form
+    assert load_model(target).stored.origin.form == form
+
+
 def test_forms_convert_to_each_other(finished: Path, tmp_path: Path) -> None:
     direct = tmp_path / "direct"
     assert convert(finished, "--to", "hf", "--output", direct) == 0
