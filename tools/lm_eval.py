@@ -38,6 +38,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     # The harness imports packages that are called as two files beside this one: lm_eval, and evaluate.
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path = [path for path in sys.path if os.path.abspath(path) != here]
+    # Links are followed, since Python has done so with the folder that it puts first.
+    here = os.path.dirname(os.path.realpath(__file__))
+    sys.path = [path for path in sys.path if os.path.realpath(path) != here]
     sys.exit(main())

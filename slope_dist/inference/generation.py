@@ -69,6 +69,11 @@ class Continuation:
     new: list[int] = field(default_factory=list)
     reason: Reason | None = None
 
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and what followed."""
+        return self.prompt + self.new
+
 
 class Generation:
     """Prompts that a model continues together.
@@ -127,24 +132,24 @@ class Generation:
         self.sequences[number].reason = "told"
 
     def __iter__(self) -> Iterator[tuple[int, int | None]]:
-        """Go on until all sequences have stopped."""
-        going = list(range(len(self.sequences)))
-        decoding = self._decoding() if self._cache else None
+        """Go on until all sequences have stopped; after a break, from where each of them is."""
+        going = [number for number, sequence in enumerate(self.sequences) if sequence.reason is None]
+        decoding = self._decoding(going) if self._cache and going else None
+        is_prefill = True
         while going:
             before = going
-            tokens = sum(len(self.sequences[number].prompt) for number in going)
-            is_prefill = not self.sequences[going[0]].new
+            tokens = sum(len(self.sequences[number].ids) for number in going)
             start = time.perf_counter()
-            chosen = [
-                self._sampling.choose(logits, self.sequences[number].generator)
-                for number, logits in zip(going, self._logits(going, decoding), strict=True)
-            ]
+            logits = self._logits(going, decoding)
             seconds = time.perf_counter() - start
             if is_prefill:
                 self.speed.add(Speed(prefill_tokens=tokens, prefill_seconds=seconds))
             else:
                 self.speed.add(Speed(decode_tokens=len(going), decode_seconds=seconds))
-            for number, token in zip(going, chosen, strict=True):
+            is_prefill = False
+            for number, row in zip(going, logits, strict=True):
+                # Drawn when it is asked for: after a break no draw is lost.
+                token = self._sampling.choose(row, self.sequences[number].generator)
                 yield number, self._append(self.sequences[number], token)
             going = [number for number in going if self.sequences[number].reason is None]
             if decoding is not None and going and going != before:
@@ -161,24 +166,25 @@ class Generation:
             sequence.reason = "context"
         return token
 
-    def _decoding(self) -> Decoding:
-        """A cache for all prompts, the shorter ones padded on the left."""
-        lengths = torch.tensor([len(sequence.prompt) for sequence in self.sequences])
+    def _decoding(self, going: list[int]) -> Decoding:
+        """A cache for these sequences, the shorter ones padded on the left."""
+        sequences = [self.sequences[number] for number in going]
+        lengths = torch.tensor([len(sequence.ids) for sequence in sequences])
         longest = int(lengths.max())
         # The last token of a sequence is not put in.
-        grown = (lengths + self._most).clamp(max=self._model.context) - 1
+        grown = torch.tensor([min(len(each.prompt) + self._most, self._model.context) - 1 for each in sequences])
         capacity = longest + int((grown - lengths).max())
         return Decoding((longest - lengths).to(self._model.device), capacity)
 
     def _logits(self, going: list[int], decoding: Decoding | None) -> Tensor:
         """Of the next token of each of these: fp32 [B, V] on the CPU."""
         if decoding is None:
-            each = [self.sequences[number].prompt + self.sequences[number].new for number in going]
+            each = [self.sequences[number].ids for number in going]
             rows = [self._model.logits(torch.tensor([ids]), since=len(ids) - 1)[:, -1] for ids in each]
             logits = torch.cat(rows)
         elif decoding.seen == 0:
             padding = decoding.padding.tolist()
-            tokens = [[0] * pad + self.sequences[number].prompt for number, pad in zip(going, padding, strict=True)]
+            tokens = [[0] * pad + self.sequences[number].ids for number, pad in zip(going, padding, strict=True)]
             logits = self._model.logits(torch.tensor(tokens), decoding, since=len(tokens[0]) - 1)[:, -1]
         else:
             tokens = [[self.sequences[number].new[-1]] for number in going]

@@ -57,8 +57,8 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """What is drawn from, at a temperature above 0: fp32 [V] -> fp32 [V], 0 for tokens that are left out."""
-        # The largest first, or a small temperature would make them infinite.
-        scaled = (logits - logits.max()) / self.temperature
+        # The largest first, or a small temperature would make them infinite; and in fp64, for in fp32 it may be 0.
+        scaled = ((logits - logits.max()).double() / self.temperature).to(logits.dtype)
         if self.top_k is not None and self.top_k < len(scaled):
             most = scaled.topk(self.top_k)
             scaled = torch.full_like(scaled, -torch.inf).scatter(0, most.indices, most.values)
@@ -67,6 +67,8 @@ class Sampling:
             ordered, order = probabilities.sort(descending=True, stable=True)
             # A token stays while those before it have not made up the share.
             left_out = ordered.cumsum(dim=0) - ordered >= self.top_p
+            # Also of a share that is 0 in fp32.
+            left_out[0] = False
             probabilities = probabilities.index_fill(0, order[left_out], 0.0)
             probabilities = probabilities / probabilities.sum()
         return probabilities

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class BlockCache:
-    """Keys and values of one block: [B, G, capacity, D] each, of which the first `length` are filled."""
+    """Keys and values of one block: [B, G, capacity, D] each, of which the first are filled: those seen so far."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None

@@ -72,6 +72,30 @@ def test_cache_and_batch_change_nothing(form: str) -> None:
     assert len({tuple(tokens) for tokens in together}) == 4
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_after_a_break_sequences_go_on_as_without_it(cache: bool) -> None:
+    model = InferenceModel(random_stored("llama", adapters=True))
+    prompts = random_prompts([4, 9, 2])
+    expected = continued(model, prompts, 12, sampling=DRAWN)
+    generation = Generation(model, prompts, max_new_tokens=12, end=None, sampling=DRAWN, cache=cache)
+    # The second break comes between two sequences' tokens.
+    for most in (6, 7):
+        for _ in zip(range(most), generation, strict=False):
+            pass
+    generation.stop(2)
+    assert {number for number, _ in generation} == {0, 1}
+    found = [sequence.new for sequence in generation.sequences]
+    assert found[:2] == expected[:2]
+    assert found[2] == expected[2][: len(found[2])] != expected[2]
+    assert list(generation) == []
+
+
+def test_any_number_of_new_tokens_may_be_asked_for() -> None:
+    model = InferenceModel(random_stored("opt"))
+    (tokens,) = continued(model, random_prompts([model.context - 3]), 10**30)
+    assert len(tokens) == 3
+
+
 def test_a_seed_gives_the_same_again_and_another_something_else() -> None:
     model = InferenceModel(random_stored("gpt2"))
     (prompt,) = random_prompts([5])

@@ -83,6 +83,11 @@ def test_temperature_0_takes_the_most_probable_and_a_small_one_nearly_always() -
     assert Sampling(temperature=1e-39).probabilities(logits).tolist() == [0, 0.5, 0.5, 0]
 
 
+@pytest.mark.parametrize("values", [{"temperature": 1e-300}, {"temperature": 0.5, "top_p": 1e-300}])
+def test_values_that_fp32_does_not_have_leave_the_most_probable(values: dict[str, float]) -> None:
+    assert Sampling(**values).probabilities(torch.tensor([1.0, 3.0, 2.5])).tolist() == [0, 1, 0]  # type: ignore[arg-type]
+
+
 def test_a_stream_is_of_seed_prompt_and_draw() -> None:
     def stream(seed: int, prompt: list[int], draw: int) -> list[int]:
         generator = Sampling(temperature=1, seed=seed).generator(prompt, draw)
