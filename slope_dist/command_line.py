@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from slope_dist.errors import UserError
+from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 EXIT_INTERRUPTED = 130
 """What shells report for a program that Ctrl-C ended."""
@@ -27,3 +31,37 @@ class Parser(argparse.ArgumentParser):
 def visible(text: str) -> str:
     """The text on one line, with escapes such as `\\x1b` for all that a terminal would obey instead of showing."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def answer(work: Callable[[], object]) -> int:
+    """Do the work of a program that writes nothing but its output, and return its exit code.
+
+    A `UserError`, an output without room and Ctrl-C are one line on stderr; a reader of the output that leaves is
+    nothing to speak of.
+    """
+    try:
+        work()
+        # What is buffered would fail at exit, where nobody answers.
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {visible(str(error))}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # Whoever read has seen enough, as `head` does.
+        drop_output()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        drop_output()
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def drop_output() -> None:
+    """Let what is printed from here on, and what is still buffered, go nowhere: it must not fail again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

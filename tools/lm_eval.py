@@ -17,23 +17,19 @@ from __future__ import annotations
 import os
 import sys
 
-from slope_dist.command_line import EXIT_INTERRUPTED, visible
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.command_line import answer
+
+
+def work() -> None:
+    """Hand over to the harness."""
+    from slope_dist.inference.harness import command_line
+
+    command_line()
 
 
 def main() -> int:
     """Run the harness on `sys.argv` and return the exit code."""
-    try:
-        from slope_dist.inference.harness import command_line
-
-        command_line()
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return answer(work)
 
 
 if __name__ == "__main__":

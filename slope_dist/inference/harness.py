@@ -130,6 +130,10 @@ class SlopeLM(TemplateLM):
         """Ids of a text, without any that are no text."""
         return self.model.tokenizer.encode(string).tolist()
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Refused."""
+        raise UserError("these models have no chat template; leave --apply_chat_template out")
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of context and continuation as they are in one text.
 

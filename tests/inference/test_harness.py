@@ -191,6 +191,8 @@ def test_what_a_task_asks_for_and_cannot_have_is_refused(slope: SlopeLM) -> None
         generated(slope, ("a", {"num_beams": 4}))
     with pytest.raises(UserError, match="asks for 256 new tokens, which leaves no room in the model's context of 80"):
         generated(slope, ("a", {}))
+    with pytest.raises(UserError, match="have no chat template"):
+        slope.apply_chat_template([{"role": "user", "content": "a"}])
 
 
 @pytest.mark.parametrize(
@@ -226,9 +228,12 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 def test_the_command_line_takes_a_run(run: Path, tmp_path: Path) -> None:
     given = ["--include_path", str(TASKS), "--tasks", "slope_text", "--output_path", str(tmp_path / "out.json")]
+    # By way of a link, which Python follows before it puts the program's folder first in its path.
+    (tmp_path / "tools").symlink_to(TOOL.parent)
+    tool = str(tmp_path / "tools" / TOOL.name)
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     ended = subprocess.run(
-        [sys.executable, str(TOOL), "--model", "slope", "--model_args", f"path={run},batch_size=2", *given],
+        [sys.executable, tool, "--model", "slope", "--model_args", f"path={run},batch_size=2", *given],
         # The tasks name their files as from the root.
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)} | offline,

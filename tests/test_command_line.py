@@ -1,0 +1,74 @@
+"""Claim: what a program's output meets, and what its user can mend, is at most one line, and an exit code.
+
+Run: pytest tests/test_command_line.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from slope_dist.command_line import answer
+from slope_dist.errors import UserError
+
+def work():
+    {work}
+
+sys.exit(answer(work))
+"""
+
+
+def run(work: str, output: int) -> tuple[int, str]:
+    """Exit code and stderr of a program, its stdout buffered as that of a pipe is."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(work=work)],
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        ("print(1)", (0, "")),
+        ("raise UserError('a\\nb')", (2, "error: a\\nb\n")),
+        ("raise KeyboardInterrupt", (130, "interrupted\n")),
+    ],
+)
+def test_an_end_is_a_line_and_a_code(work: str, expected: tuple[int, str]) -> None:
+    assert run(work.replace("\n", "\\n"), subprocess.DEVNULL) == expected
+
+
+@pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
+def test_a_reader_that_has_left_is_no_error(text: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert run(f"print({text})", writing) == (0, "")
+    finally:
+        os.close(writing)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
+def test_an_output_without_room_is_one_line(text: str) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        code, errors = run(f"print({text})", full)
+    finally:
+        os.close(full)
+    assert (code, errors) == (2, "error: standard output cannot be written: No space left on device\n")
+
+
+def test_another_failure_stays_one() -> None:
+    code, errors = run("open('/nowhere/at/all')", subprocess.DEVNULL)
+    assert code == 1
+    assert "FileNotFoundError" in errors
