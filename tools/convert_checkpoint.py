@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, visible
 from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.export.exporting import FORMS, convert
@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
     # A scheduler's request to end must leave as little behind as Ctrl-C does.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        print("\n".join(visible(line) for line in run(parse(arguments))))
+        lines = run(parse(arguments))
     except UserError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -157,8 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    return answer(lambda: print("\n".join(visible(line) for line in lines)))
 
 
 if __name__ == "__main__":
+    # Names of folders may hold characters that the terminal's encoding does not have.
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -19,8 +19,9 @@ its first token on, after the id that ends a document; that of its own end is no
 Loss is the mean over tokens, in nats; perplexity is exp(loss). Bits per byte can be compared between tokenizers.
 
 exit codes:
-  0  done
-  2  the command line is wrong, or the model, its tokenizer or the text cannot be used
+  0    done, or whoever read the output has left
+  2    the command line is wrong, the model, its tokenizer or the text cannot be used, or the output has no room
+  130  interrupted
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
+from slope_dist.command_line import Parser, answer, visible
 from slope_dist.config.data import DataConfig
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.readers import Document
 from slope_dist.data.sources import text_files
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.errors import UserError
 from slope_dist.inference.command_line import DTYPES, add_model_options, model_of, say
 from slope_dist.inference.evaluation import Evaluation, View, check_tokenizer, evaluate_corpus, evaluate_documents
 from slope_dist.inference.model import InferenceModel
@@ -71,6 +72,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("--split and --valid-fraction are for --corpus")
     if options.corpus is not None and options.field is not None:
         parser.error("--field is for TEXT_FILE")
+    if options.valid_fraction is not None and not 0 < options.valid_fraction < 1:
+        parser.error(f"--valid-fraction {options.valid_fraction} is not between 0 and 1")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit} is less than 1")
     return options
@@ -108,6 +111,8 @@ def _corpus(options: argparse.Namespace, model: InferenceModel) -> Corpus:
         valid_fraction=default if options.valid_fraction is None else options.valid_fraction,
         tokenizer=None if options.tokenizer is None else str(options.tokenizer),
     )
+    if options.valid_fraction is not None and corpus.path.parent == corpus.folder:
+        raise UserError(f"--valid-fraction does not apply: {options.corpus} is split already; leave it out")
     if corpus.tokenizer is None:
         say(f"note: {options.corpus} has no tokenizer; its ids are taken for the model's, and bytes are not known")
     else:
@@ -152,15 +157,7 @@ def _json(facts: dict[str, Any], result: Evaluation) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return answer(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -24,21 +24,21 @@ in another order, which can turn a choice between two tokens that are as good as
 too.
 
 exit codes:
-  0  done
-  2  the command line is wrong, or the model, its tokenizer or a prompt cannot be used
+  0    done, or whoever read the output has left
+  2    the command line is wrong, the model, its tokenizer or a prompt cannot be used, or the output has no room
+  130  interrupted
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.command_line import Parser, answer, visible
+from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 from slope_dist.inference.command_line import add_model_options, model_of, say
 from slope_dist.inference.generation import Continuation, Generation, Speed, Spelling, check_prompt, prompt_ids
@@ -94,6 +94,8 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
     if options.prompt is not None:
         return [_text(prompt, f"--prompt {prompt!r:.60}") for prompt in options.prompt]
     if options.prompt_file is None:
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give --prompt or --prompt-file")
         return [_decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
     path = options.prompt_file
     try:
@@ -232,19 +234,7 @@ def _follow(generation: Generation, model: InferenceModel, printer: Printer, fir
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        run(parse(arguments))
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    return 0
+    return answer(lambda: run(parse(arguments)))
 
 
 if __name__ == "__main__":

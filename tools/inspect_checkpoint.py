@@ -21,7 +21,6 @@ exit codes:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from slope_dist.checkpoint.inspection import (
 )
 from slope_dist.checkpoint.report import Line, comparison, comparison_json, print_lines, report, report_json, to_json
 from slope_dist.checkpoint.validation import check_state
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, visible
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, drop_output, visible
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.transfer import Transfer
 
@@ -133,8 +132,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return EXIT_DAMAGED if isinstance(error, CheckpointError) else EXIT_BAD_INPUT
     except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. What is still buffered must not fail again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read has seen enough, as `head` does.
+        drop_output()
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

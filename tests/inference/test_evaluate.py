@@ -122,6 +122,8 @@ def test_a_corpus_of_another_tokenizer_is_refused(run: Path, evaluate: Tool, tmp
         (["a.txt", "--corpus", "{corpus}"], "give --corpus or TEXT_FILE, one of the two"),
         (["a.txt", "--split", "train"], "--split and --valid-fraction are for --corpus"),
         (["--corpus", "{corpus}", "--field", "x"], "--field is for TEXT_FILE"),
+        (["--corpus", "{corpus}", "--valid-fraction", "nan"], "--valid-fraction nan is not between 0 and 1"),
+        (["--corpus", "{corpus}", "--valid-fraction", "0.3"], "--valid-fraction does not apply: {corpus} is split"),
         (["--corpus", "{corpus}", "--limit", "0"], "--limit 0 is less than 1"),
         (["--corpus", "{corpus}", "--context", "65"], "context 65 is out of range; use one from 1 to the model's, 64"),
         (["--corpus", "{corpus}", "--stride", "65"], "stride 65 is out of range"),
@@ -142,4 +144,4 @@ def test_what_cannot_be_used_is_one_line(
     code, output, errors = evaluate(run, *(argument.format(tmp=tmp_path, corpus=corpus) for argument in arguments))
     assert (code, output) == (2, "")
     (line,) = errors.splitlines()
-    assert line.startswith(f"error: {message.format(tmp=tmp_path)}")
+    assert line.startswith(f"error: {message.format(tmp=tmp_path, corpus=corpus)}")

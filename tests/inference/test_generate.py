@@ -102,6 +102,11 @@ def test_prompts_from_files_and_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("two\nlines é\n".encode())))
     code, output, _ = generate(run, "--json", "--max-new-tokens", 2)
     assert (code, [row["prompt"] for row in rows_of(output)]) == (0, ["two\nlines é"])
+    # As Python has it where a shell has closed it.
+    monkeypatch.setattr(sys, "stdin", None)
+    code, output, errors = generate(run)
+    assert (code, output) == (2, "")
+    assert errors == "error: standard input is closed; give --prompt or --prompt-file\n"
 
 
 def test_another_dtype(run: Path, generate: Tool) -> None:
