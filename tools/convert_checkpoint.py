@@ -3,10 +3,11 @@
     python tools/convert_checkpoint.py runs/tiny --to hf --output exports/tiny
     python tools/convert_checkpoint.py runs/tiny/checkpoints/step-00000160 --to slope --output exports/tiny-slope
     python tools/convert_checkpoint.py exports/tiny --from hf --to slope-checkpoint --config configs/tiny.json \\
-        --set run.folder=runs/continued
+        --merge-adapters --set run.folder=runs/continued
 
-MODEL is a checkpoint of any layout, a run folder (then its newest checkpoint that verifies), or something that this
-command has written. Every file of a checkpoint is hashed first. Tensors pass through memory a layer at a time.
+MODEL is a checkpoint of any layout, a run folder (then its newest checkpoint that verifies), something that this
+command has written, or a model of Hugging Face. Every file of a checkpoint is hashed first. Tensors pass through
+memory a layer at a time.
 
 --to hf: Hugging Face's files: config.json, generation_config.json, tokenizer, safetensors; pruned weights with explicit
 zeros. Adapters lie beside them in adapter/ for PEFT, or are added into the weights with --merge-adapters.

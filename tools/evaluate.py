@@ -43,6 +43,9 @@ from slope_dist.inference.evaluation import Evaluation, View, check_tokenizer, e
 from slope_dist.inference.model import InferenceModel
 from slope_dist.transfer import Transfer, count_text
 
+NAMED = 3
+"""So many texts are named in the result; a pattern may stand for thousands."""
+
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line.
@@ -127,7 +130,11 @@ def _told(documents: Iterator[tuple[Document, int]], transfer: Transfer) -> Iter
 
 
 def _text(facts: dict[str, Any], result: Evaluation) -> str:
-    where = f"{facts['corpus']}, {facts['split']} split" if "corpus" in facts else " ".join(facts["text"])
+    if "corpus" in facts:
+        where = f"{facts['corpus']}, {facts['split']} split"
+    else:
+        given = facts["text"]
+        where = " ".join(given[:NAMED]) + (f" and {len(given) - NAMED} more" if len(given) > NAMED else "")
     size = f"{result.tokens:,} tokens"
     if result.text_bytes is not None:
         size += f", {result.text_bytes:,} bytes"

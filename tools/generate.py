@@ -96,6 +96,8 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
     if options.prompt_file is None:
         if sys.stdin is None:
             raise UserError("standard input is closed; give --prompt or --prompt-file")
+        if sys.stdin.isatty():
+            say("note: the prompt is read from the terminal; end it with Ctrl-D on a line of its own")
         return [_decoded(sys.stdin.buffer.read(), "standard input").removesuffix("\n")]
     path = options.prompt_file
     try:

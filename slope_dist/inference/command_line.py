@@ -21,7 +21,7 @@ DEVICES = ("cpu", "cuda")
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, --tokenizer, --dtype and --device."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run folder, or a converted model's")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint, run or converted model")
     parser.add_argument(
         "--tokenizer", type=Path, metavar="PATH", help="of the model (the one with it, or where its config says)"
     )

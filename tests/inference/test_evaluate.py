@@ -85,6 +85,13 @@ def test_files_of_text(run: Path, evaluate: Tool, tmp_path: Path) -> None:
     assert found["bytes"] == sum(len(document.text.encode()) for document in documents)
     assert found["text"] == [str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]
     assert "left_out" not in found
+    texts = [tmp_path / f"{number}.txt" for number in range(5)]
+    for path in texts:
+        path.write_text(TEXTS[0])
+    code, output, _ = evaluate(run, *texts, "--limit", 4)
+    named = " ".join(map(str, texts[:3]))
+    assert (code, output.splitlines()[2].partition(": 4 tokens")[0]) == (0, f"text: {named} and 2 more")
+    assert json.loads(evaluate(run, *texts, "--limit", 4, "--json")[1])["text"] == list(map(str, texts))
 
 
 def test_a_corpus_without_a_tokenizer_has_no_bytes(run: Path, corpus: Path, evaluate: Tool, tmp_path: Path) -> None:

@@ -102,6 +102,12 @@ def test_prompts_from_files_and_standard_input(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("two\nlines é\n".encode())))
     code, output, _ = generate(run, "--json", "--max-new-tokens", 2)
     assert (code, [row["prompt"] for row in rows_of(output)]) == (0, ["two\nlines é"])
+    typed = io.TextIOWrapper(io.BytesIO(b"ab"))
+    monkeypatch.setattr(typed, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stdin", typed)
+    code, output, errors = generate(run, "--json", "--max-new-tokens", 2)
+    assert (code, [row["prompt"] for row in rows_of(output)]) == (0, ["ab"])
+    assert errors.startswith("note: the prompt is read from the terminal")
     # As Python has it where a shell has closed it.
     monkeypatch.setattr(sys, "stdin", None)
     code, output, errors = generate(run)
