@@ -6,6 +6,8 @@ Run: pytest tests/inference/test_evaluation.py
 
 from __future__ import annotations
 
+import os
+import shutil
 from math import exp, log
 from pathlib import Path
 
@@ -96,6 +98,13 @@ def test_a_limit_counts_the_first_tokens(trained: InferenceModel, valid: Corpus)
     assert two.text_bytes == valid.tokenizer.piece_bytes()[ids[1:].numpy()].sum()
     whole = evaluate_corpus(trained, valid, View.of(trained), limit=10**9)
     assert whole.tokens == valid.num_tokens - 1
+
+
+def test_a_corpus_that_changes_meanwhile_is_refused(trained: InferenceModel, corpus: Path, tmp_path: Path) -> None:
+    changing = Corpus.open(shutil.copytree(corpus, tmp_path / "corpus"), "valid", trained.vocab_size)
+    touch = Transfer("tokens", lambda line: os.utime(changing.path, (1, 1)), quiet=0.0)
+    with pytest.raises(UserError, match="was changed"):
+        evaluate_corpus(trained, changing, View.of(trained), limit=CONTEXT, transfer=touch)
 
 
 def test_documents_are_predicted_from_their_first_token(model: InferenceModel) -> None:

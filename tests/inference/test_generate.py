@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from slope_dist.inference import load_model
-from slope_dist.inference.generation import Generation, Spelling, prompt_ids
+from slope_dist.inference import InferenceModel, load_model
+from slope_dist.inference.generation import Continuation, Generation, Spelling, prompt_ids
+from slope_dist.inference.sampling import Sampling
 from tests.inference.conftest import ROOT, Tool
 
 TOOL = ROOT / "tools" / "generate.py"
@@ -134,6 +135,33 @@ def test_a_terminal_is_not_steered(
     printer = generate.module.Printer(["a"], as_json=False)
     printer.add(0, "x\x1b[2J\ty\x9b\n")
     assert capsys.readouterr().out == shown
+
+
+def test_what_was_kept_back_comes_as_soon_as_its_turn_is(generate: Tool, capsys: pytest.CaptureFixture[str]) -> None:
+    printer = generate.module.Printer(["a", "b", "c"], as_json=False)
+    done = Continuation([1], Sampling().generator([1]), [2], "length")
+    printer.add(1, "two")
+    printer.add(0, "one")
+    printer.end(2, done)
+    assert capsys.readouterr().out == "--- 1: a\none"
+    printer.end(0, done)
+    assert capsys.readouterr().out == "\n--- 2: b\ntwo"
+    printer.end(1, done)
+    assert capsys.readouterr().out == "\n--- 3: c\n\n"
+
+
+def test_a_character_that_is_not_finished_is_printed_as_such(
+    model: InferenceModel, generate: Tool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = [token for token, piece in enumerate(model.tokenizer.pieces) if len(piece) == 1 and piece[0] >= 0xC2]
+
+    def draw(seed: int) -> Generation:
+        sampling = Sampling(temperature=9, seed=seed)
+        return Generation(model, [[1]], max_new_tokens=1, end=None, sampling=sampling)
+
+    seed = next(seed for seed in range(1000) if list(draw(seed))[0][1] in begun)
+    generate.module._follow(draw(seed), model, generate.module.Printer(["a"], as_json=False), 0)
+    assert capsys.readouterr().out == "\ufffd\n"
 
 
 @pytest.mark.parametrize(

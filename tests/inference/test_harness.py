@@ -35,6 +35,7 @@ from slope_dist.data.readers import Document
 from slope_dist.errors import UserError
 from slope_dist.inference import InferenceModel, load_model
 from slope_dist.inference.evaluation import View, evaluate_documents
+from slope_dist.inference.generation import Generation
 from slope_dist.inference.harness import SlopeLM
 from tests.data.test_json_tokenizer import byte_fallback
 from tests.export.models import random_stored
@@ -172,6 +173,17 @@ def test_texts_end_before_the_first_stop_string(slope: SlopeLM) -> None:
         (context, {"max_gen_toks": 20, "until": ["no such text", ""]}),
     )
     assert cut == [whole[:3], whole[:3], whole]
+
+
+def test_a_context_too_long_to_be_continued_keeps_its_end(slope: SlopeLM) -> None:
+    long = "".join(f" four {number}" for number in range(60))
+    ids = slope.tok_encode(long)
+    assert len(ids) > slope.model.context
+    kept = ids[-(slope.model.context - 12) :]
+    generation = Generation(slope.model, [kept], max_new_tokens=12, end=slope.eot_token_id)
+    expected = b"".join(slope.model.tokenizer.pieces[token] for _, token in generation if token is not None)
+    assert generation.sequences[0].reason == "length"
+    assert generated(slope, (long, {"max_gen_toks": 12})) == [expected.decode(errors="replace")]
 
 
 def test_draws_are_made_anew_for_each_repeat_and_again_the_same(slope: SlopeLM) -> None:

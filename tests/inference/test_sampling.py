@@ -85,7 +85,8 @@ def test_temperature_0_takes_the_most_probable_and_a_small_one_nearly_always() -
 
 @pytest.mark.parametrize("values", [{"temperature": 1e-300}, {"temperature": 0.5, "top_p": 1e-300}])
 def test_values_that_fp32_does_not_have_leave_the_most_probable(values: dict[str, float]) -> None:
-    assert Sampling(**values).probabilities(torch.tensor([1.0, 3.0, 2.5])).tolist() == [0, 1, 0]  # type: ignore[arg-type]
+    found = Sampling(**values).probabilities(torch.tensor([1.0, 3.0, 2.5]))  # type: ignore[arg-type]
+    assert (found.dtype, found.tolist()) == (torch.float32, [0, 1, 0])
 
 
 def test_a_stream_is_of_seed_prompt_and_draw() -> None:
