@@ -159,7 +159,7 @@ def test_a_character_that_is_not_finished_is_printed_as_such(
         sampling = Sampling(temperature=9, seed=seed)
         return Generation(model, [[1]], max_new_tokens=1, end=None, sampling=sampling)
 
-    seed = next(seed for seed in range(1000) if list(draw(seed))[0][1] in begun)
+    seed = next(seed for seed in range(1000) if next(iter(draw(seed)))[1] in begun)
     generate.module._follow(draw(seed), model, generate.module.Printer(["a"], as_json=False), 0)
     assert capsys.readouterr().out == "\ufffd\n"
 
