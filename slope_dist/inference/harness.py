@@ -80,14 +80,17 @@ class SlopeLM(TemplateLM):
             raise UserError("model_args: no path; give --model_args path=MODEL")
         if not str(batch_size).isdecimal() or int(batch_size) < 1 or max_batch_size is not None:
             raise UserError(f"batch size {batch_size}: no size is searched for; give a number from 1")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise UserError(f"model_args: seed {seed} is not a whole number")
+        # Refused now, not after the first task was read.
+        Sampling(seed=seed)
         if not isinstance(path, InferenceModel):
-            given = None if tokenizer is None else Path(tokenizer)
-            path = load(Path(path), tokenizer=given, dtype=dtype, device=device)
+            # The harness makes numbers of what looks like one.
+            given = None if tokenizer is None else Path(str(tokenizer))
+            path = load(Path(str(path)), tokenizer=given, dtype=dtype, device=str(device))
         self.model = path
         self._batch = int(batch_size)
         self._seed = seed
-        # Refused now, not after the first task was read.
-        Sampling(seed=seed)
         self._lengths = self.model.tokenizer.piece_bytes()
 
     @classmethod
@@ -260,22 +263,23 @@ class _Settings:
     """A task's generation settings, as far as they are known here."""
 
     def __init__(self, settings: Mapping[str, Any], seed: int) -> None:
-        known = normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS)
-        self.max_new_tokens = int(known.pop("max_gen_toks"))
-        self.until = [str(stop) for stop in known.pop("until", []) if stop]
-        is_drawn = known.pop("do_sample", False)
-        temperature = float(known.pop("temperature", 0.0))
-        top_k, top_p = known.pop("top_k", None), known.pop("top_p", None)
+        try:
+            known = normalize_gen_kwargs(dict(settings), DEFAULT_NEW_TOKENS)
+            self.max_new_tokens = int(known.pop("max_gen_toks"))
+            self.until = [str(stop) for stop in known.pop("until", []) if stop]
+            is_drawn = known.pop("do_sample", False)
+            temperature = float(known.pop("temperature", 0.0))
+            # 0 and 1.0 are how other libraries say "all".
+            top_k, top_p = int(known.pop("top_k", None) or 0) or None, float(known.pop("top_p", None) or 1.0)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"generation settings of the task: {error}") from error
         if known:
             raise UserError(
                 f"generation settings of the task: {', '.join(known)}: unknown; known are until, max_gen_toks, "
                 "do_sample, temperature, top_k, top_p"
             )
         if is_drawn and temperature > 0:
-            # 0 and 1.0 are how other libraries say "all".
-            self.sampling = Sampling(
-                temperature=temperature, top_k=int(top_k or 0) or None, top_p=float(top_p or 1.0), seed=seed
-            )
+            self.sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         else:
             self.sampling = Sampling()
 

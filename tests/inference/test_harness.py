@@ -201,6 +201,9 @@ def test_draws_are_made_anew_for_each_repeat_and_again_the_same(slope: SlopeLM) 
 def test_what_a_task_asks_for_and_cannot_have_is_refused(slope: SlopeLM) -> None:
     with pytest.raises(UserError, match="generation settings of the task: num_beams: unknown"):
         generated(slope, ("a", {"num_beams": 4}))
+    for name in ("max_gen_toks", "temperature", "top_k", "top_p"):
+        with pytest.raises(UserError, match="generation settings of the task: .*abc"):
+            generated(slope, ("a", {"max_gen_toks": 4, name: "abc"}))
     with pytest.raises(UserError, match="asks for 256 new tokens, which leaves no room in the model's context of 80"):
         generated(slope, ("a", {}))
     with pytest.raises(UserError, match="have no chat template"):
@@ -216,6 +219,10 @@ def test_what_a_task_asks_for_and_cannot_have_is_refused(slope: SlopeLM) -> None
         ("path=here,dtype=int8", 'there is no dtype "int8"; there are fp32, bf16, fp16'),
         ("path=here,device=tpu", 'there is no device "tpu"; there are cpu, cuda'),
         ("path=here,device=cuda:0", "device cuda:0 is not there"),
+        ("path=here,device=0", 'there is no device "0"'),
+        ("path=here,seed=abc", "model_args: seed abc is not a whole number"),
+        ("path=here,seed=-1", "seed -1 is out of range"),
+        ("path=2025", "2025 cannot be opened"),
         ("path=/nowhere", "/nowhere cannot be opened"),
     ],
 )
