@@ -202,7 +202,7 @@ def test_what_a_task_asks_for_and_cannot_have_is_refused(slope: SlopeLM) -> None
     with pytest.raises(UserError, match="generation settings of the task: num_beams: unknown"):
         generated(slope, ("a", {"num_beams": 4}))
     for name in ("max_gen_toks", "temperature", "top_k", "top_p"):
-        with pytest.raises(UserError, match="generation settings of the task: .*abc"):
+        with pytest.raises(UserError, match=r"generation settings of the task: .*abc"):
             generated(slope, ("a", {"max_gen_toks": 4, name: "abc"}))
     with pytest.raises(UserError, match="asks for 256 new tokens, which leaves no room in the model's context of 80"):
         generated(slope, ("a", {}))
