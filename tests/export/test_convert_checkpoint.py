@@ -5,13 +5,11 @@ Run: pytest tests/export/test_convert_checkpoint.py
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
 from collections import namedtuple
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,19 +20,11 @@ from slope_dist.export.exporting import FORMS
 from slope_dist.export.opening import form_of, open_model
 from slope_dist.inference import load_model
 from slope_dist.transfer import Transfer
-from tests.distributed import ROOT, run_ranks
+from tests.distributed import run_ranks
+from tests.programs import program
 from tests.runs import STEPS, VOCAB_SIZE, small_corpus, train, write_config
 
-
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = tool()
+TOOL = program("convert_checkpoint")
 
 
 @pytest.fixture(scope="module")
