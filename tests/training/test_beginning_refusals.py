@@ -143,7 +143,8 @@ def test_the_command_says_so_and_ends_with_2(
     config_for(stored, tmp_path, corpus)
     arguments = [str(tmp_path / "made"), "--to", "slope-checkpoint", "--config", str(tmp_path / "config.json")]
     capsys.readouterr()
-    assert program("convert_checkpoint").main(arguments) == 2
+    main = program("convert_checkpoint").main
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {tmp_path}/made has adapters, and ")
     assert main([*arguments, "--merge-adapters", "--set", "model.ffn_size=168"]) == 2
