@@ -70,6 +70,19 @@ def test_the_output_may_be_called_like_a_checkpoint(finished: Path, tmp_path: Pa
     assert load_model(target).stored.origin.form == form
 
 
+@pytest.mark.parametrize("place", ["made", "deep/made", "../step-00000010/made"])
+def test_the_output_is_not_put_into_the_model(finished: Path, tmp_path: Path, capsys: Any, place: str) -> None:
+    source = tmp_path / f"step-{STEPS:08d}"
+    shutil.copytree(finished / "checkpoints" / source.name, source)
+    before = sorted(source.rglob("*"))
+    assert "is in the folder of the model" in refused(capsys, 2, source, "--to", "hf", "--output", source / place)
+    assert sorted(source.rglob("*")) == before
+    # Beside its checkpoints a run has room for more.
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert convert(run, "--to", "hf", "--output", run / "made") == 0
+    assert open_model(run).origin.form == "checkpoint"
+
+
 def test_forms_convert_to_each_other(finished: Path, tmp_path: Path) -> None:
     direct = tmp_path / "direct"
     assert convert(finished, "--to", "hf", "--output", direct) == 0
