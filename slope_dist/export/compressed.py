@@ -25,7 +25,7 @@ from slope_dist.export.huggingface_names import FileTensor, file_tensors, module
 from slope_dist.export.opening import CONFIG, read_json
 from slope_dist.export.options import Options
 from slope_dist.export.peft_adapter import AdapterExport
-from slope_dist.export.stored import Origin, Skeleton, StoredModel, row_blocks
+from slope_dist.export.stored import Origin, Skeleton, StoredModel, nothing_sparse, row_blocks
 from slope_dist.export.tensor_files import SHARD_BYTES, Planned, cast
 from slope_dist.sparse import Pattern, codec
 from slope_dist.transfer import Transfer
@@ -110,10 +110,12 @@ class CompressedExport(HuggingFaceExport):
                 f"{len(others)} linear layers of pattern {', '.join(sorted(set(map(str, others))))} are stored dense, "
                 "with explicit zeros: the format is for 2:4 alone"
             )
-        self._lines.append(
-            "transformers and vLLM read this form no more, and transformers goes on with random numbers for its "
-            "weights: read it with slope_dist, or convert to hf for them"
-        )
+        self._lines += nothing_sparse(stored)
+        if any(form.pattern == TWO_FOUR for form in stored.linears.values()):
+            self._lines.append(
+                "transformers and vLLM read this form no more, and transformers goes on with random numbers for its "
+                "weights: read it with slope_dist, or convert to hf for them"
+            )
 
     def _config(self, stored: StoredModel, dtype: torch.dtype, ids: dict[str, int | None]) -> dict[str, object]:
         return super()._config(stored, dtype, ids) | {"quantization_config": quantization_config(stored)}
