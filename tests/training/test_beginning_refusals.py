@@ -149,6 +149,9 @@ def test_the_command_says_so_and_ends_with_2(
     assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {tmp_path}/made has adapters, and ")
     assert main([*arguments, "--merge-adapters", "--set", "model.ffn_size=168"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/made has model.ffn_size 160, and the config 168; ")
+    named = str(tmp_path / "nothing")
+    assert main([*arguments, "--merge-adapters", "--tokenizer", named]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot read tokenizer {named[:60]}")
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--merge-adapters"]) == 0
     assert f"{tmp_path}/run/checkpoints/step-00000000: " in capsys.readouterr().out
