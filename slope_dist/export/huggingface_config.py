@@ -171,7 +171,11 @@ class Keys:
     def refuse(self, key: str, right: str) -> UserError:
         """What to raise about a key."""
         value = self._content.get(key)
-        shown = json.dumps(value)
+        try:
+            shown = json.dumps(value)
+        except RecursionError:
+            # Almost too deep to be read.
+            shown = "deeply nested"
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         found = f"is {shown}" if key in self._content else "is missing"
         return UserError(f"{self._path}: {self._within}{key} {found}; {right}")

@@ -122,6 +122,15 @@ def test_a_model_that_ours_is_not_is_refused(copy, form: str, key: str, value: A
     refused(folder, expected)
 
 
+def test_values_of_any_depth_are_refused_in_one_line(copy) -> None:
+    folder = copy("llama")
+    content = (folder / "config.json").read_text()
+    for depth in (10, *range(900, 1010)):
+        # Those that can just be read, wherever the interpreter's limit is, cannot be shown.
+        (folder / "config.json").write_text(content.replace('"silu"', "[" * depth + "]" * depth))
+        refused(folder, "config.json")
+
+
 def test_what_only_training_reads_and_what_has_no_effect_is_taken(copy) -> None:
     folder = copy("mistral")
     edit(folder / "config.json", lambda content: content.update(attention_dropout=0.3, sliding_window=80, new_key=[1]))
