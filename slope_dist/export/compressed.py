@@ -140,10 +140,14 @@ class CompressedExport(HuggingFaceExport):
 
 def quantization_config(stored: StoredModel) -> dict[str, object]:
     """What config.json says of a model with compressed 2:4 weights."""
-    compressed = [weight for weight in _weights_of(stored) if isinstance(weight, CompressedWeight)]
-    own = {weight.layer for weight in compressed}
-    family, skeleton = stored.model.family, stored.skeleton
-    dense = [module_of(family, name) for name in skeleton.linears if name not in own]
+    tensors = _weights_of(stored)
+    compressed = [weight for weight in tensors if isinstance(weight, CompressedWeight)]
+    skeleton = stored.skeleton
+    dense = [
+        tensor.name.removesuffix(".weight")
+        for tensor in tensors
+        if isinstance(tensor, FileTensor) and any(part.endswith(_WEIGHT) for part in tensor.parts)
+    ]
     biases = sum(shape[0] for shape, bias in skeleton.linears.values() if bias)
     weights = sum(prod(shape) for shape, _ in skeleton.linears.values())
     total = weights + biases + sum(prod(shape) for shape in skeleton.others.values())
@@ -159,7 +163,7 @@ def quantization_config(stored: StoredModel) -> dict[str, object]:
         "sparsity_config": {
             "format": FORMAT,
             "global_sparsity": pruned / total,
-            "ignore": [*dict.fromkeys(dense), "lm_head"],
+            "ignore": [*dense, "lm_head"],
             "registry_requires_subclass": False,
             "sparsity_structure": "2:4",
             "targets": [weight.module for weight in compressed],
@@ -177,9 +181,9 @@ def _planned_parts(stored: StoredModel, weight: CompressedWeight, dtype: torch.d
     (rows, columns), (shape, compressed, bitmask) = weight.shape, weight.names
 
     def blocks(part: str) -> Iterator[Tensor]:
-        name = f"{weight.layer}.weight.{part}"
-        for start, stop in row_blocks(stored.shapes[name], stored.dtype.itemsize):
-            yield stored.read(name, start, stop)
+        # As many rows as of the whole matrix in fp32: of a byte of metadata eight bits come about, and four columns.
+        for start, stop in row_blocks(weight.shape, torch.float32.itemsize):
+            yield stored.read(f"{weight.layer}.weight.{part}", start, stop)
 
     def entries() -> Iterator[Tensor]:
         return (cast(block, dtype, compressed) for block in blocks("values"))

@@ -157,7 +157,9 @@ def test_layers_of_one_module_may_be_stored_otherwise(tmp_path: Path) -> None:
     file = load_file(tmp_path / "out" / WEIGHTS)
     assert same_bits(file[f"{dense}.weight"], expected)
     assert "transformer.h.2.attn.c_attn.weight" not in file
+    sparsity = json.loads((tmp_path / "out" / CONFIG).read_bytes())["quantization_config"]["sparsity_config"]
     # Those of the first block are all dense.
+    assert sparsity["ignore"] == ["transformer.h.0.attn.c_attn", dense, "lm_head"]
     assert "transformer.h.0.attn.c_attn.weight" in file
 
 
