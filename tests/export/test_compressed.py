@@ -31,6 +31,7 @@ from slope_dist.export.stored import StoredModel
 from slope_dist.inference import InferenceModel
 from slope_dist.sparse import codec
 from slope_dist.transfer import Transfer
+from tests.export.damage import refusal
 from tests.export.hugging_face import exported
 from tests.export.models import MemoryModel, random_stored
 from tests.export.small_tokenizers import VOCAB_SIZE, small_tokenizer
@@ -266,16 +267,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spoilt(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "spoilt"))
-
-
-def refusal(folder: Path) -> str:
-    """The one line with which a model is refused: when it is opened, or when all of it is read."""
-    with pytest.raises(UserError) as caught:
-        InferenceModel(open_model(folder))
-    text = str(caught.value)
-    assert text.isprintable()
-    assert len(text) < 600
-    return text
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])
