@@ -128,6 +128,9 @@ def _begin_run(options: argparse.Namespace) -> list[str]:
 
     config = load_config(options.config, options.changes)
     stored = open_model(options.model, options.tokenizer, _transfer("hashing files"))
+    if options.tokenizer is not None:
+        # One that was named must be there; without any, a run can begin.
+        stored.tokenizer()
     begun = begin_from(stored, config, merge_adapters=options.merge_adapters, transfer=_transfer("writing"))
     go_on = ["python", "launch/pretrain.py", "--config", options.config]
     for change in options.changes:

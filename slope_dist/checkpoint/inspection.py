@@ -36,8 +36,12 @@ class Opened(NamedTuple):
     skipped: list[str]
 
 
-def open_folder(path: Path) -> Opened:
+def open_folder(path: Path, transfer: Transfer | None = None) -> Opened:
     """Open a checkpoint by its own folder, or the newest that verifies of a run folder or its checkpoints folder.
+
+    Args:
+        path: the folder.
+        transfer: told of the bytes that are hashed, where that is done.
 
     Raises:
         UserError: if there is no such folder, or no checkpoint in it.
@@ -52,7 +56,7 @@ def open_folder(path: Path) -> Opened:
     if MANIFEST in names or step_of(path.name) is not None:
         return Opened(Checkpoint.open(path, verify=False), False, [])
     folder = path / "checkpoints" if "checkpoints" in names else path
-    search = find_newest(folder)
+    search = find_newest(folder, transfer)
     if search.checkpoint is None:
         if search.damaged:
             raise CheckpointError(f"{folder}: no checkpoint verifies; the newest: {search.damaged[0]}")

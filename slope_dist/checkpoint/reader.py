@@ -232,17 +232,18 @@ class Search(NamedTuple):
         return [*self.leftovers, *self.damaged]
 
 
-def find_newest(checkpoints: Path) -> Search:
+def find_newest(checkpoints: Path, transfer: Transfer | None = None) -> Search:
     """The newest checkpoint that verifies, looked for by this process alone.
 
     Args:
         checkpoints: the folder of all checkpoints of a run; it need not exist.
+        transfer: told of the bytes that are hashed.
 
     Raises:
         CheckpointError: if the folder cannot be read.
     """
     names, leftovers = _listing(checkpoints)
-    return Search(*_search(checkpoints, names, 0, 1, lambda problem: [problem]), leftovers)
+    return Search(*_search(checkpoints, names, 0, 1, lambda problem: [problem], transfer), leftovers)
 
 
 def find_newest_on_all_ranks(checkpoints: Path, transfer: Transfer | None = None) -> Search:

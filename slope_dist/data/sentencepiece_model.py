@@ -117,8 +117,11 @@ class SentencePieceTokenizer(Tokenizer):
             if not model:
                 raise DecodeError("empty")
             proto.ParseFromString(model)
+            # Text that is no UTF-8 comes as bytes, and the library's message about it may be none either.
+            if not all(isinstance(p.piece, str) for p in proto.pieces):
+                raise DecodeError("not UTF-8")
             processor: Any = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (DecodeError, RuntimeError) as error:
+        except (DecodeError, RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path} is not a SentencePiece model: empty, damaged or of another kind; "
                 "give a .model file that SentencePiece wrote"

@@ -43,7 +43,7 @@ class CheckpointModel(StoredModel):
             CheckpointError: if it is damaged, or is not what a run of this program writes.
         """
         refuse_unfinished(path)
-        opened = open_folder(path)
+        opened = open_folder(path, transfer)
         for line in opened.skipped:
             print(f"skipped: {visible(line)}", file=sys.stderr)
         self._checkpoint = opened.checkpoint

@@ -25,7 +25,7 @@ from slope_dist.export.huggingface_names import FileTensor, file_tensors, module
 from slope_dist.export.opening import CONFIG, read_json
 from slope_dist.export.options import Options
 from slope_dist.export.peft_adapter import AdapterExport
-from slope_dist.export.stored import Origin, Skeleton, StoredModel, row_blocks
+from slope_dist.export.stored import Origin, Skeleton, StoredModel, nothing_sparse, row_blocks
 from slope_dist.export.tensor_files import SHARD_BYTES, Planned, cast
 from slope_dist.sparse import Pattern, codec
 from slope_dist.transfer import Transfer
@@ -110,10 +110,12 @@ class CompressedExport(HuggingFaceExport):
                 f"{len(others)} linear layers of pattern {', '.join(sorted(set(map(str, others))))} are stored dense, "
                 "with explicit zeros: the format is for 2:4 alone"
             )
-        self._lines.append(
-            "transformers and vLLM read this form no more, and transformers goes on with random numbers for its "
-            "weights: read it with slope_dist, or convert to hf for them"
-        )
+        self._lines += nothing_sparse(stored)
+        if any(form.pattern == TWO_FOUR for form in stored.linears.values()):
+            self._lines.append(
+                "transformers and vLLM read this form no more, and transformers goes on with random numbers for its "
+                "weights: read it with slope_dist, or convert to hf for them"
+            )
 
     def _config(self, stored: StoredModel, dtype: torch.dtype, ids: dict[str, int | None]) -> dict[str, object]:
         return super()._config(stored, dtype, ids) | {"quantization_config": quantization_config(stored)}
@@ -138,10 +140,14 @@ class CompressedExport(HuggingFaceExport):
 
 def quantization_config(stored: StoredModel) -> dict[str, object]:
     """What config.json says of a model with compressed 2:4 weights."""
-    compressed = [weight for weight in _weights_of(stored) if isinstance(weight, CompressedWeight)]
-    own = {weight.layer for weight in compressed}
-    family, skeleton = stored.model.family, stored.skeleton
-    dense = [module_of(family, name) for name in skeleton.linears if name not in own]
+    tensors = _weights_of(stored)
+    compressed = [weight for weight in tensors if isinstance(weight, CompressedWeight)]
+    skeleton = stored.skeleton
+    dense = [
+        tensor.name.removesuffix(".weight")
+        for tensor in tensors
+        if isinstance(tensor, FileTensor) and any(part.endswith(_WEIGHT) for part in tensor.parts)
+    ]
     biases = sum(shape[0] for shape, bias in skeleton.linears.values() if bias)
     weights = sum(prod(shape) for shape, _ in skeleton.linears.values())
     total = weights + biases + sum(prod(shape) for shape in skeleton.others.values())
@@ -157,7 +163,7 @@ def quantization_config(stored: StoredModel) -> dict[str, object]:
         "sparsity_config": {
             "format": FORMAT,
             "global_sparsity": pruned / total,
-            "ignore": [*dict.fromkeys(dense), "lm_head"],
+            "ignore": [*dense, "lm_head"],
             "registry_requires_subclass": False,
             "sparsity_structure": "2:4",
             "targets": [weight.module for weight in compressed],
@@ -175,9 +181,9 @@ def _planned_parts(stored: StoredModel, weight: CompressedWeight, dtype: torch.d
     (rows, columns), (shape, compressed, bitmask) = weight.shape, weight.names
 
     def blocks(part: str) -> Iterator[Tensor]:
-        name = f"{weight.layer}.weight.{part}"
-        for start, stop in row_blocks(stored.shapes[name], stored.dtype.itemsize):
-            yield stored.read(name, start, stop)
+        # As many rows as of the whole matrix in fp32: of a byte of metadata eight bits come about, and four columns.
+        for start, stop in row_blocks(weight.shape, torch.float32.itemsize):
+            yield stored.read(f"{weight.layer}.weight.{part}", start, stop)
 
     def entries() -> Iterator[Tensor]:
         return (cast(block, dtype, compressed) for block in blocks("values"))

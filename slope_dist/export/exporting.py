@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
+from slope_dist.errors import UserError
 from slope_dist.export.opening import open_model
 from slope_dist.export.options import Options, check_options
 from slope_dist.export.proof import check_same
@@ -65,9 +67,14 @@ def convert(
         lines that the user should know.
 
     Raises:
-        UserError: if the model cannot have this form, there is no room, or something is at `target`; nothing is left.
+        UserError: if the model cannot have this form, there is no room, something is at `target`, or that is in the
+            folder of the model; nothing is left.
         WrongExportError: if what was written reads back as something else; nothing is left.
     """
+    source = Path(os.path.realpath(stored.origin.path))
+    if source in Path(os.path.realpath(target)).parents:
+        # A checkpoint with one more thing in it would never load again.
+        raise UserError(f"{target} is in the folder of the model, {source}; name another --output")
     export = export_of(stored, form, options)
     with new_folder(target, export.bytes) as folder:
         transfer.begin(export.bytes)

@@ -171,7 +171,11 @@ class Keys:
     def refuse(self, key: str, right: str) -> UserError:
         """What to raise about a key."""
         value = self._content.get(key)
-        shown = json.dumps(value)
+        try:
+            shown = json.dumps(value)
+        except RecursionError:
+            # Almost too deep to be read.
+            shown = "deeply nested"
         shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
         found = f"is {shown}" if key in self._content else "is missing"
         return UserError(f"{self._path}: {self._within}{key} {found}; {right}")
@@ -211,13 +215,6 @@ class Keys:
             raise self.refuse(key, "expected a list of names")
         return value
 
-    def of_module(self, key: str, module: str, default: float) -> float:
-        """The number that an object of numbers has for a module, by its name or the last parts of it."""
-        numbers = self.within(key)
-        names = [module.split(".", cut)[-1] for cut in range(module.count(".") + 1)]
-        found = next((name for name in names if numbers is not None and numbers.given(name)), None)
-        return default if numbers is None or found is None else numbers.number(found)
-
     def within(self, key: str) -> Keys | None:
         """The keys of an object; None where there is none or null."""
         value = self._content.get(key)
@@ -230,6 +227,11 @@ class Keys:
     def given(self, key: str) -> bool:
         """Whether there is such a key, of whatever value."""
         return key in self._content
+
+    @property
+    def names(self) -> list[str]:
+        """All keys, in the order of the file."""
+        return list(self._content)
 
 
 def _opt_fields(keys: Keys) -> dict[str, object]:

@@ -35,11 +35,14 @@ _FIXED: dict[str, list[object]] = {
     "alora_invocation_tokens": [None],
     "arrow_config": [None],
     "exclude_modules": [None],
+    # Others change the weights of the base when PEFT makes the adapter, each time that it is loaded too.
+    "init_lora_weights": [True, False, "gaussian", "orthogonal", "eva"],
     "kasa_config": [None],
     "layer_replication": [None],
     "layers_to_transform": [None],
     "lora_bias": [False],
     "modules_to_save": [None, []],
+    "monteclora_config": [None],
     "target_parameters": [None],
     "trainable_token_indices": [None],
     "use_bdlora": [None, False],
@@ -169,6 +172,16 @@ class AdapterReader:
             what = "is not among the target_modules" if module in found else "has no adapter, and is a target module"
             raise UserError(f"{self._path}: {module} {what} of {ADAPTER_CONFIG}")
 
+    def _check_names(self, config: Keys, key: str) -> None:
+        """An object of numbers names modules; it may hold regular expressions too, which are not followed here."""
+        numbers = config.within(key)
+        for name in [] if numbers is None else numbers.names:
+            if not any(_names(name, module) for module in self._modules):
+                raise UserError(
+                    f"{self._folder / ADAPTER_CONFIG}: {key}: expected names of linear layers of the base, found "
+                    f"{visible(name)[:60]}; write out the layers that a pattern means"
+                )
+
     def _own_ranks(self, metadata: Mapping[str, str]) -> dict[str, int] | None:
         """What an adapter of ours says of our layers."""
         if RANKS_KEY not in metadata:
@@ -187,11 +200,13 @@ class AdapterReader:
     def _placed(self, shapes: Mapping[str, int], config: Keys, own: dict[str, int] | None) -> dict[str, _Place]:
         places: dict[str, _Place] = {}
         root = config.one_of("use_rslora", [False, True], False)
+        for key in ("rank_pattern", "alpha_pattern"):
+            self._check_names(config, key)
         for module, rank in shapes.items():
-            said = config.of_module("rank_pattern", module, config.number("r"))
+            said = _of_module(config, "rank_pattern", module, config.number("r"))
             if said != rank:
                 raise UserError(f"{self._path}: {module}: {ADAPTER_CONFIG} says rank {said:g}, found rank {rank}")
-            alpha = config.of_module("alpha_pattern", module, config.number("lora_alpha"))
+            alpha = _of_module(config, "alpha_pattern", module, config.number("lora_alpha"))
             scaling = Fraction(alpha) / (Fraction(sqrt(rank)) if root else rank)
             row = first = 0
             for layer in self._modules[module]:
@@ -208,6 +223,13 @@ class AdapterReader:
         if own is not None and own.keys() != places.keys():
             raise UserError(f"{self._path}: header: {RANKS_KEY} name layers that have no adapter")
         return places
+
+
+def _of_module(config: Keys, key: str, module: str, default: float) -> float:
+    """The number that an object of numbers has for a module: that of the first name that means it, as PEFT has it."""
+    numbers = config.within(key)
+    name = None if numbers is None else next((name for name in numbers.names if _names(name, module)), None)
+    return default if numbers is None or name is None else numbers.number(name)
 
 
 def _name(module: str, factor: str) -> str:

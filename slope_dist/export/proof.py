@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from slope_dist.config.model import ModelConfig
+from slope_dist.export.huggingface_names import modules_of
 from slope_dist.export.options import Options
 from slope_dist.export.stored import StoredModel, row_blocks
 from slope_dist.models import ModelShape, Rotary
@@ -64,7 +65,8 @@ def _check_adapter(source: StoredModel, made: StoredModel, name: str, options: O
     pattern = Pattern(2, 4) if options.prune_adapters and after.appended else None
     expected, found = _expected_product(source, name, pattern), made.adapter_product(name)
     bound = 4 * torch.finfo(made.dtype).eps * float(expected.norm())
-    if before.adapter_rank == after.adapter_rank and not options.prune_adapters and not options.pad_adapters:
+    changed = options.prune_adapters or options.pad_adapters or _is_scaled(source, made, name)
+    if before.adapter_rank == after.adapter_rank and not changed:
         for part in ("down", "up"):
             tensor = f"{name}.adapter.{part}"
             factors = source.read(tensor).to(made.dtype), made.read(tensor)
@@ -74,6 +76,14 @@ def _check_adapter(source: StoredModel, made: StoredModel, name: str, options: O
             _require_equal(tensor, *factors)
     elif not float((expected - found).norm()) <= bound:
         raise WrongExportError(f"{name}.adapter: it adds something else than it did")
+
+
+def _is_scaled(source: StoredModel, made: StoredModel, name: str) -> bool:
+    """Whether the layer may share a module of PEFT's, which has one lora_alpha / r, with adapters of other ranks."""
+    modules = modules_of(source.model.family, source.linears).values()
+    layers = next(layers for layers in modules if name in layers)
+    ranks = {source.linears[layer].adapter_rank for layer in layers} - {0}
+    return made.origin.form != "slope" and len(ranks) > 1
 
 
 def _expected_product(model: StoredModel, name: str, pattern: Pattern | None) -> Tensor:

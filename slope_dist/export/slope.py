@@ -24,7 +24,15 @@ from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.opening import MAX_JSON_BYTES, SLOPE
 from slope_dist.export.options import Options
-from slope_dist.export.stored import PROJECTIONS, LinearForm, Origin, StoredModel, keeps_two_of_four, row_blocks
+from slope_dist.export.stored import (
+    PROJECTIONS,
+    LinearForm,
+    Origin,
+    StoredModel,
+    keeps_two_of_four,
+    nothing_sparse,
+    row_blocks,
+)
 from slope_dist.export.target import write_file
 from slope_dist.export.tensor_files import KNOWN_DTYPES, Planned, cast, header_bytes, total_bytes, write_shards
 from slope_dist.export.tensor_reader import TensorReader, stamp_of
@@ -141,7 +149,7 @@ class SlopeExport:
     def _linears_in_files(self) -> tuple[dict[str, LinearForm], list[str]]:
         """How each linear layer will lie in the files, and what the user should know of it."""
         linears = {}
-        beside, pruned, removed, total = 0, 0, 0.0, 0.0
+        dense, apart, pruned, removed, total = 0, 0, 0, 0.0, 0.0
         for name, form in self._stored.linears.items():
             appended = form.appended
             if form.adapter_rank and not appended:
@@ -154,9 +162,10 @@ class SlopeExport:
                     total += float(down.double().square().sum())
                     pruned += 1
                     appended = True
-                beside += not appended
+                dense += two_four and not appended
+                apart += not two_four
             linears[name] = replace(form, appended=appended)
-        lines = []
+        lines = nothing_sparse(self._stored)
         if pruned:
             lines.append(
                 f"the first factors of {pruned} adapters were pruned 2:4, which changes the model: the norm of what "
@@ -164,15 +173,14 @@ class SlopeExport:
             )
         if self._prune and not self._stored.has_adapters:
             lines.append("there are no adapters to prune")
-        if beside:
-            lines.append(f"the first factors of {beside} adapters lie beside their weights, since they {self._reason}")
+        if dense:
+            lines.append(
+                f"the first factors of {dense} adapters lie beside their weights, since they are not 2:4; "
+                "--prune-adapters would make them so"
+            )
+        if apart:
+            lines.append(f"the first factors of {apart} adapters lie beside their weights, which are not 2:4")
         return linears, lines
-
-    @property
-    def _reason(self) -> str:
-        return (
-            "belong to weights that are not 2:4" if self._prune else "are not 2:4; --prune-adapters would make them so"
-        )
 
     def _tail(self, name: str) -> CompressedMatrix:
         """The first factor that is appended to a weight: [R, I]."""

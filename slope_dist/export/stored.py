@@ -200,6 +200,16 @@ class StoredModel(ABC):
         raise NotImplementedError(f"{type(self).__name__} appends nothing")
 
 
+def nothing_sparse(stored: StoredModel) -> list[str]:
+    """A line for who expects sparse weights of a model whose files hold none."""
+    if any(form.pattern is not None for form in stored.linears.values()):
+        return []
+    line = f"no linear layer is stored sparse in {stored.origin.path}, so all are written dense"
+    if stored.origin.form == "hf":
+        line += "; this form does not tell pruned entries from zeros: convert the checkpoint, if it was made of one"
+    return [line]
+
+
 def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[int, int]]:
     """Cuts of a tensor's rows into blocks of about `CHUNK_BYTES`."""
     rows, row_bytes = (shape[0] if shape else 1), prod(shape[1:]) * itemsize

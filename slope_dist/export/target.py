@@ -34,6 +34,7 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         refuse_without_room(target.parent, needed_bytes, "name another --output")
         temporary.mkdir()
+        place = temporary
         try:
             yield temporary
             sync_folder(temporary)
@@ -41,9 +42,10 @@ def new_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
             if os.path.lexists(target):
                 raise UserError(f"{target} is there already; remove it, or name another --output")
             os.rename(temporary, target)
+            place = target
             sync_folder(target.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
             raise
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""

@@ -91,8 +91,7 @@ def write_shards(
     Args:
         folder: where.
         stem: "model", say.
-        tensors: in the order in which they are to lie; those with the widest elements must not come behind narrower
-            ones of an odd size (each file keeps the order by width).
+        tensors: in the order in which files are filled with them; within a file wider elements lie first.
         transfer: told of the bytes that are written.
         shard_bytes: of tensors in a file.
         metadata: of each file's header, beside {"format": "pt"}.

@@ -75,6 +75,8 @@ def begin_from(
     lines = _compare_tokenizers(stored, corpora)
     if stored.has_adapters:
         lines.append("the adapters were merged into the weights before these were pruned")
+    elif merge_adapters:
+        lines.append("there are no adapters to merge")
     with _claimed(folder) as turn:
         lines += [turn.warning] if turn.warning else []
         _refuse_used(folder)

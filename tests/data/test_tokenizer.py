@@ -151,7 +151,11 @@ def test_a_model_that_loses_text_is_refused(changes, message):
 
 def test_files_that_are_no_model_are_refused(tokenizer, tmp_path):
     cut = tokenizer.model[: len(tokenizer.model) // 2]
-    for number, content in enumerate([b"", b"not a model", b"\0" * 100, cut]):
+    # No UTF-8, in the name of a byte and in an ordinary piece.
+    bad_byte = tokenizer.model.replace(b"<0x35>", b"<\xdex35>")
+    bad_piece = tokenizer.model.replace("\u2581a".encode(), b"\xff\xff\xff\xff")
+    assert tokenizer.model not in (bad_byte, bad_piece)
+    for number, content in enumerate([b"", b"not a model", b"\0" * 100, cut, bad_byte, bad_piece]):
         path = tmp_path / f"{number}.model"
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{number}.model"):

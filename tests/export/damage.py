@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's form changed by hand, and what their reader must say."""
+"""Folders of converted models changed by hand, and what their readers must say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from slope_dist.errors import UserError
 from slope_dist.export.huggingface_model import HuggingFaceModel
+from slope_dist.export.opening import open_model
+from slope_dist.inference import InferenceModel
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -25,6 +27,16 @@ def refused(folder: Path, expected: str, act: Callable[[HuggingFaceModel], objec
     assert expected in str(caught.value), str(caught.value)
     assert str(caught.value).isprintable()
     assert str(folder) in str(caught.value)
+
+
+def refusal(folder: Path) -> str:
+    """The one line with which a model is refused: when it is opened, or when all of it is read."""
+    with pytest.raises(UserError) as caught:
+        InferenceModel(open_model(folder))
+    text = str(caught.value)
+    assert text.isprintable()
+    assert len(text) < 600
+    return text
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:

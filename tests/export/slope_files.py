@@ -48,10 +48,8 @@ def with_sparse_factors(stored: MemoryModel, *, holes: bool = False) -> MemoryMo
     return stored
 
 
-def reseal(
-    folder: Path, tensors: dict[str, Tensor], change: Callable[[dict[str, Any]], object] = lambda _: None
-) -> None:
-    """Other tensors and another description in a folder, with the right sizes and hashes, as an enemy could."""
+def reseal(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Other tensors in a folder, with the right sizes and hashes, as an enemy could."""
     (folder / TENSORS).unlink()
     sha256 = write_file_of_tensors(
         folder / TENSORS, [Planned.of(name, tensor) for name, tensor in tensors.items()], Transfer()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from slope_dist.checkpoint import CheckpointError
+from slope_dist.checkpoint import Checkpoint, CheckpointError
 from slope_dist.config import load_config
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.load_tokenizer import load_tokenizer
@@ -22,6 +22,7 @@ from slope_dist.errors import UserError
 from slope_dist.export.checkpoint_model import CheckpointModel
 from slope_dist.export.opening import form_of, open_model
 from slope_dist.inference import InferenceModel
+from slope_dist.transfer import Transfer
 from tests.checkpoint.rewriting import rewrite
 from tests.distributed import run_ranks
 from tests.runs import (
@@ -29,7 +30,6 @@ from tests.runs import (
     STEPS,
     evaluation_rows,
     make_corpus,
-    newest,
     read_all,
     small_corpus,
     train,
@@ -63,13 +63,12 @@ def test_it_reads_the_run_s_own_weights(base: Path, step: int, precision: str) -
     assert model.model == load_config(base / precision / "config.json").model
     assert model.has_adapters == (step >= FIRST_ADAPTER_STEP)
     assert model.origin.step == step
-    stored = newest(base / precision / "run") if step == STEPS else None
-    if stored is not None:
-        weights, metadata = read_all(stored, "weight"), read_all(stored, "metadata")
-        assert model.shapes.keys() == weights.keys() | metadata.keys()
-        for name, tensor in (weights | metadata).items():
-            assert torch.equal(model.read(name), tensor)
-            assert torch.equal(model.read(name, 1, 2), tensor[1:2])
+    stored = Checkpoint.open(path)
+    weights, metadata = read_all(stored, "weight"), read_all(stored, "metadata")
+    assert model.shapes.keys() == weights.keys() | metadata.keys()
+    for name, tensor in (weights | metadata).items():
+        assert torch.equal(model.read(name), tensor)
+        assert torch.equal(model.read(name, 1, 2), tensor[1:2])
     assert model.linears["decoder.layers.0.self_attn.q_proj"].pattern is None
     assert str(model.linears["decoder.layers.0.fc1"].pattern) == "2:4"
 
@@ -78,6 +77,21 @@ def test_a_run_folder_is_its_newest_checkpoint(base: Path) -> None:
     for path in (base / "fp32" / "run", base / "fp32" / "run" / "checkpoints"):
         assert form_of(path) == "checkpoint"
         assert open_model(path).origin.path.name == f"step-{STEPS:08d}"
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints", f"checkpoints/step-{STEPS:08d}"])
+def test_every_file_is_hashed_once_and_that_is_reported(base: Path, place: str) -> None:
+    class Counted(Transfer):
+        bytes = 0
+
+        def add(self, size: int) -> None:
+            super().add(size)
+            self.bytes += size
+
+    counted = Counted()
+    open_model(base / "fp32" / "run" / place, transfer=counted)
+    files = checkpoint(base, STEPS).glob("*.safetensors")
+    assert counted.bytes == sum(path.stat().st_size for path in files)
 
 
 def test_its_loss_is_that_of_the_run(base: Path) -> None:

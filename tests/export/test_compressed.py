@@ -31,6 +31,7 @@ from slope_dist.export.stored import StoredModel
 from slope_dist.inference import InferenceModel
 from slope_dist.sparse import codec
 from slope_dist.transfer import Transfer
+from tests.export.damage import refusal
 from tests.export.hugging_face import exported
 from tests.export.models import MemoryModel, random_stored
 from tests.export.small_tokenizers import VOCAB_SIZE, small_tokenizer
@@ -157,7 +158,9 @@ def test_layers_of_one_module_may_be_stored_otherwise(tmp_path: Path) -> None:
     file = load_file(tmp_path / "out" / WEIGHTS)
     assert same_bits(file[f"{dense}.weight"], expected)
     assert "transformer.h.2.attn.c_attn.weight" not in file
+    sparsity = json.loads((tmp_path / "out" / CONFIG).read_bytes())["quantization_config"]["sparsity_config"]
     # Those of the first block are all dense.
+    assert sparsity["ignore"] == ["transformer.h.0.attn.c_attn", dense, "lm_head"]
     assert "transformer.h.0.attn.c_attn.weight" in file
 
 
@@ -264,16 +267,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spoilt(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "spoilt"))
-
-
-def refusal(folder: Path) -> str:
-    """The one line with which a model is refused: when it is opened, or when all of it is read."""
-    with pytest.raises(UserError) as caught:
-        InferenceModel(open_model(folder))
-    text = str(caught.value)
-    assert text.isprintable()
-    assert len(text) < 600
-    return text
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "adapter/adapter_model.safetensors", "adapter/adapter_config.json"])

@@ -5,13 +5,11 @@ Run: pytest tests/export/test_convert_checkpoint.py
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
 from collections import namedtuple
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,19 +20,11 @@ from slope_dist.export.exporting import FORMS
 from slope_dist.export.opening import form_of, open_model
 from slope_dist.inference import load_model
 from slope_dist.transfer import Transfer
-from tests.distributed import ROOT, run_ranks
+from tests.distributed import run_ranks
+from tests.programs import program
 from tests.runs import STEPS, VOCAB_SIZE, small_corpus, train, write_config
 
-
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools" / "convert_checkpoint.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TOOL = tool()
+TOOL = program("convert_checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +68,19 @@ def test_the_output_may_be_called_like_a_checkpoint(finished: Path, tmp_path: Pa
     assert convert(finished, "--to", form, "--output", target) == 0
     assert form_of(target) == form
     assert load_model(target).stored.origin.form == form
+
+
+@pytest.mark.parametrize("place", ["made", "deep/made", "../step-00000010/made"])
+def test_the_output_is_not_put_into_the_model(finished: Path, tmp_path: Path, capsys: Any, place: str) -> None:
+    source = tmp_path / f"step-{STEPS:08d}"
+    shutil.copytree(finished / "checkpoints" / source.name, source)
+    before = sorted(source.rglob("*"))
+    assert "is in the folder of the model" in refused(capsys, 2, source, "--to", "hf", "--output", source / place)
+    assert sorted(source.rglob("*")) == before
+    # Beside its checkpoints a run has room for more.
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert convert(run, "--to", "hf", "--output", run / "made") == 0
+    assert open_model(run).origin.form == "checkpoint"
 
 
 def test_forms_convert_to_each_other(finished: Path, tmp_path: Path) -> None:

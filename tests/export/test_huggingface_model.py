@@ -63,7 +63,7 @@ def test_what_transformers_saves_is_read(form: str, tmp_path: Path) -> None:
     assert difference(ours(found), theirs(twin)) < EXACT
 
 
-GONE = object()
+GONE = "(gone)"
 CONFIGS: list[tuple[str, str, Any, str]] = [
     ("opt", "model_type", "bloom", 'model_type is "bloom"; our model has one of "opt", "gpt2", "llama", "mistral"'),
     ("opt", "model_type", GONE, "model_type is missing"),
@@ -120,6 +120,15 @@ def test_a_model_that_ours_is_not_is_refused(copy, form: str, key: str, value: A
         edit(folder / "config.json", lambda content: content.pop("sliding_window"))
         expected = "sliding_window is missing; our model has null"
     refused(folder, expected)
+
+
+def test_values_of_any_depth_are_refused_in_one_line(copy) -> None:
+    folder = copy("llama")
+    content = (folder / "config.json").read_text()
+    for depth in (10, *range(900, 1010)):
+        # Those that can just be read, wherever the interpreter's limit is, cannot be shown.
+        (folder / "config.json").write_text(content.replace('"silu"', "[" * depth + "]" * depth))
+        refused(folder, "config.json")
 
 
 def test_what_only_training_reads_and_what_has_no_effect_is_taken(copy) -> None:

@@ -18,6 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from slope_dist.export.exporting import convert
+from slope_dist.export.opening import open_model
+from slope_dist.export.options import Options
+from slope_dist.export.proof import WrongExportError, check_same
+from slope_dist.transfer import Transfer
 from tests.export.hugging_face import (
     EXACT,
     TOKENS,
@@ -109,6 +114,24 @@ def test_gpt2s_three_adapters_become_one(tmp_path: Path) -> None:
     assert difference(theirs(with_adapter(tmp_path / "hf")), ours(stored)) < EXACT
     exported(stored, tmp_path / "padded", pad_adapters=True)
     assert difference(theirs(with_adapter(tmp_path / "padded")), ours(stored)) < EXACT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpt2s_three_adapters_may_have_other_ranks(dtype: torch.dtype, tmp_path: Path) -> None:
+    stored = random_stored("gpt2", adapters=True, rank=5, dtype=dtype)
+    key = "transformer.h.1.attn.k_proj"
+    stored.linears[key] = replace(stored.linears[key], adapter_rank=3)
+    down, up = (stored._tensors[f"{key}.adapter.{factor}"] for factor in ("down", "up"))
+    stored._tensors |= {f"{key}.adapter.down": down[:3].clone(), f"{key}.adapter.up": up[:, :3].clone()}
+    # The proof knows that this rounds the second factors.
+    convert(stored, "hf", tmp_path / "hf", Options(tokenizer=False), Transfer(), Transfer())
+    found = open_model(tmp_path / "hf")
+    assert found.linears == {name: replace(form, pattern=None) for name, form in stored.linears.items()}
+    bound = EXACT if dtype == torch.float32 else roundings(dtype)
+    assert relative(theirs(with_adapter(tmp_path / "hf")), ours(stored)) < bound
+    stored._tensors[f"{key}.adapter.up"] *= 1.1
+    with pytest.raises(WrongExportError, match=f"{key}.adapter: it adds something else than it did"):
+        check_same(stored, found, Options(), Transfer())
 
 
 @pytest.mark.parametrize(("rank", "padded"), [(1, 1), (5, 8), (8, 8), (9, 16), (49, 64)])

@@ -52,6 +52,19 @@ def test_what_peft_saves_is_read(form: str, root: bool, tmp_path: Path) -> None:
     assert difference(ours(found), theirs(made)) < 2 * EXACT
 
 
+@pytest.mark.parametrize("names", [("q_proj", "layers.1.self_attn.q_proj"), ("layers.1.self_attn.q_proj", "q_proj")])
+def test_of_two_names_that_mean_a_layer_the_first_holds(names: tuple[str, str], tmp_path: Path) -> None:
+    twin = twin_of(random_model(FORMS["llama"]), FORMS["llama"])
+    twin.save_pretrained(tmp_path / "hf")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(twin, config).save_pretrained(tmp_path / "hf" / "adapter")
+    # PEFT saves them in order of name, others as they were.
+    numbers = dict(zip(names, (2, 64), strict=True))
+    edit(tmp_path / "hf" / "adapter" / "adapter_config.json", lambda config: config.update(alpha_pattern=numbers))
+    found, expected = ours(HuggingFaceModel(tmp_path / "hf")), theirs(with_adapter(tmp_path / "hf"))
+    assert relative(found, expected) < EXACT
+
+
 def test_an_adapter_of_another_base_is_refused(copy, hugging_face_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = copy("llama")
     rewrite(folder / WEIGHTS, spoilt(GATE, lambda tensor: tensor + 1))
@@ -108,6 +121,18 @@ def test_an_adapter_that_does_not_fit_is_refused(copy, change, expected: str) ->
         ("lora_alpha", "1", "lora_alpha is"),
         ("rank_pattern", {"gate_proj": 5}, "gate_proj: adapter_config.json says rank 5, found rank 4"),
         ("rank_pattern", 5, "rank_pattern is 5; expected an object"),
+        (
+            "rank_pattern",
+            {"q_proj|v_proj": 4},
+            "rank_pattern: expected names of linear layers of the base, found q_pro",
+        ),
+        (
+            "alpha_pattern",
+            {"^model.*\\.q_proj": 2, "x\x1b": 1},
+            "alpha_pattern: expected names of linear layers of the",
+        ),
+        ("init_lora_weights", "olora", 'init_lora_weights is "olora"; our model has one of true, false, "gaussian"'),
+        ("init_lora_weights", "pissa_niter_4", 'init_lora_weights is "pissa_niter_4"; our model has one of'),
         ("target_modules", [], "target_modules is []; expected a list of names"),
         ("target_modules", ["q_proj", "rubbish"], "the base has no linear layer rubbish"),
         ("target_modules", ["q_proj", "v_proj"], "is not among the target_modules"),

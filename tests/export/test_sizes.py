@@ -23,7 +23,8 @@ from slope_dist.export.options import Options
 from slope_dist.export.slope import SlopeExport
 from slope_dist.export.tensor_files import Planned
 from slope_dist.layers import LayerFactory
-from slope_dist.models import ModelShape, build_model, family, shape_of
+from slope_dist.models import ModelShape, build_model, family
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import Pattern
 from slope_dist.transfer import Transfer
 from tests.export.models import MemoryModel, config_of

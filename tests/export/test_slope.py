@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slope_dist.errors import UserError
 from slope_dist.export import open_model
+from slope_dist.export.exporting import export_of
 from slope_dist.export.options import Options
 from slope_dist.export.proof import WrongExportError, check_same
 from slope_dist.export.slope import SlopeExport, SlopeModel, shapes_in_files
@@ -26,6 +27,7 @@ from slope_dist.inference import InferenceModel
 from slope_dist.inference.model import AppendedLinear, loss_in_layers
 from slope_dist.sparse import CompressedMatrix, codec
 from slope_dist.transfer import Transfer
+from tests.export.hugging_face import exported
 from tests.export.models import random_stored
 from tests.export.slope_files import (
     LAYER,
@@ -150,11 +152,26 @@ def test_other_patterns_keep_their_adapters_beside(pattern: str | None, tmp_path
     stored = random_stored("opt", adapters=pattern is not None, pattern=pattern)
     if pattern is not None:
         with_sparse_factors(stored)
-    opened, said = written(stored, tmp_path / "out", prune_adapters=pattern is not None)
-    assert_same(opened, stored)
-    assert opened.linears == stored.linears
-    assert said == [] if pattern is None else "not 2:4" in said[0]
-    assert torch.equal(logits_of(opened), logits_of(stored))
+    for prune in (False, True) if pattern else (False,):
+        opened, (line,) = written(stored, tmp_path / str(prune), prune_adapters=prune)
+        assert_same(opened, stored)
+        assert opened.linears == stored.linears
+        # Pruning would not help.
+        expected = "15 adapters lie beside their weights, which are not 2:4" if pattern else "stored sparse in memory"
+        assert expected in line
+        assert torch.equal(logits_of(opened), logits_of(stored))
+
+
+@pytest.mark.parametrize("form", ["slope", "compressed"])
+def test_files_that_do_not_tell_sparse_weights_are_written_dense_and_that_is_said(form: str, tmp_path: Path) -> None:
+    exported(random_stored("llama"), tmp_path / "hf")
+    export = export_of(open_model(tmp_path / "hf"), form, Options(tokenizer=False))
+    (tmp_path / "out").mkdir()
+    *_, line = said = export.write(tmp_path / "out", Transfer())
+    assert not any("random numbers" in each for each in said)
+    assert line.startswith(f"no linear layer is stored sparse in {tmp_path / 'hf'}, so all are written dense; ")
+    assert "\n" not in line
+    assert not any(each.pattern for each in open_model(tmp_path / "out").linears.values())
 
 
 def test_what_was_read_is_written_the_same(tmp_path: Path) -> None:

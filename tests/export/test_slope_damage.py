@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from slope_dist.errors import UserError
-from slope_dist.export import open_model
 from slope_dist.export.slope import SlopeModel
-from slope_dist.inference import InferenceModel
 from slope_dist.sparse import CompressedMatrix
+from tests.export.damage import refusal
 from tests.export.models import random_stored
 from tests.export.slope_files import (
     DESCRIPTION,
@@ -51,16 +50,6 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spoilt(good: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good, tmp_path / "spoilt"))
-
-
-def refusal(folder: Path) -> str:
-    """The one line with which a model is refused: when it is opened, or when all of it is read."""
-    with pytest.raises(UserError) as caught:
-        InferenceModel(open_model(folder))
-    text = str(caught.value)
-    assert text.isprintable()
-    assert len(text) < 600
-    return text
 
 
 @pytest.mark.parametrize("name", [TENSORS, DESCRIPTION, "tokenizer.json", "tokenizer_config.json"])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slope_dist.errors import UserError
+from slope_dist.export import target as target_module
 from slope_dist.export.target import new_folder
 from slope_dist.export.tensor_files import Planned, write_file_of_tensors, write_shards
 from slope_dist.transfer import Transfer
@@ -76,6 +77,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     expected = r"target was not written: .*No space left on device"
     with pytest.raises(UserError, match=expected), new_folder(tmp_path / "target", 10) as folder:
         raise OSError(28, os.strerror(28), str(folder / "model.safetensors"))
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, os.strerror(5))])
+def test_nothing_is_left_where_the_last_of_all_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def sync(folder: Path) -> None:
+        if folder == tmp_path:
+            assert left(tmp_path) == ["target"]
+            raise error
+
+    monkeypatch.setattr(target_module, "sync_folder", sync)
+    with pytest.raises((KeyboardInterrupt, UserError)), new_folder(tmp_path / "target", 10) as folder:
+        (folder / "file").write_text("x")
     assert left(tmp_path) == []
 
 

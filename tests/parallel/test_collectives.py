@@ -5,6 +5,7 @@ Run: pytest tests/parallel/test_collectives.py
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -76,12 +77,16 @@ def test_without_a_process_group_a_process_talks_to_itself() -> None:
 
 def wait_longer_than_a_collective(outcome: str) -> str | None:
     """The first rank works for longer than the group lets a collective wait, in many small pieces."""
+    here, ranks = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1.5))
+    # To meet may take longer on a busy machine than what a collective is given.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, ranks, is_master=here == 0, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=here, world_size=ranks, timeout=timedelta(seconds=2))
     collectives.BEAT_SECONDS = 0.2
 
     def work(alive: Callable[[], None]) -> str:
-        for _ in range(40):
+        for _ in range(50):
             time.sleep(0.1)
             alive()
         if outcome == "refused":

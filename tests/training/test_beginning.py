@@ -109,9 +109,9 @@ def test_a_dense_model_is_pruned_by_magnitude(corpus: Path, tokenizer: Tokenizer
     dense = model_of("opt", tokenizer, pattern=None)
     weight = dense.dense("decoder.layers.1.fc1").clone()
     weight[3, :8] = torch.tensor([1.0, -1.0, 1.0, 1.0, 0.5, -2.0, 0.5, 0.5])
-    lines = begin_from(
-        Altered(dense, "decoder.layers.1.fc1.weight.values", weight), config_for(dense, tmp_path, corpus)
-    ).lines
+    source = Altered(dense, "decoder.layers.1.fc1.weight.values", weight)
+    first, *lines = begin_from(source, config_for(dense, tmp_path, corpus), merge_adapters=True).lines
+    assert first == "there are no adapters to merge"
     back = begun(tmp_path)
     assert back.dense("decoder.layers.1.fc1")[3, :8].tolist() == [1.0, -1.0, 0.0, 0.0, 0.5, -2.0, 0.0, 0.0]
     lost = total = 0.0

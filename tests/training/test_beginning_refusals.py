@@ -28,6 +28,7 @@ from slope_dist.training.ending import Turn
 from slope_dist.transfer import Transfer
 from tests.checkpoint.states import in_child
 from tests.distributed import run_ranks
+from tests.programs import program
 from tests.runs import make_corpus
 from tests.training.beginnings import Altered, begun, config_for, model_of, written
 
@@ -137,19 +138,20 @@ def test_a_damaged_file_leaves_nothing(corpus: Path, tokenizer: Tokenizer, tmp_p
 def test_the_command_says_so_and_ends_with_2(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Beside the package, not in it.
-    from tools.convert_checkpoint import main
-
     stored = model_of("llama", tokenizer, adapters=True, rank=16)
     written(stored, "hf", tmp_path / "made")
     config_for(stored, tmp_path, corpus)
     arguments = [str(tmp_path / "made"), "--to", "slope-checkpoint", "--config", str(tmp_path / "config.json")]
     capsys.readouterr()
+    main = program("convert_checkpoint").main
     assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and err.startswith(f"error: {tmp_path}/made has adapters, and ")
     assert main([*arguments, "--merge-adapters", "--set", "model.ffn_size=168"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/made has model.ffn_size 160, and the config 168; ")
+    named = str(tmp_path / "nothing")
+    assert main([*arguments, "--merge-adapters", "--tokenizer", named]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot read tokenizer {named[:60]}")
     assert not (tmp_path / "run").exists()
     assert main([*arguments, "--merge-adapters"]) == 0
     assert f"{tmp_path}/run/checkpoints/step-00000000: " in capsys.readouterr().out

@@ -21,6 +21,7 @@ from slope_dist.export import open_model
 from slope_dist.training.beginning import begin_from
 from tests.distributed import run_ranks
 from tests.export.models import random_stored
+from tests.programs import program
 from tests.runs import (
     VOCAB_SIZE,
     cut_off,
@@ -64,10 +65,7 @@ def first(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def convert(*arguments: str) -> int:
-    # Beside the package, not in it.
-    from tools.convert_checkpoint import main
-
-    return main(list(arguments))
+    return program("convert_checkpoint").main(list(arguments))
 
 
 def begin(source: Path, folder: Path, corpus: Path, **changes: Any) -> str:
