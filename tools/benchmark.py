@@ -50,8 +50,8 @@ from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.export.options import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_WRONG_RESULT = 1
 TABLE_WIDTH = 120
 

@@ -35,19 +35,16 @@ import signal
 import sys
 from pathlib import Path
 
-import torch
-
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, visible
 from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.export.exporting import FORMS, convert
 from slope_dist.export.opening import form_of, open_model
-from slope_dist.export.options import Options, check_options
+from slope_dist.export.options import DTYPES, Options, check_options
 from slope_dist.export.proof import WrongExportError
 from slope_dist.transfer import Transfer, size_text
 
 CHECKPOINT = "slope-checkpoint"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXIT_WRONG = 1
 
 

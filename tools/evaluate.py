@@ -38,7 +38,8 @@ from slope_dist.data.corpus import Corpus
 from slope_dist.data.readers import Document
 from slope_dist.data.sources import text_files
 from slope_dist.errors import UserError
-from slope_dist.inference.command_line import DTYPES, add_model_options, model_of, say
+from slope_dist.export.options import DTYPES
+from slope_dist.inference.command_line import add_model_options, model_of, say
 from slope_dist.inference.evaluation import Evaluation, View, check_tokenizer, evaluate_corpus, evaluate_documents
 from slope_dist.inference.model import InferenceModel
 from slope_dist.transfer import Transfer, count_text

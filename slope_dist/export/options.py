@@ -8,6 +8,9 @@ import torch
 
 from slope_dist.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that a run's config has for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:

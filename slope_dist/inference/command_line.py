@@ -10,11 +10,9 @@ import torch
 
 from slope_dist.errors import UserError
 from slope_dist.export.opening import open_model
+from slope_dist.export.options import DTYPES
 from slope_dist.inference.model import InferenceModel
 from slope_dist.transfer import Transfer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that a run's config has for them."""
 
 DEVICES = ("cpu", "cuda")
 

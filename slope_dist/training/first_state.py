@@ -18,6 +18,7 @@ from slope_dist.config import Config
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.engine.interface import MicroBatch
 from slope_dist.errors import UserError
+from slope_dist.export.options import DTYPES
 from slope_dist.export.stored import LinearForm, StoredModel, forms_of, row_blocks
 from slope_dist.export.target import refuse_without_room
 from slope_dist.inference.model import loss_in_layers
@@ -27,8 +28,6 @@ from slope_dist.training import fingerprint
 from slope_dist.training.corpora import Corpora
 from slope_dist.training.scratch import Scratch, size_of
 from slope_dist.transfer import Transfer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _BLOCK_BYTES = 8 * 2**20
 """Of a matrix in fp32, as much as is pruned at a time: with blocks of 32 MiB and more it takes twice as long, because
