@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slope_dist.export.exporting import FORMS
 from slope_dist.export.opening import form_of, open_model
@@ -162,6 +162,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(finished: Path, tmp_path: Path
     for expected, arguments in cases:
         assert expected in refused(capsys, 2, *arguments), arguments
         assert not target.parent.exists() or list(target.parent.iterdir()) == []
+
+
+def test_an_adapter_of_another_base_is_refused(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    assert convert(finished, "--to", "hf", "--output", tmp_path / "made") == 0
+    weights = load_file(tmp_path / "made" / "model.safetensors")
+    weights["model.decoder.final_layer_norm.bias"] += 1
+    save_file(weights, tmp_path / "made" / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    line = refused(capsys, 2, tmp_path / "made", "--to", "slope", "--output", tmp_path / "new")
+    assert "adapter_model.safetensors is an adapter of another base" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def test_nothing_is_overwritten_and_room_is_needed(
