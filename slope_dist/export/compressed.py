@@ -22,7 +22,7 @@ from slope_dist.export.huggingface import HuggingFaceExport
 from slope_dist.export.huggingface_config import Keys
 from slope_dist.export.huggingface_model import HuggingFaceModel
 from slope_dist.export.huggingface_names import FileTensor, file_tensors, module_of
-from slope_dist.export.opening import CONFIG, read_json
+from slope_dist.export.json_files import CONFIG, read_json
 from slope_dist.export.options import Options
 from slope_dist.export.peft_adapter import AdapterExport
 from slope_dist.export.stored import Origin, Skeleton, StoredModel, nothing_sparse, row_blocks

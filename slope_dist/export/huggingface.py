@@ -18,7 +18,7 @@ from slope_dist.errors import UserError
 from slope_dist.export.dense_rows import rows_of
 from slope_dist.export.huggingface_config import config_json
 from slope_dist.export.huggingface_names import file_tensors
-from slope_dist.export.opening import CONFIG
+from slope_dist.export.json_files import CONFIG
 from slope_dist.export.options import Options
 from slope_dist.export.peft_adapter import ADAPTER_FOLDER, AdapterExport
 from slope_dist.export.stored import StoredModel

@@ -23,7 +23,7 @@ from slope_dist.errors import UserError
 from slope_dist.export.huggingface import STEM, identity_of
 from slope_dist.export.huggingface_config import model_of
 from slope_dist.export.huggingface_names import OLD_PREFIXES, FileTensor, file_tensors
-from slope_dist.export.opening import CONFIG, read_json
+from slope_dist.export.json_files import CONFIG, read_json
 from slope_dist.export.peft_adapter import ADAPTER_FOLDER
 from slope_dist.export.peft_reader import AdapterReader
 from slope_dist.export.stored import LinearForm, Origin, StoredModel, row_blocks

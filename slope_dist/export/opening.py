@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from slope_dist.checkpoint.format import MANIFEST, step_of
 from slope_dist.errors import UserError
+from slope_dist.export.json_files import CONFIG, SLOPE, read_json
 from slope_dist.export.stored import StoredModel
-from slope_dist.files import read_bounded
 from slope_dist.transfer import Transfer
-
-CONFIG = "config.json"
-SLOPE = "slope.json"
-MAX_JSON_BYTES = 2**26
 
 
 def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | None = None) -> StoredModel:
@@ -69,20 +64,3 @@ def form_of(path: Path) -> str:
         f"{path} holds no model: expected a checkpoint (manifest.json), a run folder (checkpoints/), {SLOPE} or "
         f"{CONFIG} of Hugging Face"
     )
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object of a moderate size.
-
-    Raises:
-        UserError: if it cannot be read or is none.
-    """
-    try:
-        content = json.loads(read_bounded(path, MAX_JSON_BYTES))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return content

@@ -20,7 +20,7 @@ from slope_dist.command_line import visible
 from slope_dist.errors import UserError
 from slope_dist.export.huggingface_config import Keys
 from slope_dist.export.huggingface_names import modules_of
-from slope_dist.export.opening import read_json
+from slope_dist.export.json_files import read_json
 from slope_dist.export.peft_adapter import ADAPTER_CONFIG, ADAPTER_FILE, BASE_KEY, KEY_PREFIX, RANKS_KEY, scaled
 from slope_dist.export.stored import PROJECTIONS
 from slope_dist.export.tensor_files import cast

@@ -22,7 +22,7 @@ from slope_dist.data.load_tokenizer import FILES as TOKENIZER_FILES
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
-from slope_dist.export.opening import MAX_JSON_BYTES, SLOPE
+from slope_dist.export.json_files import MAX_JSON_BYTES, SLOPE
 from slope_dist.export.options import Options
 from slope_dist.export.stored import (
     PROJECTIONS,
