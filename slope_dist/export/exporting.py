@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Protocol
 
 from slope_dist.errors import UserError
+from slope_dist.export.compressed import CompressedExport
+from slope_dist.export.huggingface import HuggingFaceExport
 from slope_dist.export.opening import open_model
 from slope_dist.export.options import Options, check_options
 from slope_dist.export.proof import check_same
+from slope_dist.export.slope import SlopeExport
 from slope_dist.export.stored import StoredModel
 from slope_dist.export.target import new_folder
 from slope_dist.transfer import Transfer
@@ -38,15 +41,9 @@ def export_of(stored: StoredModel, form: str, options: Options) -> Export:
     """
     check_options(form, options)
     if form == "hf":
-        from slope_dist.export.huggingface import HuggingFaceExport
-
         return HuggingFaceExport(stored, options)
     if form == "compressed":
-        from slope_dist.export.compressed import CompressedExport
-
         return CompressedExport(stored, options)
-    from slope_dist.export.slope import SlopeExport
-
     return SlopeExport(stored, options)
 
 

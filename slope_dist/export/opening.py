@@ -7,7 +7,11 @@ from pathlib import Path
 
 from slope_dist.checkpoint.format import MANIFEST, step_of
 from slope_dist.errors import UserError
+from slope_dist.export.checkpoint_model import CheckpointModel
+from slope_dist.export.compressed import CompressedModel
+from slope_dist.export.huggingface_model import HuggingFaceModel
 from slope_dist.export.json_files import CONFIG, SLOPE, read_json
+from slope_dist.export.slope import SlopeModel
 from slope_dist.export.stored import StoredModel
 from slope_dist.transfer import Transfer
 
@@ -25,19 +29,11 @@ def open_model(path: Path, tokenizer: Path | None = None, transfer: Transfer | N
     """
     form = form_of(path)
     if form == "checkpoint":
-        from slope_dist.export.checkpoint_model import CheckpointModel
-
         return CheckpointModel(path, tokenizer, transfer)
     if form == "slope":
-        from slope_dist.export.slope import SlopeModel
-
         return SlopeModel(path, tokenizer, transfer)
     if form == "compressed":
-        from slope_dist.export.compressed import CompressedModel
-
         return CompressedModel(path, tokenizer, transfer)
-    from slope_dist.export.huggingface_model import HuggingFaceModel
-
     return HuggingFaceModel(path, tokenizer, transfer)
 
 
