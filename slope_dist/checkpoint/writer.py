@@ -7,13 +7,11 @@ any point leaves every earlier checkpoint as it was.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -32,6 +30,7 @@ from slope_dist.checkpoint.format import (
     folder_name,
 )
 from slope_dist.checkpoint.retention import discard, set_aside, sync_folder
+from slope_dist.checkpoint.tensor_file import Entry, durable_file, header_of, write_hashed
 from slope_dist.parallel.collectives import broadcast_json, gather_json, rank
 from slope_dist.parallel.fragments import Fragment
 from slope_dist.transfer import Transfer
@@ -175,27 +174,13 @@ def _write_safetensors(path: Path, tensors: dict[str, Tensor], transfer: Transfe
     """
     # The widest elements first keep each tensor aligned to its element size, which memory-mapping readers need.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
-    header: dict[str, Any] = {}
-    end = 0
-    for key, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": dtype_name(tensor.dtype), "shape": [tensor.numel()], "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    size = 0
-    with _durable_file(path) as file:
-        for data in _all_bytes(text, (tensor for _, tensor in ordered)):
-            digest.update(data)
-            file.write(data)
-            size += data.nbytes
-            transfer.add(data.nbytes)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    header = header_of(Entry(key, dtype_name(value.dtype), (value.numel(),), value.nbytes) for key, value in ordered)
+    size, sha256 = write_hashed(path, header, _all_bytes(tensor for _, tensor in ordered), transfer)
+    return {"bytes": size, "sha256": sha256}
 
 
-def _all_bytes(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
-    """The file's content in order; each part is to be used before the next is asked for."""
-    yield memoryview(len(header).to_bytes(8, "little") + header)
+def _all_bytes(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    """The tensors in order; each part is to be used before the next is asked for."""
     # One buffer for all, even for what is on the CPU: a strided or one-element chunk cannot always be viewed as bytes.
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     for tensor in tensors:
@@ -230,7 +215,7 @@ def _commit(
         path = temporary / name
         if not path.exists() or path.stat().st_size != entry["bytes"]:
             raise OSError(f"{path} is not what its rank wrote: is the folder on a file system that all ranks share?")
-    with _durable_file(temporary / MANIFEST) as file:
+    with durable_file(temporary / MANIFEST) as file:
         file.write(data)
     notify("manifest")
     sync_folder(temporary)
@@ -257,21 +242,9 @@ def _point_latest(final: Path) -> None:
     with contextlib.suppress(OSError):
         temporary = final.with_name(f"{LATEST}.tmp")
         temporary.unlink(missing_ok=True)
-        with _durable_file(temporary) as file:
+        with durable_file(temporary) as file:
             file.write(f"{final.name}\n".encode())
         os.rename(temporary, final.with_name(LATEST))
-
-
-@contextlib.contextmanager
-def _durable_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file, on disk when the block ends. An error says which file it was, which the system's does not."""
-    try:
-        with open(path, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check_same(name: str, first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.stored import Origin, StoredModel, all_finite, forms_of
-from slope_dist.parallel.fragments import Kind, whole
+from slope_dist.parallel.fragments import Kind, rectangle_size, whole
 from slope_dist.sparse import codec
 from slope_dist.transfer import Transfer
 
@@ -63,10 +63,9 @@ class CheckpointModel(StoredModel):
         rows = (start, shape[0] if stop is None else stop)
         kind: Kind = "metadata" if name.endswith(".weight.indices") else "weight"
         rectangle = (rows, *whole(shape)[1:])
-        size = 1
-        for low, high in rectangle:
-            size *= high - low
-        found = self._checkpoint.read(name, kind, rectangle, 0, size).view(rows[1] - rows[0], *shape[1:])
+        found = self._checkpoint.read(name, kind, rectangle, 0, rectangle_size(rectangle)).view(
+            rows[1] - rows[0], *shape[1:]
+        )
         if kind == "metadata":
             pattern = self.linears[name.removesuffix(".weight.indices")].pattern
             assert pattern is not None

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from slope_dist.checkpoint.retention import sync_folder
-from slope_dist.errors import UserError
 from slope_dist.export.dense_rows import rows_of
 from slope_dist.export.huggingface_config import config_json
 from slope_dist.export.huggingface_names import file_tensors
@@ -47,8 +46,6 @@ class HuggingFaceExport:
         Raises:
             UserError: if transformers cannot compute the model, its tokenizer is not there, or options contradict.
         """
-        if options.merge_adapters and options.pad_adapters:
-            raise UserError("adapters are either merged or padded: give one of --merge-adapters and --pad-adapters")
         self._shard_bytes = shard_bytes
         self._lines: list[str] = []
         dtype = options.dtype or stored.dtype

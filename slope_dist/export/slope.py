@@ -236,7 +236,7 @@ class SlopeModel(StoredModel):
                 for name, shape in shapes_in_files(self, self.linears).items()
             }
         )
-        self.origin = Origin(path, "slope", self._description.step, {"source": dict(self._description.source)})
+        self.origin = Origin(path, "slope", self._description.step)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """See `StoredModel`; a first factor that is appended comes expanded."""

@@ -6,8 +6,8 @@ Shape letters: O out, I in, K kept entries a row, R adapter rank, V vocabulary, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
@@ -98,13 +98,11 @@ class Origin:
         path: of the files.
         form: "checkpoint", "hf", "compressed" or "slope".
         step: optimizer steps taken; None where the files do not say.
-        facts: more that the form knows, JSON.
     """
 
     path: Path
     form: str
     step: int | None = None
-    facts: Mapping[str, object] = field(default_factory=dict)
 
 
 class StoredModel(ABC):
@@ -196,8 +194,11 @@ class StoredModel(ABC):
         return dense + self.adapter_product(name) if self.linears[name].adapter_rank else dense
 
     def appended(self, name: str) -> CompressedMatrix:
-        """The stored weight with the adapter's first factor as its last R rows: [O + R, I], where it is `appended`."""
-        raise NotImplementedError(f"{type(self).__name__} appends nothing")
+        """The weight of a linear layer with its adapter's 2:4 first factor as its last R rows: [O + R, I]."""
+        weight = self.matrix(name)
+        # By magnitude: where a group has fewer than two entries that are not zero, zeros are kept too.
+        factor = CompressedMatrix.prune(self.read(f"{name}.adapter.down"), weight.pattern)
+        return CompressedMatrix.join([weight, factor], dim=0)
 
 
 def nothing_sparse(stored: StoredModel) -> list[str]:

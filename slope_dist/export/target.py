@@ -10,6 +10,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from slope_dist.checkpoint.retention import sync_folder
+from slope_dist.checkpoint.tensor_file import durable_file
 from slope_dist.errors import UserError
 
 SPARE_BYTES = 16 * 2**20
@@ -73,7 +74,5 @@ def refuse_without_room(folder: Path, needed_bytes: int, instead: str) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """A small file, on disk on return."""
-    with open(path, "xb") as file:
+    with durable_file(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

@@ -5,9 +5,7 @@ The library's own writer takes all tensors of a file at once; here a block of ro
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slope_dist.checkpoint.format import DTYPES, dtype_name
+from slope_dist.checkpoint.format import DTYPES
+from slope_dist.checkpoint.tensor_file import Entry, header_of, write_hashed
 from slope_dist.errors import UserError
 from slope_dist.export.target import write_file
 from slope_dist.transfer import Transfer
@@ -24,7 +23,8 @@ from slope_dist.transfer import Transfer
 SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in a file, unless one alone is larger."""
 
-_EXTRA = {"I64": torch.int64}
+KNOWN_DTYPES = DTYPES | {"I64": torch.int64}
+"""safetensors' names of the dtypes that inference files may hold."""
 
 
 @dataclass(frozen=True)
@@ -127,30 +127,14 @@ def write_file_of_tensors(
     """One safetensors file, on disk on return; returns its SHA-256 in hex."""
     # Widest elements first, so that each tensor is aligned, which readers that map the file need.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for tensor in ordered:
-        start, end = end, end + tensor.bytes
-        header[tensor.name] = {
-            "dtype": _name(tensor.dtype),
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for data in _all_bytes(text, ordered):
-            digest.update(data)
-            file.write(data)
-            transfer.add(len(data))
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
+    header = header_of(
+        (Entry(tensor.name, _name(tensor.dtype), tensor.shape, tensor.bytes) for tensor in ordered),
+        {"format": "pt", **(metadata or {})},
+    )
+    return write_hashed(path, header, _all_bytes(ordered), transfer)[1]
 
 
-def _all_bytes(header: bytes, tensors: Iterable[Planned]) -> Iterator[memoryview]:
-    yield memoryview(len(header).to_bytes(8, "little") + header)
+def _all_bytes(tensors: Iterable[Planned]) -> Iterator[memoryview]:
     for tensor in tensors:
         written = 0
         for block in tensor.rows():
@@ -164,8 +148,4 @@ def _all_bytes(header: bytes, tensors: Iterable[Planned]) -> Iterator[memoryview
 
 
 def _name(dtype: torch.dtype) -> str:
-    return next((name for name, known in _EXTRA.items() if known == dtype), None) or dtype_name(dtype)
-
-
-KNOWN_DTYPES = DTYPES | _EXTRA
-"""safetensors' names of the dtypes that inference files may hold."""
+    return next(name for name, known in KNOWN_DTYPES.items() if known == dtype)

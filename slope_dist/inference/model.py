@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import torch
@@ -29,15 +30,16 @@ class AppendedLinear(nn.Module):
         super().__init__()
         self.name = name
         self.weight = weight
-        self.up = nn.Parameter(up)
+        self.adapter = nn.ParameterDict({"up": nn.Parameter(up)})
         self.bias = nn.Parameter(torch.zeros(up.shape[0])) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        rank = self.up.shape[1]
+        up = self.adapter["up"]
+        rank = up.shape[1]
         both = self.weight(x)
         y, low = both[..., :-rank], both[..., -rank:]
-        y = y + functional.linear(low * (1.0 / rank), self.up)
+        y = y + functional.linear(low * (1.0 / rank), up)
         return y if self.bias is None else y + self.bias
 
 
@@ -158,12 +160,7 @@ def load_layer(layer: nn.Module, stored: StoredModel, dtype: torch.dtype, transf
             name, live = tensor.name, tensor.tensor
             owner, _, part = name.rpartition(".weight.")
             appended = part and owner in stored.linears and stored.linears[owner].appended
-            if appended:
-                found = getattr(stored.appended(owner), part)
-            elif name.endswith(".up") and name.removesuffix(".up") in stored.linears:
-                found = stored.read(f"{name.removesuffix('.up')}.adapter.up")
-            else:
-                found = stored.read(name)
+            found = getattr(stored.appended(owner), part) if appended else stored.read(name)
             transfer.add(found.nbytes)
             found = found if live.dtype == torch.uint8 else found.to(dtype)
             # Not set as the data of the old one, which has no memory and so is of another kind. What else refers to the
@@ -185,10 +182,7 @@ def _loaded(stored: StoredModel, device: torch.device, dtype: torch.dtype, trans
 
 
 def _bytes_of(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size * (1 if name.endswith(".weight.indices") else dtype.itemsize)
+    return prod(shape) * (1 if name.endswith(".weight.indices") else dtype.itemsize)
 
 
 def loss_in_layers(

@@ -257,8 +257,6 @@ def test_what_cannot_be_is_refused_before_anything_is_written() -> None:
     odd = random_stored("opt")
     odd.model = ModelConfig.model_validate({**odd.model.model_dump(), "norm_epsilon": 1e-6})
     refused(odd, without, r"model\.norm_epsilon 1e-06 cannot be had in Hugging Face's OPT, which has 1e-05")
-    both = replace(without, merge_adapters=True, pad_adapters=True)
-    refused(random_stored("opt", adapters=True), both, "either merged or padded")
     wide = random_stored("llama", adapters=True, rank=520)
     refused(wide, replace(without, pad_adapters=True), "rank 520 cannot be padded: vLLM accepts 512 at most")
 

@@ -191,7 +191,7 @@ def test_what_was_read_is_written_the_same(tmp_path: Path) -> None:
     second, said = written(SlopeModel(changed), tmp_path / "second")
     assert said == []
     assert (tmp_path / "second" / TENSORS).read_bytes() == (changed / TENSORS).read_bytes()
-    assert second.origin.facts == {"source": {"form": "slope", "name": "changed"}}
+    assert second._description.source.model_dump() == {"form": "slope", "name": "changed"}
 
 
 def test_numbers_are_cast(tmp_path: Path) -> None:

@@ -41,10 +41,10 @@ class _Failing:
 
 def hurt(config: str, victim: int, way: str, file: str, room: int, first: int, times: int) -> None:
     """The real program; the `victim`'s disk fails `times` times from the writing of step `first` on."""
-    from slope_dist.checkpoint import writer
+    from slope_dist.checkpoint import tensor_file, writer
 
     left = times
-    durable, save = writer._durable_file, writer.save
+    durable, save = tensor_file.durable_file, writer.save
 
     @contextmanager
     def failing(path: Path) -> Iterator[Any]:
@@ -79,7 +79,7 @@ def hurt(config: str, victim: int, way: str, file: str, room: int, first: int, t
         if way == "size limit":
             writer.save = limited
         else:
-            writer._durable_file = failing
+            tensor_file.durable_file = writer.durable_file = failing
     # Steps so short leave no time for a second attempt, which is what is tried here as well.
     watch_engines(lambda event, engine, step: time.sleep(0.05) if event == "after step" else None)
     entry_point(config)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slope_dist.checkpoint import Retention, find_newest, retention, save, writer
+from slope_dist.checkpoint import Retention, find_newest, retention, save, tensor_file, writer
 from tests.checkpoint.states import assert_holds, fragments_of, make_state
 
 OLD, NEW = 2, 3
@@ -85,17 +85,17 @@ class Log:
             if not there:
                 log.acts.append(Act("mkdir", log.name(path)))
 
-        modules: list[Any] = [writer, retention]
+        modules: list[Any] = [writer, retention, tensor_file]
         try:
             for module in modules:
                 module.os = WatchedOS()
-            writer.open = watched_open  # type: ignore[attr-defined]
+            tensor_file.open = watched_open  # type: ignore[attr-defined]
             Path.mkdir = watched_mkdir  # type: ignore[method-assign]
             act()
         finally:
             for module in modules:
                 module.os = real_os
-            del writer.open  # type: ignore[attr-defined]
+            del tensor_file.open  # type: ignore[attr-defined]
             Path.mkdir = real_mkdir  # type: ignore[method-assign]
         return self.acts
 

@@ -81,13 +81,6 @@ class Appending(MemoryModel):
                     down.copy_(CompressedMatrix.prune(down, form.pattern).expand())
         self.linears = {name: replace(form, appended=form.adapter_rank > 0) for name, form in self.linears.items()}
 
-    def appended(self, name: str) -> CompressedMatrix:
-        pattern = self.linears[name].pattern
-        assert pattern is not None
-        return CompressedMatrix.join(
-            [self.matrix(name), CompressedMatrix.prune(self.read(f"{name}.adapter.down"), pattern)], 0
-        )
-
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_appended_factor_gives_the_same_logits(form: str) -> None:
