@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slope_dist.parallel.regions import TensorPlace, leave_split, whole_parameter, whole_product
-from slope_dist.sparse import Weight
+from slope_dist.sparse import SparseWeight, Weight
 
 Split = Literal["column", "row", "whole"]
 """How a layer is cut over tensor ranks: "column" its outputs, "row" its inputs, "whole" (always dense) not at all."""
@@ -82,14 +82,29 @@ class Linear(nn.Module):
         """[..., I] -> [..., O]."""
         # In the stream, under sequence parallelism, each rank sees the gradient of its own tokens.
         own_tokens = self.place.sequence_parallel
+        sums_partial_products = self.split == "row" and self.place.ranks > 1
+        if self.weight.adds_in_product() and not (own_tokens or sums_partial_products):
+            return self._in_one_product(x)
         if own_tokens and self.split == "whole":
             y = self.weight(x, partial(whole_product, place=self.place))
+        elif self.weight.adds_in_product():
+            y = self.weight(x, addend=None if self.adapter is None else self.adapter(x))
         else:
             y = self.weight(x)
-        if self.adapter is not None:
-            y = y + self.adapter(x)
+            if self.adapter is not None:
+                y = y + self.adapter(x)
         if self.split == "row":
             y = leave_split(y, self.place)
         if self.bias is None:
             return y
         return y + (whole_parameter(self.bias, self.place) if own_tokens and self.split != "column" else self.bias)
+
+    def _in_one_product(self, x: Tensor) -> Tensor:
+        adapter, weight = self.adapter, self.weight
+        if adapter is None:
+            return weight(x, self.bias)
+        assert isinstance(weight, SparseWeight)
+        # What is sharded over data ranks is there while its own module runs, and no longer.
+        if torch.is_grad_enabled() or self.place.ranks > 1 or weight.is_sharded:
+            return weight(x, self.bias, adapter(x))
+        return weight.product_with_adapter(x, self.bias, adapter.down, adapter.up, adapter.scale)

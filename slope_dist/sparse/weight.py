@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slope_dist.sparse import codec, pruning
+from slope_dist.sparse import codec, kernels, pruning
 from slope_dist.sparse.compressed import CompressedMatrix
-from slope_dist.sparse.function import sparse_product
+from slope_dist.sparse.function import KernelForm, TransposeForm, kernel_product, sparse_product
 from slope_dist.sparse.pattern import Pattern
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -25,6 +25,10 @@ class Weight(nn.Module):
 
     values: nn.Parameter
     shape: tuple[int, int]
+
+    def adds_in_product(self) -> bool:
+        """Whether `forward` takes a bias and an addend, which are then added in the product itself."""
+        return False
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
@@ -52,7 +56,8 @@ class SparseWeight(Weight):
     uint8 [O, I / 8], one bit an element. Metadata is a buffer where the weight is whole on its data rank, and a frozen
     parameter with `metadata_as_parameter`, for engines that shard parameters over data ranks.
 
-    A resident (W^{R,C})^T is a cache: no buffer, no parameter, rebuilt at first use after `values_changed()`.
+    A resident (W^{R,C})^T is a cache: no buffer, no parameter, rebuilt at first use after `values_changed()`. So is the
+    metadata of a vendor's library, made at first use after `indices_changed()`.
     """
 
     indices: Tensor
@@ -72,7 +77,9 @@ class SparseWeight(Weight):
         self.pattern: Pattern = matrix.pattern
         self.shape = matrix.shape
         self.resident_transpose = resident_transpose
-        self._transpose: tuple[Tensor, Tensor] | None = None
+        self._transpose: TransposeForm | None = None
+        self._metadata: tuple[str, Tensor | None] | None = None
+        self.is_sharded = metadata_as_parameter
         self.values = nn.Parameter(matrix.values)
         held = None
         if hold_column_mask:
@@ -85,12 +92,73 @@ class SparseWeight(Weight):
         if hold_column_mask and matrix.column_mask is None and not matrix.values.is_meta:
             self.refresh_column_mask()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O] over W^R; backward over W^{R,C}."""
-        transpose = self.transpose() if self.resident_transpose and torch.is_grad_enabled() else None
+    def forward(self, x: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+        """[..., I] -> [..., O] over W^R; backward over W^{R,C}.
+
+        A bias [O] and an addend [..., O] may be given where `adds_in_product`.
+        """
+        if self.adds_in_product():
+            return self._kernel_product(x, bias, addend)
+        assert bias is None and addend is None, "the reference adds nothing"
+        transpose = self.transpose() if self._wants_transpose() else None
         return sparse_product(
             x, self.values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
         )
+
+    def adds_in_product(self) -> bool:
+        """Whether a dispatcher is in use for this weight: a 2:4 one, on its device."""
+        return self.pattern.is_two_four and kernels.active_on(self.values.device) is not None
+
+    def _kernel_product(self, x: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
+        form, metadata = self._kernel_metadata()
+        transpose = self._transpose_form() if self._wants_transpose() else None
+        return kernel_product(
+            x,
+            self.values,
+            self.indices,
+            KernelForm(form, metadata, transpose),
+            column_mask=self.column_mask,
+            bias=bias,
+            addend=addend,
+        )
+
+    def product_with_adapter(self, x: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """X (W^R)^T + (scale X down^T) up^T (+ bias), by the dispatcher in use: a whole weight, no gradients."""
+        form, metadata = self._kernel_metadata()
+        flat = x.reshape(-1, x.shape[-1])
+        y = torch.ops.slope_dist.product_with_adapter(
+            flat, self.values, self.indices, form, metadata, bias, down, up, scale
+        )
+        return y.view(*x.shape[:-1], self.shape[0])
+
+    def _wants_transpose(self) -> bool:
+        return self.resident_transpose and torch.is_grad_enabled()
+
+    @torch.no_grad()
+    def _kernel_metadata(self) -> tuple[str, Tensor | None]:
+        """A vendor's metadata of W^R; what is sharded over data ranks has none that lasts."""
+        if torch.compiler.is_compiling():
+            return self._metadata or ("", None)
+        dispatcher = kernels.active_on(self.values.device)
+        if dispatcher is None or self.is_sharded:
+            return "", None
+        form = dispatcher.form(self.indices, self.values.dtype)
+        if self._metadata is None or self._metadata[0] != form:
+            made = dispatcher.metadata(self.indices, self.values.dtype)
+            self._metadata = (form, None if made is None else made[1])
+        return self._metadata
+
+    @torch.no_grad()
+    def prepare_kernels(self) -> None:
+        """Make what products read beside values and indices, rather than at the first product; a compiler needs it.
+
+        Where the dispatcher in use arranges weights in place, the values move to where a vendor's library reads them as
+        they are; that is not for engines which move parameters themselves, and the next move or cast undoes it.
+        """
+        dispatcher = kernels.active_on(self.values.device)
+        if dispatcher is not None and self.pattern.is_two_four and not self.is_sharded:
+            values, self._metadata = dispatcher.lay(self.values, self.indices)
+            self.values.data = values
 
     def matrix(self) -> CompressedMatrix:
         """The weight as plain data, sharing memory: for cutting, joining, expanding."""
@@ -108,23 +176,41 @@ class SparseWeight(Weight):
         self._transpose = None
 
     def values_changed(self) -> None:
-        """Drop what was derived from the values; called after every optimizer step and every load."""
+        """Drop what was derived from the values; called after every optimizer step."""
         self._transpose = None
 
-    @torch.no_grad()
+    def indices_changed(self) -> None:
+        """Drop all that was derived; called after every load."""
+        self._transpose = None
+        self._metadata = None
+
     def transpose(self) -> tuple[Tensor, Tensor]:
         """The resident (W^{R,C})^T.
 
         Values [I, O n / m], indices uint8 [I, O / 8]; rebuilt if the values have changed.
         """
+        form = self._transpose_form()
+        return form.values, form.indices
+
+    @torch.no_grad()
+    def _transpose_form(self) -> TransposeForm:
         if self._transpose is None:
-            kept = None if self.column_mask is None else codec.unpack_bits(self.column_mask)
-            self._transpose = pruning.doubly_pruned_transpose(self.values, self.indices, self.pattern, kept)
+            dispatcher = kernels.active_on(self.values.device)
+            if dispatcher is None or not self.pattern.is_two_four:
+                kept = None if self.column_mask is None else codec.unpack_bits(self.column_mask)
+                made = pruning.doubly_pruned_transpose(self.values, self.indices, self.pattern, kept)
+                self._transpose = TransposeForm(*made)
+            else:
+                values, indices = torch.ops.slope_dist.transpose(self.values, self.indices, self.column_mask)
+                metadata = None
+                if not torch.compiler.is_compiling():
+                    values, metadata = dispatcher.lay(values, indices)
+                self._transpose = TransposeForm(values, indices, *(metadata or ("", None)))
         return self._transpose
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseWeight:
         # A move or cast of the module makes the cache the wrong device or dtype.
-        self._transpose = None
+        self.indices_changed()
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:

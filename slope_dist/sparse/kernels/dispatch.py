@@ -1,0 +1,364 @@
+"""Which way each product is computed: measured once for a card, dtype, shape and number of tokens, then kept.
+
+A candidate is taken only if it has been seen to give what the reference gives, and then only for its speed: the weight
+is expanded for a dense product wherever nothing sparse is faster.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slope_dist.sparse import codec, pruning
+from slope_dist.sparse.kernels import candidates as ways
+from slope_dist.sparse.kernels import measuring, primitives
+from slope_dist.sparse.kernels.candidates import Candidate, Operands
+from slope_dist.sparse.kernels.problem import Problem
+from slope_dist.sparse.kernels.store import ChoiceStore
+from slope_dist.sparse.kernels.vendor import VendorError
+from slope_dist.sparse.kernels.vendors import Vendors
+
+Kind: TypeAlias = Literal["product", "input gradient"]
+
+Arrangement: TypeAlias = Literal["in place", "kept", "derived"]
+"""How a vendor's library comes by a weight: values and its metadata lie in one buffer of its own; its metadata is kept
+with the weight, whose values lie elsewhere; or it is made of ours for every product, since the weight is sharded."""
+
+WORST_RATIO = 1.02
+"""A product that takes longer than this times the dense one is said to."""
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one product is computed, and why.
+
+    Attributes:
+        candidate: what computes it.
+        seconds: median of each candidate that was right.
+        dense_seconds: of the product over a dense weight, which is not there in a run.
+        rejected: why each of the others was not taken.
+    """
+
+    candidate: Candidate
+    seconds: dict[str, float]
+    dense_seconds: float
+    rejected: dict[str, str]
+
+    @property
+    def label(self) -> str:
+        """Name of the candidate."""
+        return self.candidate.label
+
+    @property
+    def route(self) -> ways.Route:
+        """What it does."""
+        return self.candidate.route
+
+    @property
+    def vendor(self) -> str:
+        """Library that it uses, or ""."""
+        return self.candidate.vendor
+
+    @property
+    def algorithm(self) -> str:
+        """The library's algorithm, or ""."""
+        return self.candidate.algorithm
+
+    @property
+    def ratio(self) -> float:
+        """Its time beside that of the dense product."""
+        return self.seconds[self.label] / self.dense_seconds
+
+    @property
+    def why(self) -> str:
+        """The choice in words."""
+        others = sorted((seconds, label) for label, seconds in self.seconds.items() if label != self.label)
+        text = f"{self.ratio:.2f}x the time of dense"
+        if others:
+            text += f"; next best: {others[0][1]}, {others[0][0] / self.dense_seconds:.2f}x"
+        if self.route == "expand" and not others:
+            text += "; nothing else was right" if self.rejected else "; nothing else is there"
+        if self.ratio > WORST_RATIO:
+            text += "; no way that keeps the weight compressed is as fast as dense"
+        return text
+
+    def as_data(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "label": self.label,
+            "seconds": self.seconds,
+            "dense_seconds": self.dense_seconds,
+            "rejected": self.rejected,
+        }
+
+
+class Dispatcher:
+    """Computes 2:4 products on one device, each in the way that was fastest.
+
+    What was not warmed up is measured when it is first asked for; not while a CUDA graph is being captured, and not in
+    deterministic mode, where a time must not decide what the bits are: the weight is then expanded.
+
+    Args:
+        device: of all operands.
+        vendors: libraries to choose from.
+        store: choices of earlier processes, and where to write new ones.
+        arrangement: how the weights lie, which is part of what is measured.
+        deterministic: only what always gives the same bits.
+        timer: measures calls.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        vendors: Vendors | None = None,
+        store: ChoiceStore | None = None,
+        *,
+        arrangement: Arrangement = "kept",
+        deterministic: bool = False,
+        timer: measuring.Timer = measuring.median_seconds,
+    ) -> None:
+        self.device = device
+        self.vendors = vendors or Vendors()
+        self.arrangement = arrangement
+        self.deterministic = deterministic
+        self._timer = timer
+        self._store = store
+        self._stored = {} if store is None else store.choices(self.setting)
+        self._choices: dict[tuple[Kind, Problem], Choice] = {}
+        self._ready: dict[tuple[Kind, int, int, int, torch.dtype], Candidate] = {}
+        self._forms: dict[tuple[int, int, torch.dtype], str] = {}
+
+    @property
+    def setting(self) -> str:
+        """What a measurement depends on besides the problem: card, versions, and how this dispatcher measures."""
+        card = platform.processor() or platform.machine()
+        if self.device.type == "cuda":
+            card = torch.cuda.get_device_name(self.device)
+        versions = {"torch": torch.__version__, "triton": _version("triton"), **self.vendors.versions}
+        mode = f"{self.arrangement}{', deterministic' if self.deterministic else ''}"
+        return f"{card}; {', '.join(f'{name} {text}' for name, text in versions.items())}; {mode}"
+
+    def product(self, operands: Operands) -> Tensor:
+        """Y [T, O] = X W^T (+ bias) (+ addend)."""
+        return self._candidate("product", operands).run(operands)
+
+    def input_gradient(self, operands: Operands) -> Tensor:
+        """dX [T, I] = dY W^{R,C}, `operands.x` being dY [T, O]."""
+        return self._candidate("input gradient", operands).run(operands)
+
+    def product_with_adapter(self, operands: Operands, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """Y = X W^T + (scale X down^T) up^T (+ bias), in one kernel for few tokens: down [R, I], up [O, R]."""
+        candidate = self._candidate("product", operands)
+        if candidate.route == "decode":
+            from slope_dist.sparse.kernels.jit.decode import decode
+
+            x, values, indices = operands.x, operands.values, operands.indices
+            return decode(x, values, indices, bias=operands.bias, down=down, up=up, scale=scale)
+        addend = functional.linear(functional.linear(operands.x, down) * scale, up)
+        return candidate.run(replace(operands, addend=addend))
+
+    def metadata(self, indices: Tensor, dtype: torch.dtype) -> tuple[str, Tensor] | None:
+        """A vendor's metadata for a weight, in the form that its products were seen to want; None: none is wanted."""
+        form = self.form(indices, dtype)
+        if not form:
+            return None
+        name, _, tiles = form.rpartition("/")
+        vendor = next(route for route in self.vendors.routes if route.name == name)
+        try:
+            return form, ways.metadata_of(vendor, int(tiles), indices, dtype)
+        except VendorError:
+            # It keeps them in a way of its own, and makes them for every product.
+            return None
+
+    def form(self, indices: Tensor, dtype: torch.dtype) -> str:
+        """The form of metadata that products over a weight want: of the choice for the most tokens."""
+        if self.arrangement == "derived":
+            return ""
+        rows, columns = indices.shape[0], indices.shape[1] * 8
+        return self._forms.get((rows, columns, dtype), "")
+
+    def lay(self, values: Tensor, indices: Tensor) -> tuple[Tensor, tuple[str, Tensor] | None]:
+        """Values and the metadata of their vendor, in one buffer if that is the arrangement: the values, and metadata.
+
+        A weight of several tiles is left as it is: a tile's values and metadata would lie between those of others.
+        """
+        metadata = self.metadata(indices, values.dtype)
+        if metadata is None or self.arrangement != "in place" or not metadata[0].endswith("/1"):
+            return values, metadata
+        head = values.nbytes
+        buffer = torch.empty(head + metadata[1].nbytes, dtype=torch.uint8, device=values.device)
+        laid = buffer[:head].view(values.dtype).view(values.shape)
+        laid.copy_(values)
+        buffer[head:].copy_(metadata[1])
+        return laid, (metadata[0], buffer[head:])
+
+    def product_choice(self, problem: Problem) -> Choice:
+        """How a product is computed; measured now if it never was."""
+        return self._choice("product", problem)
+
+    def input_gradient_choice(self, problem: Problem) -> Choice:
+        """How dX is computed from W^R [O, I] alone; measured now if it never was."""
+        return self._choice("input gradient", problem)
+
+    def warm_up(self, uses: Iterable[tuple[Kind, Problem]]) -> None:
+        """Measure what is going to be asked for."""
+        for kind, problem in uses:
+            self._choice(kind, problem)
+
+    def as_data(self) -> dict[str, dict[str, Any]]:
+        """All choices as plain data, for `adopt` on another rank with the same card."""
+        return {_key(kind, problem): choice.as_data() for (kind, problem), choice in self._choices.items()}
+
+    def adopt(self, data: dict[str, dict[str, Any]]) -> None:
+        """Take over choices that another process has made in the same setting."""
+        self._stored |= data
+
+    def report(self) -> list[str]:
+        """What was chosen and why, a line each."""
+        lines = [f"2:4 products of {self.setting}"]
+        lines += [f"{route.name} {route.version}: {route.note}" for route in self.vendors.routes if route.note]
+        lines += [f"without {name}: {reason}" for name, reason in self.vendors.missing.items()]
+        lines += [f"{kind} {problem}: {c.label}, {c.why}" for (kind, problem), c in self._choices.items()]
+        return lines
+
+    def _candidate(self, kind: Kind, operands: Operands) -> Candidate:
+        rows, width = operands.indices.shape
+        key = (kind, operands.x.shape[0], rows, width, operands.x.dtype)
+        ready = self._ready.get(key)
+        if ready is None:
+            problem = Problem(operands.x.shape[0], rows, width * 8, operands.x.dtype, self.device)
+            ready = self._ready[key] = self._find(kind, problem)
+        return ready
+
+    def _find(self, kind: Kind, problem: Problem) -> Candidate:
+        """The way to compute a problem, by measurement where that is allowed."""
+        rounded = replace(problem, tokens=round_tokens(problem.tokens))
+        for known in (problem, rounded):
+            choice = self._known(kind, known)
+            if choice is not None:
+                return choice.candidate
+        if self.deterministic or _capturing(self.device):
+            return next(iter(self._candidates(kind, problem)))
+        return self._choice(kind, rounded).candidate
+
+    def _choice(self, kind: Kind, problem: Problem) -> Choice:
+        choice = self._known(kind, problem)
+        if choice is None:
+            choice = self._measure(kind, problem)
+            self._keep(kind, problem, choice)
+            if self._store is not None:
+                self._store.add(self.setting, {_key(kind, problem): choice.as_data()})
+        return choice
+
+    def _known(self, kind: Kind, problem: Problem) -> Choice | None:
+        choice = self._choices.get((kind, problem))
+        data = self._stored.get(_key(kind, problem))
+        if choice is None and data is not None:
+            found = [c for c in self._candidates(kind, problem) if c.label == data["label"]]
+            if found:
+                choice = Choice(found[0], data["seconds"], data["dense_seconds"], data["rejected"])
+                self._keep(kind, problem, choice)
+        return choice
+
+    def _keep(self, kind: Kind, problem: Problem, choice: Choice) -> None:
+        self._choices[kind, problem] = choice
+        # A form that one number of tokens wants may replace another's.
+        weight = (problem.rows, problem.columns, problem.dtype)
+        same = [
+            (p.tokens, c.candidate.form)
+            for (of, p), c in self._choices.items()
+            if of == "product" and (p.rows, p.columns, p.dtype) == weight and c.candidate.form
+        ]
+        if same:
+            self._forms[weight] = max(same)[1]
+
+    def _candidates(self, kind: Kind, problem: Problem) -> Sequence[Candidate]:
+        if kind == "product":
+            decode = primitives.why_no_triton(self.device.type) is None
+            return list(ways.candidates(problem, self.vendors, decode=decode))
+        over_transpose = self._find("product", problem.transposed())
+        return list(ways.input_gradient_candidates(problem, over_transpose))
+
+    def _measure(self, kind: Kind, problem: Problem) -> Choice:
+        operands, dense, expected = _sample(kind, problem)
+        right: dict[str, tuple[Candidate, Operands]] = {}
+        rejected: dict[str, str] = {}
+        for candidate in self._candidates(kind, problem):
+            if self.deterministic and not candidate.deterministic:
+                rejected[candidate.label] = "not deterministic"
+                continue
+            try:
+                given = self._given(candidate, operands)
+                wrong = measuring.why_wrong(candidate.run(given), expected)
+            except VendorError as error:
+                wrong = str(error)
+            if wrong is None:
+                right[candidate.label] = candidate, given
+            else:
+                rejected[candidate.label] = wrong
+        del expected
+        calls: dict[str, Any] = {name: lambda c=c, o=o: c.run(o) for name, (c, o) in right.items()}
+        calls[DENSE] = lambda: dense(operands.x)
+        seconds = self._timer(calls, self.device)
+        dense_seconds = seconds.pop(DENSE)
+        if not seconds:
+            raise RuntimeError(f"{kind} {problem}: not even the expanded product is right: {rejected}")
+        best = min(seconds, key=lambda name: seconds[name])
+        return Choice(right[best][0], seconds, dense_seconds, rejected)
+
+    def _given(self, candidate: Candidate, operands: Operands) -> Operands:
+        """Operands as a run would give them: with the metadata that the weight would have been given."""
+        if not candidate.form or self.arrangement == "derived":
+            return operands
+        probe = Dispatcher(self.device, self.vendors, arrangement=self.arrangement)
+        rows, columns = operands.indices.shape[0], operands.indices.shape[1] * 8
+        probe._forms[rows, columns, operands.values.dtype] = candidate.form
+        values, metadata = probe.lay(operands.values, operands.indices)
+        if metadata is None:
+            return operands
+        return replace(operands, values=values, form=metadata[0], metadata=metadata[1])
+
+
+def round_tokens(tokens: int) -> int:
+    """The number of tokens that stands for this one where it was not warmed up: the next power of two."""
+    return 1 << max(tokens - 1, 0).bit_length()
+
+
+def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
+    """Operands of a problem, the dense product that it is measured beside, and its right result in fp32."""
+    device, dtype = problem.device, problem.dtype
+    values, indices = primitives.random_matrix(problem.rows, problem.columns, dtype, device)
+    inner = problem.columns if kind == "product" else problem.rows
+    x = torch.randn(problem.tokens, inner, device=device).to(dtype)
+    # By plain torch, which is what defines the products.
+    if kind == "product":
+        matrix = codec.expand(values, indices, primitives.TWO_FOUR)
+    else:
+        matrix = pruning.doubly_pruned(values, indices, primitives.TWO_FOUR).t().contiguous()
+    expected = x.float() @ matrix.float().t()
+    return Operands(x, values, indices), lambda x: functional.linear(x, matrix), expected
+
+
+def _key(kind: Kind, problem: Problem) -> str:
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return f"{kind} {problem.rows}x{problem.columns} {problem.tokens} {dtype}"
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
