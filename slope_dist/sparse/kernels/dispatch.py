@@ -338,7 +338,9 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
     device, dtype = problem.device, problem.dtype
     values, indices = primitives.random_matrix(problem.rows, problem.columns, dtype, device)
     inner = problem.columns if kind == "product" else problem.rows
-    x = torch.randn(problem.tokens, inner, device=device).to(dtype)
+    # Of a generator of its own: a run's random stream must not depend on what is measured.
+    generator = torch.Generator(device).manual_seed(problem.tokens)
+    x = torch.randn(problem.tokens, inner, device=device, generator=generator).to(dtype)
     # By plain torch, which is what defines the products.
     if kind == "product":
         matrix = codec.expand(values, indices, primitives.TWO_FOUR)
