@@ -9,38 +9,53 @@ from torch import Tensor
 
 from slope_dist.sparse import codec
 from slope_dist.sparse.kernels.jit import blocks, eights_of, launch
-from slope_dist.sparse.kernels.jit.tile import PRUNED, entry_of, first_of, join4, nibbles_of, score_of, two_best
+from slope_dist.sparse.kernels.jit.tile import (
+    PRUNED,
+    entry_of,
+    first_of,
+    join4,
+    left_of,
+    nibbles_of,
+    score_of,
+    two_best,
+)
 
-_BYTES = 512
-"""Metadata bytes to a program of 128 threads: each writes four times 16 bytes of 16-bit entries."""
+_BYTES = 128
+"""Metadata bytes to each step (or row of tiles) of a program of 128 threads: a thread has one byte of them and writes
+its eight entries, at 16 bits at once. So no value passes from one thread to another."""
 
-_TILE_BYTES = 128
-"""The same in each of the four rows of a program that prunes: each thread writes 16 bytes of each."""
+_STEPS = 4
+"""Steps of a program that only expands, whose loads are all under way before the first is used."""
 
 
 @triton.jit
-def _expand(kept, indices, held, dense, width, HELD: tl.constexpr, BYTES: tl.constexpr):
-    start = first_of(BYTES)
-    left = tl.minimum(width - start, BYTES).to(tl.int32)
+def _expand(kept, indices, held, dense, size, HELD: tl.constexpr, STEPS: tl.constexpr, BYTES: tl.constexpr):
     byte = tl.arange(0, BYTES)
     slot = tl.arange(0, 4 * BYTES)
-    code = nibbles_of(tl.load(indices + start + byte, mask=byte < left, other=0))
-    pairs = tl.load(kept + start * 4 + slot, mask=slot < left * 4, other=0).reshape([2 * BYTES, 2])
-    first, second = pairs.split()
-    zero = tl.zeros_like(first)
-    group = ()
-    for position in tl.static_range(4):
-        group = group + (entry_of(first, second, code, position, zero),)
-    if HELD:
-        bits = nibbles_of(tl.load(held + start + byte, mask=byte < left, other=0))
-        a = tl.where((bits & 1) != 0, group[0], zero)
-        b = tl.where((bits & 2) != 0, group[1], zero)
-        c = tl.where((bits & 4) != 0, group[2], zero)
-        d = tl.where((bits & 8) != 0, group[3], zero)
-        group = (a, b, c, d)
     entry = tl.arange(0, 8 * BYTES)
-    entries = join4(group[0], group[1], group[2], group[3]).reshape([8 * BYTES])
-    tl.store(dense + start * 8 + entry, entries, mask=entry < left * 8)
+    loaded = ()
+    for step in tl.static_range(STEPS):
+        start = first_of(STEPS * BYTES) + step * BYTES
+        left = left_of(start, size, BYTES)
+        packed = tl.load(indices + start + byte, mask=byte < left, other=0)
+        bits = packed
+        if HELD:
+            bits = tl.load(held + start + byte, mask=byte < left, other=0)
+        loaded = loaded + ((packed, bits, tl.load(kept + start * 4 + slot, mask=slot < left * 4, other=0)),)
+    for step in tl.static_range(STEPS):
+        start = first_of(STEPS * BYTES) + step * BYTES
+        left = left_of(start, size, BYTES)
+        code = nibbles_of(loaded[step][0])
+        first, second = loaded[step][2].reshape([2 * BYTES, 2]).split()
+        zero = tl.zeros_like(first)
+        group = ()
+        for position in tl.static_range(4):
+            at_position = entry_of(first, second, code, position, zero)
+            if HELD:
+                at_position = tl.where((nibbles_of(loaded[step][1]) >> position & 1) != 0, at_position, zero)
+            group = group + (at_position,)
+        entries = join4(group[0], group[1], group[2], group[3]).reshape([8 * BYTES])
+        tl.store(dense + start * 8 + entry, entries, mask=entry < left * 8)
 
 
 @triton.jit
@@ -72,7 +87,8 @@ def _prune(kept, indices, dense, width, LARGEST: tl.constexpr, BYTES: tl.constex
             entries = entries + (entry_of(first, second, code, position, zero),)
             both = score_of(first, LARGEST), score_of(second, LARGEST)
             scores = scores + (entry_of(both[0], both[1], code, position, pruned),)
-        best = two_best(scores[0], scores[1], scores[2], scores[3])
+        lower, upper, a_first, c_first = two_best(scores[0], scores[1], scores[2], scores[3])
+        best = ~upper & a_first, ~upper & (lower | ~a_first), ~lower & c_first, ~lower & (upper | ~c_first)
         column_entries = ()
         for q in tl.static_range(4):
             column_entries = column_entries + (tl.where(best[q], entries[q], zero),)
@@ -113,9 +129,9 @@ def doubly_pruned(values: Tensor, indices: Tensor, column_mask: Tensor | None = 
         raise ValueError(f"{rows} rows are not a whole number of groups of 4")
     kept = codec.as_integers(values)
     dense = torch.empty(rows, 8 * width, dtype=values.dtype, device=values.device)
-    programs = rows // 4 * blocks(width, _TILE_BYTES)
+    programs = rows // 4 * blocks(width, _BYTES)
     largest = torch.iinfo(kept.dtype).max
-    launch(_prune, programs, kept, indices, codec.as_integers(dense), width, LARGEST=largest, BYTES=_TILE_BYTES)
+    launch(_prune, programs, kept, indices, codec.as_integers(dense), width, LARGEST=largest, BYTES=_BYTES)
     return dense
 
 
@@ -124,13 +140,14 @@ def _expanded(values: Tensor, indices: Tensor, column_mask: Tensor | None) -> Te
     dense = torch.empty(rows, 8 * width, dtype=values.dtype, device=values.device)
     launch(
         _expand,
-        blocks(rows * width, _BYTES),
+        blocks(rows * width, _STEPS * _BYTES),
         codec.as_integers(values),
         indices,
         column_mask,
         codec.as_integers(dense),
         rows * width,
         HELD=column_mask is not None,
+        STEPS=_STEPS,
         BYTES=_BYTES,
     )
     return dense

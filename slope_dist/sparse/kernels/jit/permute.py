@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slope_dist.sparse.kernels.jit import blocks, launch
-from slope_dist.sparse.kernels.jit.tile import first_of
+from slope_dist.sparse.kernels.jit.tile import first_of, left_of
 
 _BYTES = 512
 """Bytes to a program of 128 threads: each reads the sources of two bytes, 16 bytes, twice."""
@@ -17,7 +17,7 @@ _BYTES = 512
 @triton.jit
 def _permute(packed, source, permuted, size, BYTES: tl.constexpr):
     start = first_of(BYTES)
-    left = tl.minimum(size - start, BYTES).to(tl.int32)
+    left = left_of(start, size, BYTES)
     nibble = tl.arange(0, 2 * BYTES)
     inside = nibble < left * 2
     place = tl.load(source + start * 2 + nibble, mask=inside, other=0)

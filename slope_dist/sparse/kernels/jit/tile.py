@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PRUNED = tl.constexpr(-1)
+PRUNED = tl.constexpr(-(2**30))
 """Score of what is not kept: below that of a kept zero."""
 
 
@@ -17,6 +17,12 @@ PRUNED = tl.constexpr(-1)
 def first_of(block: tl.constexpr):
     """First of the `block` things that this program does, in 64 bits: a matrix may have more than 2^31 entries."""
     return tl.program_id(0).to(tl.int64) * block
+
+
+@triton.jit
+def left_of(start, size, block: tl.constexpr):
+    """How many of the `block` things from `start` lie below `size`."""
+    return tl.maximum(tl.minimum(size - start, block), 0).to(tl.int32)
 
 
 @triton.jit
@@ -65,11 +71,12 @@ def score_of(entries, largest: tl.constexpr):
 
 @triton.jit
 def two_best(a, b, c, d):
-    """Which two of four scores are largest, ties to the first: four masks, of which two are set at each place."""
-    ab, ac, ad, bc, bd, cd = a >= b, a >= c, a >= d, b >= c, b >= d, c >= d
-    # Best two of four: it beats two or all of the other three.
-    best_a = (ab & ac) | (ad & (ab | ac))
-    best_b = (bc & bd) | (~ab & (bc | bd))
-    best_c = (~ac & ~bc) | (cd & (~ac | ~bc))
-    best_d = (~ad & ~bd) | (~cd & (~ad | ~bd))
-    return best_a, best_b, best_c, best_d
+    """Which two of four scores are the largest, ties to the first, as (a and b, c and d, a else b, c else d).
+
+    Where neither of the first two holds it is one of each pair, told by the other two. A select by each costs less than
+    four masks would, six comparisons and a vote of three for each.
+    """
+    a_first, c_first = a >= b, c >= d
+    lower = tl.minimum(a, b) >= tl.maximum(c, d)
+    upper = tl.minimum(c, d) > tl.maximum(a, b)
+    return lower, upper, a_first | lower, c_first | upper

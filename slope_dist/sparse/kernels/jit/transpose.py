@@ -42,10 +42,10 @@ def _pruned_column(rows, position: tl.constexpr, HELD: tl.constexpr, LARGEST: tl
         entries = entries + (entry,)
     a, b, c, d = entries
     # What was pruned has the lowest score and is zero: where fewer than two are kept, the lowest of it fill the slots.
-    best_a, best_b, best_c, best_d = two_best(scores[0], scores[1], scores[2], scores[3])
-    first = tl.where(best_a, a, tl.where(best_b, b, c))
-    second = tl.where(best_d, d, tl.where(best_c, c, b))
-    code = tl.where(best_a, 0, tl.where(best_b, 1, 2)) | tl.where(best_d, 12, tl.where(best_c, 8, 4))
+    lower, upper, a_first, c_first = two_best(scores[0], scores[1], scores[2], scores[3])
+    first = tl.where(upper, c, tl.where(a_first, a, b))
+    second = tl.where(lower, b, tl.where(c_first & ~upper, c, d))
+    code = tl.where(upper, 2, tl.where(a_first, 0, 1)) | tl.where(lower, 4, tl.where(c_first & ~upper, 8, 12))
     return first, second, code
 
 
@@ -98,13 +98,13 @@ def _transpose(
         high = high + ((c, d, code >> 4, bits >> 4),)
     columns = ()
     codes = ()
-    for column in tl.static_range(8):
-        half = low if column < 4 else high
-        position: tl.constexpr = column % 4
-        a, b, upper = _pruned_column((half[0], half[1], half[2], half[3]), position, HELD, LARGEST)
-        c, d, lower = _pruned_column((half[4], half[5], half[6], half[7]), position, HELD, LARGEST)
-        columns = columns + (join4(a, b, c, d).to(kept.dtype.element_ty),)
-        codes = codes + ((upper | lower << 4).to(tl.uint8),)
+    for half in tl.static_range(2):
+        rows = (low, high)[half]
+        for position in tl.static_range(4):
+            a, b, upper = _pruned_column((rows[0], rows[1], rows[2], rows[3]), position, HELD, LARGEST)
+            c, d, lower = _pruned_column((rows[4], rows[5], rows[6], rows[7]), position, HELD, LARGEST)
+            columns = columns + (join4(a, b, c, d).to(kept.dtype.element_ty),)
+            codes = codes + ((upper | lower << 4).to(tl.uint8),)
     # [square row, square column, slot, column] -> [column of W, slots of its row in the transpose].
     across_entries = _join8(columns).permute(1, 3, 0, 2).reshape([8 * EIGHTS, 4 * EIGHTS])
     across_codes = _join8(codes).permute(1, 2, 0).reshape([8 * EIGHTS, EIGHTS])
@@ -137,7 +137,9 @@ def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None
     """
     rows, width = eights_of(values, indices, 4, column_mask)
     if rows % 8:
-        raise ValueError(f"{rows} rows are not a multiple of 8, so a row of the transpose is not whole bytes of metadata")
+        raise ValueError(
+            f"{rows} rows are not a multiple of 8, so a row of the transpose is not whole bytes of metadata"
+        )
     transposed = torch.empty(8 * width, rows // 2, dtype=values.dtype, device=values.device)
     transposed_indices = torch.empty(8 * width, rows // 8, dtype=torch.uint8, device=values.device)
     kept = codec.as_integers(values)
