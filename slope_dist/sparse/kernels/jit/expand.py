@@ -50,7 +50,7 @@ def _expand(kept, indices, held, dense, size, HELD: tl.constexpr, STEPS: tl.cons
         zero = tl.zeros_like(first)
         group = ()
         for position in tl.static_range(4):
-            at_position = entry_of(first, second, code, position, zero)
+            at_position = entry_of(first, second, code, position)
             if HELD:
                 at_position = tl.where((nibbles_of(loaded[step][1]) >> position & 1) != 0, at_position, zero)
             group = group + (at_position,)
@@ -77,16 +77,15 @@ def _prune(kept, indices, dense, width, LARGEST: tl.constexpr, BYTES: tl.constex
         first, second = pairs.to(tl.int32).split()
         rows = rows + ((first, second, code),)
     zero = tl.zeros_like(rows[0][0])
-    pruned = tl.full(zero.shape, PRUNED, tl.int32)
     columns = ()
     for position in tl.static_range(4):
         entries = ()
         scores = ()
         for q in tl.static_range(4):
             first, second, code = rows[q]
-            entries = entries + (entry_of(first, second, code, position, zero),)
+            entries = entries + (entry_of(first, second, code, position),)
             both = score_of(first, LARGEST), score_of(second, LARGEST)
-            scores = scores + (entry_of(both[0], both[1], code, position, pruned),)
+            scores = scores + (entry_of(both[0], both[1], code, position),)
         lower, upper, a_first, c_first = two_best(scores[0], scores[1], scores[2], scores[3])
         best = ~upper & a_first, ~upper & (lower | ~a_first), ~lower & c_first, ~lower & (upper | ~c_first)
         column_entries = ()

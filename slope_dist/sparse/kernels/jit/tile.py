@@ -46,18 +46,20 @@ def join4(a, b, c, d):
 def nibbles_of(packed):
     """Bytes [..., n] -> their nibbles [..., 2 n], the low one first: the codes, or held bits, of consecutive groups."""
     shape: tl.constexpr = packed.shape[:-1] + [2 * packed.shape[-1]]
-    return tl.join(packed & 15, packed >> 4).reshape(shape)
+    return tl.join(packed & 15, packed >> 4).reshape(shape).to(tl.int32)
 
 
 @triton.jit
-def entry_of(first, second, code, position: tl.constexpr, otherwise):
-    """What stands at a position of a group: its first or second entry, or `otherwise` where neither does."""
+def entry_of(first, second, code, position: tl.constexpr):
+    """What stands at a position of a group: its first or second entry, or 0 where neither does."""
+    is_first = ((1 << (code & 3)) << (31 - position)) >> 31
+    is_second = ((1 << (code >> 2 & 3)) << (31 - position)) >> 31
     if position == 0:
-        return tl.where((code & 3) == 0, first, otherwise)
+        return first & is_first
     elif position == 3:
-        return tl.where((code >> 2 & 3) == 3, second, otherwise)
+        return second & is_second
     else:
-        return tl.where((code & 3) == position, first, tl.where((code >> 2 & 3) == position, second, otherwise))
+        return (first & is_first) | (second & is_second)
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def score_of(entries, largest: tl.constexpr):
 
     `largest` is the greatest integer of the entries' own width.
     """
-    return tl.minimum(entries & largest, largest - 1)
+    return tl.minimum(entries & largest, largest - 1) + 1
 
 
 @triton.jit

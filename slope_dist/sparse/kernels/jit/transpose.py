@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slope_dist.sparse import codec
 from slope_dist.sparse.kernels.jit import blocks, eights_of, launch
-from slope_dist.sparse.kernels.jit.tile import PRUNED, entry_of, join4, score_of, split4, two_best
+from slope_dist.sparse.kernels.jit.tile import entry_of, join4, score_of, split4, two_best
 
 _EIGHTS = 16
 """A program owns 16 x 16 squares of 8 x 8, 128 x 128 of W, one square to each of its 256 threads. It so reads and writes
@@ -26,18 +26,17 @@ def _pruned_column(rows, position: tl.constexpr, HELD: tl.constexpr, LARGEST: tl
     without a kept entry take the lowest free positions and hold zero.
     """
     zero = tl.zeros_like(rows[0][0])
-    pruned = tl.full(zero.shape, PRUNED, tl.int32)
     entries = ()
     scores = ()
     for q in tl.static_range(4):
         first, second, code, held = rows[q]
-        entry = entry_of(first, second, code, position, zero)
+        entry = entry_of(first, second, code, position)
         if HELD:
             bit = held >> position & 1
             entry = tl.where(bit != 0, entry, zero)
             scores = scores + (bit,)
         else:
-            score = entry_of(score_of(first, LARGEST), score_of(second, LARGEST), code, position, pruned)
+            score = entry_of(score_of(first, LARGEST), score_of(second, LARGEST), code, position)
             scores = scores + (score,)
         entries = entries + (entry,)
     a, b, c, d = entries
