@@ -1,5 +1,8 @@
 """Dense matrices from compressed ones: W^R as `codec.expand`, W^{R,C} as `pruning.doubly_pruned`."""
 
+# Triton compiles a sum of sequences, but no star in one.
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import torch
@@ -10,7 +13,6 @@ from torch import Tensor
 from slope_dist.sparse import codec
 from slope_dist.sparse.kernels.jit import blocks, eights_of, launch
 from slope_dist.sparse.kernels.jit.tile import (
-    PRUNED,
     entry_of,
     first_of,
     join4,
@@ -29,10 +31,20 @@ _STEPS = 4
 
 
 @triton.jit
-def _expand(kept, indices, held, dense, size, HELD: tl.constexpr, STEPS: tl.constexpr, BYTES: tl.constexpr):
+def _expand(
+    kept,
+    indices,
+    held,
+    dense,
+    size,
+    HELD: tl.constexpr,
+    PACKED: tl.constexpr,
+    STEPS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    # PACKED: entries have 16 bits, and `dense` is written as 64-bit words of four.
     byte = tl.arange(0, BYTES)
     slot = tl.arange(0, 4 * BYTES)
-    entry = tl.arange(0, 8 * BYTES)
     loaded = ()
     for step in tl.static_range(STEPS):
         start = first_of(STEPS * BYTES) + step * BYTES
@@ -46,16 +58,21 @@ def _expand(kept, indices, held, dense, size, HELD: tl.constexpr, STEPS: tl.cons
         start = first_of(STEPS * BYTES) + step * BYTES
         left = left_of(start, size, BYTES)
         code = nibbles_of(loaded[step][0])
-        first, second = loaded[step][2].reshape([2 * BYTES, 2]).split()
-        zero = tl.zeros_like(first)
-        group = ()
-        for position in tl.static_range(4):
-            at_position = entry_of(first, second, code, position)
-            if HELD:
-                at_position = tl.where((nibbles_of(loaded[step][1]) >> position & 1) != 0, at_position, zero)
-            group = group + (at_position,)
-        entries = join4(group[0], group[1], group[2], group[3]).reshape([8 * BYTES])
-        tl.store(dense + start * 8 + entry, entries, mask=entry < left * 8)
+        first, second = loaded[step][2].to(tl.int32).reshape([2 * BYTES, 2]).split()
+        if HELD:
+            bits = nibbles_of(loaded[step][1])
+            first = tl.where((bits >> (code & 3) & 1) != 0, first, 0)
+            second = tl.where((bits >> (code >> 2) & 1) != 0, second, 0)
+        if PACKED:
+            low = (first & 0xFFFF).to(tl.int64) << ((code & 3) * 16).to(tl.int64)
+            high = (second & 0xFFFF).to(tl.int64) << ((code >> 2) * 16).to(tl.int64)
+            group = tl.arange(0, 2 * BYTES)
+            tl.store(dense + start * 2 + group, low | high, mask=group < left * 2)
+        else:
+            a, d = entry_of(first, second, code, 0), entry_of(first, second, code, 3)
+            b, c = entry_of(first, second, code, 1), entry_of(first, second, code, 2)
+            entry = tl.arange(0, 8 * BYTES)
+            tl.store(dense + start * 8 + entry, join4(a, b, c, d).reshape([8 * BYTES]), mask=entry < left * 8)
 
 
 @triton.jit
@@ -86,8 +103,13 @@ def _prune(kept, indices, dense, width, LARGEST: tl.constexpr, BYTES: tl.constex
             entries = entries + (entry_of(first, second, code, position),)
             both = score_of(first, LARGEST), score_of(second, LARGEST)
             scores = scores + (entry_of(both[0], both[1], code, position),)
-        lower, upper, a_first, c_first = two_best(scores[0], scores[1], scores[2], scores[3])
-        best = ~upper & a_first, ~upper & (lower | ~a_first), ~lower & c_first, ~lower & (upper | ~c_first)
+        lower, upper, a_leads, c_leads = two_best(scores[0], scores[1], scores[2], scores[3])
+        best = (
+            ~upper & (lower | a_leads),
+            ~upper & (lower | ~a_leads),
+            ~lower & (upper | c_leads),
+            ~lower & (upper | ~c_leads),
+        )
         column_entries = ()
         for q in tl.static_range(4):
             column_entries = column_entries + (tl.where(best[q], entries[q], zero),)
@@ -137,15 +159,17 @@ def doubly_pruned(values: Tensor, indices: Tensor, column_mask: Tensor | None = 
 def _expanded(values: Tensor, indices: Tensor, column_mask: Tensor | None) -> Tensor:
     rows, width = eights_of(values, indices, 4, column_mask)
     dense = torch.empty(rows, 8 * width, dtype=values.dtype, device=values.device)
+    packed = values.element_size() == 2
     launch(
         _expand,
         blocks(rows * width, _STEPS * _BYTES),
         codec.as_integers(values),
         indices,
         column_mask,
-        codec.as_integers(dense),
+        dense.view(torch.int64 if packed else torch.int32),
         rows * width,
         HELD=column_mask is not None,
+        PACKED=packed,
         STEPS=_STEPS,
         BYTES=_BYTES,
     )

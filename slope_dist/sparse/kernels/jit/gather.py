@@ -1,5 +1,8 @@
 """Kept entries of a dense matrix, as `codec.gather`: the gradient of `values` from dW (arXiv 2405.16325, eq. BWD-1)."""
 
+# Triton compiles a sum of sequences, but no star in one.
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import torch

@@ -30,7 +30,7 @@ def _permute(packed, source, permuted, size, BYTES: tl.constexpr):
 def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
     """Nibble j of the result is nibble source[j] of the input; nibble 2 b is the low half of byte b.
 
-    One pass over `source`: 8 bytes of it, two reads anywhere in the input and one byte written, for a byte of the result.
+    One pass over `source`: a byte of the result takes 8 of it, two reads anywhere in the input and a write.
 
     Args:
         packed: uint8 [N].

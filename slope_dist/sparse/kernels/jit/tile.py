@@ -4,13 +4,13 @@ A group is two entries and a code: the two ascending 2-bit positions of its kept
 Entries are numbered 0..3 in a group, and codes are taken as valid (`codec.check`).
 """
 
+# Triton compiles a sum of sequences, but no star in one.
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-PRUNED = tl.constexpr(-(2**30))
-"""Score of what is not kept: below that of a kept zero."""
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def nibbles_of(packed):
 @triton.jit
 def entry_of(first, second, code, position: tl.constexpr):
     """What stands at a position of a group: its first or second entry, or 0 where neither does."""
+    # By masks of all bits: selects would need more predicates at a time than there are.
     is_first = ((1 << (code & 3)) << (31 - position)) >> 31
     is_second = ((1 << (code >> 2 & 3)) << (31 - position)) >> 31
     if position == 0:
@@ -64,7 +65,7 @@ def entry_of(first, second, code, position: tl.constexpr):
 
 @triton.jit
 def score_of(entries, largest: tl.constexpr):
-    """Numbers from 0 up that order entries by magnitude, as `pruning._scores` does less one: NaN is largest.
+    """Numbers from 1 up that order entries by magnitude, as `pruning._scores`: NaN is largest, 0 is what was pruned.
 
     `largest` is the greatest integer of the entries' own width.
     """
@@ -73,12 +74,10 @@ def score_of(entries, largest: tl.constexpr):
 
 @triton.jit
 def two_best(a, b, c, d):
-    """Which two of four scores are the largest, ties to the first, as (a and b, c and d, a else b, c else d).
+    """Which two of four scores are the largest, ties to the first, as (lower, upper, a_leads, c_leads).
 
-    Where neither of the first two holds it is one of each pair, told by the other two. A select by each costs less than
-    four masks would, six comparisons and a vote of three for each.
+    `lower`: they are a and b; `upper`: they are c and d; else they are one of each pair, the one that leads.
     """
-    a_first, c_first = a >= b, c >= d
     lower = tl.minimum(a, b) >= tl.maximum(c, d)
     upper = tl.minimum(c, d) > tl.maximum(a, b)
-    return lower, upper, a_first | lower, c_first | upper
+    return lower, upper, a >= b, c >= d

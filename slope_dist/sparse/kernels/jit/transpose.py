@@ -1,5 +1,8 @@
 """The compressed (W^{R,C})^T from the compressed W^R, as `pruning.doubly_pruned_transpose`; no dense matrix is made."""
 
+# Triton compiles a sum of sequences, but no star in one.
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import torch
@@ -12,10 +15,13 @@ from slope_dist.sparse.kernels.jit import blocks, eights_of, launch
 from slope_dist.sparse.kernels.jit.tile import entry_of, join4, score_of, split4, two_best
 
 _EIGHTS = 16
-"""A program owns 16 x 16 squares of 8 x 8, 128 x 128 of W, one square to each of its 256 threads. It so reads and writes
-`values` in runs of 64 entries, 128 bytes at 16 bits, and metadata in runs of 16 bytes."""
+"""A program owns 16 x 16 squares of 8 x 8, 128 x 128 of W, one square to each of its 256 threads. So it reads and
+writes `values` in runs of 64 entries, 128 bytes at 16 bits, and metadata in runs of 16 bytes."""
 
 _WARPS = 8
+_REGISTERS = 128
+"""At most, a thread: left alone the compiler takes so many that one program has a multiprocessor to itself, and its
+loads wait for its comparisons."""
 
 
 @triton.jit
@@ -40,11 +46,12 @@ def _pruned_column(rows, position: tl.constexpr, HELD: tl.constexpr, LARGEST: tl
             scores = scores + (score,)
         entries = entries + (entry,)
     a, b, c, d = entries
-    # What was pruned has the lowest score and is zero: where fewer than two are kept, the lowest of it fill the slots.
-    lower, upper, a_first, c_first = two_best(scores[0], scores[1], scores[2], scores[3])
+    # What is not kept scores lowest and is zero: where fewer than two are kept, the first of it fill the free slots.
+    lower, upper, a_leads, c_leads = two_best(scores[0], scores[1], scores[2], scores[3])
+    a_first, c_second = lower | a_leads, ~upper & c_leads
     first = tl.where(upper, c, tl.where(a_first, a, b))
-    second = tl.where(lower, b, tl.where(c_first & ~upper, c, d))
-    code = tl.where(upper, 2, tl.where(a_first, 0, 1)) | tl.where(lower, 4, tl.where(c_first & ~upper, 8, 12))
+    second = tl.where(lower, b, tl.where(c_second, c, d))
+    code = tl.where(upper, 2, tl.where(a_first, 0, 1)) | tl.where(lower, 4, tl.where(c_second, 8, 12))
     return first, second, code
 
 
@@ -156,5 +163,6 @@ def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None
         LARGEST=torch.iinfo(kept.dtype).max,
         EIGHTS=_EIGHTS,
         num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )
     return transposed, transposed_indices
