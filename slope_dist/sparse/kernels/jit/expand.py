@@ -1,6 +1,7 @@
 """Dense matrices from compressed ones: W^R as `codec.expand`, W^{R,C} as `pruning.doubly_pruned`."""
 
-# Triton compiles a sum of sequences, but no star in one.
+# Device functions are in Triton's language: names change their type, and tuples are summed, not starred.
+# mypy: disable-error-code="assignment, misc, var-annotated"
 # ruff: noqa: RUF005
 
 from __future__ import annotations

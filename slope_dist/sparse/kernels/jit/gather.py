@@ -1,6 +1,7 @@
 """Kept entries of a dense matrix, as `codec.gather`: the gradient of `values` from dW (arXiv 2405.16325, eq. BWD-1)."""
 
-# Triton compiles a sum of sequences, but no star in one.
+# Device functions are in Triton's language: names change their type, and tuples are summed, not starred.
+# mypy: disable-error-code="assignment, misc, var-annotated"
 # ruff: noqa: RUF005
 
 from __future__ import annotations

@@ -50,6 +50,6 @@ def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
         raise ValueError(f"nibbles are on {packed.device} and their sources on {source.device}")
     if not (packed.is_contiguous() and source.is_contiguous()):
         raise ValueError("nibbles and their sources must be contiguous")
-    permuted = torch.empty_like(packed)
+    permuted = torch.empty(len(packed), dtype=torch.uint8, device=packed.device)
     launch(_permute, blocks(len(packed), _BYTES), packed, source, permuted, len(packed), BYTES=_BYTES)
     return permuted

@@ -4,7 +4,7 @@ A group is two entries and a code: the two ascending 2-bit positions of its kept
 Entries are numbered 0..3 in a group, and codes are taken as valid (`codec.check`).
 """
 
-# Triton compiles a sum of sequences, but no star in one.
+# Device functions are in Triton's language: sequences are summed, not starred.
 # ruff: noqa: RUF005
 
 from __future__ import annotations

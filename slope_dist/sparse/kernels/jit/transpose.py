@@ -1,6 +1,7 @@
 """The compressed (W^{R,C})^T from the compressed W^R, as `pruning.doubly_pruned_transpose`; no dense matrix is made."""
 
-# Triton compiles a sum of sequences, but no star in one.
+# Device functions are in Triton's language: names change their type, and tuples are summed, not starred.
+# mypy: disable-error-code="assignment, misc, var-annotated"
 # ruff: noqa: RUF005
 
 from __future__ import annotations
