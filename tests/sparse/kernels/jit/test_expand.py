@@ -97,12 +97,14 @@ def test_any_bits_at_any_address(held: bool, dtype: torch.dtype, device: str) ->
 
 
 def any_bits(rows: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Entries of all bit patterns, a third of them of the largest magnitudes, one entry off any alignment."""
+    """Entries of all bit patterns, two thirds of them of the few least or largest magnitudes, off any alignment."""
     integer = codec.as_integers(torch.empty(0, dtype=dtype)).dtype
-    bounds = torch.iinfo(integer)
-    shape = (rows * columns + 1,)
-    bits = torch.randint(bounds.min, bounds.max, shape)
-    bits = torch.where(torch.rand(shape) < 1 / 3, torch.randint(bounds.max - 2, bounds.max + 1, shape), bits)
+    largest = torch.iinfo(integer).max
+    size = rows * columns + 1
+    ranges = [(0, 4), (largest - 3, largest + 1), (0, largest)]
+    choices = torch.stack([torch.randint(low, high, (size,)) for low, high in ranges])
+    magnitudes = choices.gather(0, torch.randint(3, (1, size))).squeeze(0)
+    bits = torch.where(torch.rand(size) < 0.5, magnitudes, magnitudes - largest - 1)
     return bits.to(integer).view(dtype).to(device)[1:].view(rows, columns)
 
 
