@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slope_dist.sparse.kernels.jit import blocks, launch
-from slope_dist.sparse.kernels.jit.tile import first_of
+from slope_dist.sparse.kernels.jit.tile import first_of, left_of
 
 _BYTES = 512
 """Bytes to a program of 128 threads: each reads the sources of two bytes, 16 bytes, twice."""
@@ -17,7 +17,7 @@ _BYTES = 512
 @triton.jit
 def _permute(packed, source, permuted, size, BYTES: tl.constexpr):
     start = first_of(BYTES)
-    left = tl.minimum(size - start, BYTES).to(tl.int32)
+    left = left_of(start, size, BYTES)
     nibble = tl.arange(0, 2 * BYTES)
     inside = nibble < left * 2
     place = tl.load(source + start * 2 + nibble, mask=inside, other=0)
@@ -30,7 +30,7 @@ def _permute(packed, source, permuted, size, BYTES: tl.constexpr):
 def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
     """Nibble j of the result is nibble source[j] of the input; nibble 2 b is the low half of byte b.
 
-    One pass over `source`: 8 bytes of it, two reads anywhere in the input and one byte written, for a byte of the result.
+    One pass over `source`: a byte of the result takes 8 of it, two reads anywhere in the input and a write.
 
     Args:
         packed: uint8 [N].
@@ -50,6 +50,6 @@ def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
         raise ValueError(f"nibbles are on {packed.device} and their sources on {source.device}")
     if not (packed.is_contiguous() and source.is_contiguous()):
         raise ValueError("nibbles and their sources must be contiguous")
-    permuted = torch.empty_like(packed)
+    permuted = torch.empty(len(packed), dtype=torch.uint8, device=packed.device)
     launch(_permute, blocks(len(packed), _BYTES), packed, source, permuted, len(packed), BYTES=_BYTES)
     return permuted
