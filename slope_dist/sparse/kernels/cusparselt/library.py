@@ -158,6 +158,8 @@ class Handle:
         self._structure = Structure()
         self.pointer = self._structure.pointer
         with on(device):
+            # Makes the device's context, should this be the first that is asked of it.
+            torch.empty(1, device=device)
             library.call("cusparseLtInit", self.pointer)
 
     def call(self, name: str, *arguments: object) -> None:

@@ -71,13 +71,15 @@ def learn_layout(
             raise UnknownLayoutError("the metadata holds other codes than two ascending positions a group")
         source += digits * weight
         weight *= 6
-    if not source.sort().values.equal(number):
+    seen = torch.zeros(weight, dtype=torch.bool, device=device)
+    seen[source] = True
+    if not bool(seen[:groups].all()):
         raise UnknownLayoutError("the metadata is no permutation of one code a group")
     layout = MetadataLayout.of(source, rows)
     for check in range(CHECKS):
-        generator = torch.Generator().manual_seed(check)
-        indices = _packed(codes[torch.randint(6, (groups,), generator=generator).to(device)], rows)
-        drawn = torch.randn(rows, columns // 2, generator=generator).to(device, dtype)
+        generator = torch.Generator(device).manual_seed(check)
+        indices = _packed(codes[torch.randint(6, (groups,), device=device, generator=generator)], rows)
+        drawn = torch.randn(rows, columns // 2, device=device, generator=generator).to(dtype)
         # No zeros: of those the compressor would choose the positions.
         values = torch.where(drawn == 0, 1, drawn)
         expected = torch.cat([values.view(torch.uint8).view(-1), layout.vendor(indices)])
