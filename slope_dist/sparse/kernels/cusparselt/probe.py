@@ -71,9 +71,7 @@ def learn_layout(
             raise UnknownLayoutError("the metadata holds other codes than two ascending positions a group")
         source += digits * weight
         weight *= 6
-    seen = torch.zeros(weight, dtype=torch.bool, device=device)
-    seen[source] = True
-    if not bool(seen[:groups].all()):
+    if not _is_permutation(source):
         raise UnknownLayoutError("the metadata is no permutation of one code a group")
     layout = MetadataLayout.of(source, rows)
     for check in range(CHECKS):
@@ -101,6 +99,15 @@ def _check_values_first(
         if not operand[: rows * columns].equal(values.view(torch.uint8).view(-1)):
             raise UnknownLayoutError("the operand does not begin with the kept entries, row by row")
         weight *= LARGEST_INTEGER
+
+
+def _is_permutation(source: Tensor) -> bool:
+    """Whether int32 [N] holds each of 0 ... N - 1; without a sort, whose indices alone would take twice its memory."""
+    if bool(((source < 0) | (source >= source.numel())).any()):
+        return False
+    seen = torch.zeros_like(source, dtype=torch.bool)
+    seen[source] = True
+    return bool(seen.all())
 
 
 def _packed(codes: Tensor, rows: int) -> Tensor:
