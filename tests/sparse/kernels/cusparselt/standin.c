@@ -21,7 +21,7 @@ enum { SCRAMBLED_BLOCKS = 0, LINEAR = 1, SCRAMBLED_WHOLE = 2, OTHER_CODES = 3, T
 enum { VALUES_FIRST = 0, METADATA_FIRST = 1, VALUES_BY_COLUMN = 2 };
 static struct {
     int64_t major, minor, patch, init_status, metadata, values, highest_algorithm, wrong_algorithm, failing_algorithm;
-    int64_t workspace, no_product, delay_us, segment_k;
+    int64_t workspace, no_product, delay_us, segment_k, inclusive;
 } settings;
 
 /* What happened. */
@@ -80,6 +80,7 @@ void standin_set(const char *name, int64_t value) {
     SETTING(no_product);
     SETTING(delay_us);
     SETTING(segment_k);
+    SETTING(inclusive);
 }
 
 void standin_reset(void) {
@@ -269,7 +270,7 @@ int cusparseLtMatmulAlgSetAttribute(const void *handle, Selection *selection, in
     HANDLED(handle);
     DEMAND(is(selection, SELECTION) && size == sizeof(int), "no selection, or another size");
     if (attribute == 0) {
-        if (*data < 0 || *data >= settings.highest_algorithm) return INVALID_VALUE;
+        if (*data < 0 || *data >= settings.highest_algorithm + settings.inclusive) return INVALID_VALUE;
         selection->config = *data;
         return SUCCESS;
     }

@@ -230,15 +230,20 @@ def test_any_number_of_tokens_is_supported(standin: StandIn, tokens: int) -> Non
     assert standin.route().unsupported(problem(tokens)) is None
 
 
+@pytest.mark.parametrize("inclusive", [0, 1], ids=["highest is none", "highest is one"])
 @pytest.mark.parametrize("highest", [1, 4, 21])
-def test_every_algorithm_is_named_and_deterministic(standin: StandIn, highest: int) -> None:
-    standin.set(highest_algorithm=highest)
+def test_every_algorithm_is_named_once(standin: StandIn, highest: int, inclusive: int) -> None:
+    standin.set(highest_algorithm=highest, inclusive=inclusive)
     algorithms = standin.route().algorithms(problem(tokens=23))
-    assert algorithms == [Algorithm(config) for config in range(highest)]
-    assert all(algorithm.deterministic for algorithm in algorithms)
-    assert [str(algorithm) for algorithm in algorithms[:2]] == ["0", "1"][:highest]
-    assert json.loads(json.dumps(dataclasses.asdict(algorithms[-1]))) == {"config": highest - 1, "split_k": 1}
+    assert algorithms == [Algorithm(config) for config in range(highest + inclusive)]
     assert standin.live == 0
+
+
+def test_algorithms_are_plain_short_and_say_whether_they_repeat() -> None:
+    whole, split = Algorithm(17), Algorithm(17, -1)
+    assert (str(whole), str(split)) == ("17", "17 segment-k")
+    assert whole.deterministic and not split.deterministic
+    assert json.loads(json.dumps(dataclasses.asdict(split))) == {"config": 17, "split_k": -1}
 
 
 def test_wrong_and_failing_algorithms_show(standin: StandIn) -> None:
@@ -276,14 +281,13 @@ def test_segment_k_is_offered_where_it_comes_back(
     route = standin.route()
     split = [algorithm for algorithm in route.algorithms(problem()) if algorithm.split_k != 1]
     assert split == ([Algorithm(config, -1) for config in range(3)] if offered else [])
-    assert not any(algorithm.deterministic for algorithm in split)
     # This process never asked for such a plan.
     assert "MatmulPlanInit" not in standin.names
     if offered:
         standin.set(segment_k=WORKS)
         operands = Operands(T, O, I, torch.bfloat16)
         y = route.product(operands.x, operands.values, operands.indices, None, split[0])
-        assert close(y, operands.expected()) and str(split[0]) == "0 segment-k"
+        assert close(y, operands.expected())
 
 
 @pytest.mark.usefixtures("on_hopper")
