@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -98,7 +97,6 @@ def standin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def standin(standin_path: Path) -> Iterator[StandIn]:
     """A fresh stand-in; the test fails if a call did not keep to the library's contract."""
     library = StandIn(standin_path)
-    gc.collect()
     library.reset()
     yield library
     assert not library.breach

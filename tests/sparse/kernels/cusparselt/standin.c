@@ -31,7 +31,7 @@ typedef struct {
     int64_t arguments[11];
 } Call;
 static Call *calls;
-static int64_t call_count, live_structures;
+static int64_t call_count, live_structures, generation;
 static char breach[256];
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 static int inside;
@@ -95,6 +95,7 @@ void standin_reset(void) {
     const char *segment_k = getenv("STANDIN_SEGMENT_K");
     settings.segment_k = segment_k ? atoi(segment_k) : 0;
     call_count = live_structures = 0;
+    generation++;
     breach[0] = 0;
 }
 
@@ -110,7 +111,7 @@ void standin_forget_calls(void) { call_count = 0; }
 /* Structures: what they are, and whether they are. */
 enum { HANDLE = 0x68616e64, MATRIX, PRODUCT, SELECTION, PLAN };
 typedef struct {
-    int64_t kind, live;
+    int64_t kind, live, generation;
 } Head;
 typedef struct {
     Head head;
@@ -143,9 +144,15 @@ static int is(const void *structure, int64_t kind) {
 
 static void make(void *structure, int64_t kind, size_t size) {
     memset(structure, 0, size);
-    *(Head *)structure = (Head){kind, 1};
+    *(Head *)structure = (Head){kind, 1, generation};
     live_structures++;
 }
+
+/* What Python's collector destroys of a test gone by, in the middle of another, is none of the other's business. */
+#define UNLESS_OF_BEFORE(structure, kind) \
+    do { \
+        if (is(structure, kind) && ((const Head *)structure)->generation != generation) return SUCCESS; \
+    } while (0)
 
 static int destroy(void *structure, int64_t kind) {
     DEMAND(is(structure, kind), "a structure is destroyed that is none, or was before");
@@ -218,6 +225,7 @@ int cusparseLtStructuredDescriptorInit(const void *handle, Matrix *matrix, int64
     return describe(matrix, rows, columns, leading, alignment, type, order, 16, 1);
 }
 int cusparseLtMatDescriptorDestroy(const void *matrix) {
+    UNLESS_OF_BEFORE(matrix, MATRIX);
     RECORD(P(matrix));
     return destroy((void *)matrix, MATRIX);
 }
@@ -261,6 +269,7 @@ int cusparseLtMatmulAlgSelectionInit(const void *handle, Selection *selection, c
     return SUCCESS;
 }
 int cusparseLtMatmulAlgSelectionDestroy(const void *selection) {
+    UNLESS_OF_BEFORE(selection, SELECTION);
     RECORD(P(selection));
     return destroy((void *)selection, SELECTION);
 }
@@ -304,6 +313,7 @@ int cusparseLtMatmulPlanInit(const void *handle, Plan *plan, const Product *prod
     return SUCCESS;
 }
 int cusparseLtMatmulPlanDestroy(const void *plan) {
+    UNLESS_OF_BEFORE(plan, PLAN);
     RECORD(P(plan));
     return destroy((void *)plan, PLAN);
 }
