@@ -1,0 +1,110 @@
+"""A plain trainer, the same for dense and 2:4: 16-bit weights and gradients, fp32 masters and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from slope_dist.benchmark import memory
+from slope_dist.benchmark.random_models import sparse_weights, tensor_bytes
+from slope_dist.benchmark.timing import wait
+
+Backward = Callable[[Callable], None]
+"""Runs a module's forward, given as a function, and its backward."""
+
+
+class Trainer:
+    """Steps of one module: forward, backward, AdamW on fp32 masters, weights cast down, transposes made anew.
+
+    On a GPU torch.compile takes the module. Where it fails the module runs as it is, and `why_eager` has the reason.
+
+    A resident transpose is therefore rebuilt in every step, as it is where each step has one micro-batch.
+
+    Args:
+        build: makes the module on its device.
+        backward: called with the module, or what a compiler made of it; leaves nothing but the parameters' gradients.
+        device: where.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module], backward: Backward, device: torch.device) -> None:
+        self._held_before = memory.allocated(device)
+        self.module = module = build()
+        self.device = device
+        self.why_eager: str | None = None if device.type == "cuda" else "on the CPU"
+        self._backward = backward
+        self._weights = sparse_weights(module)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._masters = [nn.Parameter(p.detach().float().clone()) for p in self._parameters]
+        self._optimizer = torch.optim.AdamW(
+            self._masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=self.device.type == "cuda"
+        )
+        self._run: Callable = module
+        # What a dispatcher has to measure, it measures now; its choices decide what a weight is laid out for.
+        self.step()
+        for weight in self._weights:
+            weight.prepare_kernels()
+        if device.type == "cuda":
+            self._compile()
+
+    def step(self) -> None:
+        """One training step."""
+        self._transpose()
+        self._backward(self._run)
+        self._update()
+
+    def _transpose(self) -> None:
+        # Before a compiled module runs, which would otherwise be compiled for weights with and without one.
+        for weight in self._weights:
+            if weight.resident_transpose:
+                weight.transpose()
+
+    def _update(self) -> None:
+        for master, parameter in zip(self._masters, self._parameters, strict=True):
+            assert parameter.grad is not None
+            master.grad = parameter.grad.float()
+            parameter.grad = None
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(list[Tensor](self._parameters), list[Tensor](self._masters))
+        for weight in self._weights:
+            weight.values_changed()
+
+    def state_bytes(self) -> int:
+        """Weights, metadata (a vendor's too), resident transposes, gradients, masters and moments.
+
+        Measured on a GPU, but for the gradients, which go with each step; counted on the CPU.
+        """
+        gradients = sum(p.nbytes for p in self._parameters)
+        self._transpose()
+        held = memory.allocated(self.device)
+        if held is None or self._held_before is None:
+            return tensor_bytes(self.module) + gradients + 3 * sum(p.nbytes for p in self._masters)
+        return held - self._held_before + gradients
+
+    def peak_bytes(self) -> int | None:
+        """Measured peak of a step, all that the process holds on the GPU included; None on the CPU."""
+        if self.device.type != "cuda":
+            return None
+        self.step()
+        wait(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.step()
+        wait(self.device)
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def _compile(self) -> None:
+        self._run = torch.compile(self.module, dynamic=False)
+        try:
+            self.step()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Of several libraries' own kinds; the step itself works, or fails below for what it is.
+            self.why_eager = f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            torch._dynamo.reset()
+            self._run = self.module
+            for parameter in (*self._masters, *self._parameters):
+                parameter.grad = None
