@@ -27,6 +27,7 @@ MOST_LAYER_PATTERNS = 200
 
 Pattern = Literal["dense", "1:2", "2:4", "2:8", "4:8"]
 _SPARSE = get_args(Pattern)[1:]
+Vendor = Literal["cusparselt", "cutlass"]
 BackwardWeight = Literal["auto", "derived", "resident"]
 Precision = Literal["bf16", "fp16", "fp32"]
 GPU = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
@@ -91,6 +92,19 @@ class SparsityConfig(Section):
         max_length=MOST_LAYER_PATTERNS,
         description='Other patterns for single layers: "GLOB=N:M" over global layer names, of which the first that '
         'matches counts, such as "decoder.layers.[6-9].*=2:8". Those that are not 2:4 run on the reference.',
+    )
+
+    kernels: Literal["auto", "reference"] = Field(
+        default="auto",
+        description='How 2:4 products are computed on GPUs: "auto" measures at the start of a run which way is fastest '
+        "for each shape, and keeps what it found in the run folder; "
+        '"reference" expands every weight in plain torch, which is what CPUs do.',
+    )
+    vendors: tuple[Vendor, ...] = Field(
+        default=("cusparselt",),
+        strict=False,
+        description='Libraries that "auto" chooses from: "cusparselt" is loaded where torch has brought it, "cutlass" '
+        "is compiled at first use, which takes minutes.",
     )
 
     @property

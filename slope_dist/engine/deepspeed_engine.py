@@ -167,7 +167,7 @@ class DeepSpeedEngine:
             # At its minimum the scaler would raise; ours to count and to stop, like any other non-finite step.
             scaler.raise_error_at_min_scale = False
             self._minimum_scale = float(scaler.min_scale)
-        self._values_changed()
+        self._indices_changed()
 
     def begin_step(self, step: int) -> None:
         """Refresh held column masks where (step - 1) is a multiple of the interval (rule R2)."""
@@ -232,7 +232,7 @@ class DeepSpeedEngine:
             transfer=transfer,
         )
         self._state.sync()
-        self._values_changed()
+        self._indices_changed()
         load_steps(source, self._adam, self._state.flat_parameters())
         scaler = self._scaler()
         if scaler is not None and "loss_scale" in source.scalars:
@@ -277,6 +277,11 @@ class DeepSpeedEngine:
     def _values_changed(self) -> None:
         for weight in self._sparse:
             weight.values_changed()
+
+    def _indices_changed(self) -> None:
+        for weight in self._sparse:
+            weight.indices_changed()
+            weight.prepare_kernels()
 
     def _gathered(self, parameters: list[Tensor | None], *, modified: bool) -> Any:
         if self.stage < 3:

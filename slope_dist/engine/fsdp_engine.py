@@ -226,7 +226,7 @@ class FSDPEngine:
             transfer=transfer,
         )
         load_steps(source, self._adam, self.optimizer_parameters())
-        self._values_changed()
+        self._indices_changed()
 
     def close(self) -> None:
         """Release parameters, optimizer and hooks."""
@@ -279,3 +279,7 @@ class FSDPEngine:
     def _values_changed(self) -> None:
         for weight in self._sparse:
             weight.values_changed()
+
+    def _indices_changed(self) -> None:
+        for weight in self._sparse:
+            weight.indices_changed()

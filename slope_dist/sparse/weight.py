@@ -158,7 +158,8 @@ class SparseWeight(Weight):
         dispatcher = kernels.active_on(self.values.device)
         if dispatcher is not None and self.pattern.is_two_four and not self.is_sharded:
             values, self._metadata = dispatcher.lay(self.values, self.indices)
-            self.values.data = values
+            if values is not self.values:
+                self.values.data = values
 
     def matrix(self) -> CompressedMatrix:
         """The weight as plain data, sharing memory: for cutting, joining, expanding."""
@@ -183,6 +184,13 @@ class SparseWeight(Weight):
         """Drop all that was derived; called after every load."""
         self._transpose = None
         self._metadata = None
+
+    def cached_tensors(self) -> list[Tensor]:
+        """What was derived and is held in memory now."""
+        held = [] if self._metadata is None else [self._metadata[1]]
+        if self._transpose is not None:
+            held += [self._transpose.values, self._transpose.indices, self._transpose.metadata]
+        return [tensor for tensor in held if tensor is not None]
 
     def transpose(self) -> tuple[Tensor, Tensor]:
         """The resident (W^{R,C})^T.

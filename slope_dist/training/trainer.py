@@ -29,6 +29,7 @@ from slope_dist.training.folder import Resume, RunFolder, changed_settings, iden
 from slope_dist.training.guards import FiniteGuard, RunFailedError
 from slope_dist.training.journal import Journal, finite
 from slope_dist.training.memory import refuse_what_will_not_fit
+from slope_dist.training.products import start_products
 from slope_dist.training.progress import PeakMemory, ProgressLine
 from slope_dist.training.schedule import learning_rates
 from slope_dist.training.state import state_of
@@ -190,6 +191,9 @@ class Trainer:
 
     def _start(self) -> None:
         """Build the engine of the phase the run is in, and load the checkpoint it goes on from."""
+        for line in start_products(self.config, self.derived, self.folder.path):
+            if self.environment.is_first:
+                print(line, flush=True)
         self._engine = build_engine(
             self.config, self.derived, self.groups, adapters=self.adapters, draw=self.resumed_from is None
         )

@@ -62,7 +62,7 @@ def weigh(path: str, adapters: bool) -> dict[str, int]:
     return {
         "weights": sum(size(tensor.tensor) for tensor in tensors if tensor.trained),
         "metadata": sum(size(tensor.tensor) for tensor in tensors if not tensor.trained),
-        "transposes": sum(t.numel() * t.element_size() for w in engine._sparse for t in w._transpose or ()),
+        "transposes": sum(t.numel() * t.element_size() for w in engine._sparse for t in w.cached_tensors()),
         "optimizer": sum(t.numel() * t.element_size() for t in [*moments, *masters]),
         "saved": sum(piece.tensor.nbytes for piece in engine.export_state()[0] if piece.write),
         "stage": groups.position.pipeline,
