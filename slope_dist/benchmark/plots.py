@@ -12,8 +12,8 @@ from slope_dist.benchmark import block, decode, gemm, refresh
 MOST_LINES = 12
 """Of a panel; more cannot be told apart."""
 
-Groups = dict[str, dict[str, float]]
-"""Heights of bars: by label on the axis, then by series."""
+Groups = list[tuple[str, dict[str, float]]]
+"""Bars: a label on the axis, and heights by series."""
 
 
 def draw(benchmark: str, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], path: Path) -> None:
@@ -57,23 +57,21 @@ def _draw_products(panel: Any, kind: str, rows: Sequence[Mapping[str, Any]]) -> 
     panel.set(xlabel="tokens", ylabel="time of dense over that of 2:4", title=kind)
     if lines:
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
         panel.legend(fontsize=7)
     panel.grid(alpha=0.25)
 
 
 def _draw_bars(panel: Any, groups: Groups, label: str, line: float | None) -> None:
-    series = list(dict.fromkeys(name for bars in groups.values() for name in bars))
+    series = list(dict.fromkeys(name for _, bars in groups for name in bars))
     width = 0.8 / max(1, len(series))
     for place, name in enumerate(series):
-        at = [
-            group + width * (place - (len(series) - 1) / 2)
-            for group, bars in enumerate(groups.values())
-            if name in bars
-        ]
-        panel.bar(at, [bars[name] for bars in groups.values() if name in bars], width * 0.95, label=name)
+        heights = {group: bars[name] for group, (_, bars) in enumerate(groups) if name in bars}
+        at = [group + width * (place - (len(series) - 1) / 2) for group in heights]
+        panel.bar(at, list(heights.values()), width * 0.95, label=name)
     if line is not None:
         panel.axhline(line, color="#888888", lw=1.0, ls="--")
-    panel.set_xticks(range(len(groups)), list(groups), rotation=30, ha="right", fontsize=8)
+    panel.set_xticks(range(len(groups)), [name for name, _ in groups], rotation=30, ha="right", fontsize=8)
     panel.set_ylabel(label)
     panel.grid(alpha=0.25, axis="y")
     if series:
@@ -81,27 +79,25 @@ def _draw_bars(panel: Any, groups: Groups, label: str, line: float | None) -> No
 
 
 def _speeds(rows: Sequence[Mapping[str, Any]]) -> Groups:
-    return {
-        f"{row['config']}, {row['tokens']} tokens": {
-            name: 1 / row["rivals"][name]["ratio"] for name in block.RIVALS if name != block.DENSE
-        }
-        for row in rows
-    }
+    sparse = [name for name in block.RIVALS if name != block.DENSE]
+    return [(_label(row), {name: 1 / row["rivals"][name]["ratio"] for name in sparse}) for row in rows]
 
 
 def _shares(rows: Sequence[Mapping[str, Any]]) -> Groups:
-    return {
-        f"{row['config']}, {row['tokens']} tokens": {
-            name: row["rivals"][name]["ratio"] for name in (refresh.TRANSPOSES, refresh.MASKS)
-        }
-        for row in rows
-    }
+    refreshed = (refresh.TRANSPOSES, refresh.MASKS)
+    return [(_label(row), {name: row["rivals"][name]["ratio"] for name in refreshed}) for row in rows]
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    layers = f", {row['layers']} layers" if "layers" in row else ""
+    return f"{row['config']}{layers}, {row['tokens']} tokens"
 
 
 def _uses(rows: Sequence[Mapping[str, Any]]) -> Groups:
-    return {
-        f"{row['config']}, rank {row['adapter_rank']}": {
-            use: 1 / numbers[decode.SPARSE]["ratio"] for use, numbers in row["uses"].items()
-        }
+    return [
+        (
+            f"{row['config']}, r = {100 * row['rank_share']:g} %",
+            {use: 1 / numbers[decode.SPARSE]["ratio"] for use, numbers in row["uses"].items()},
+        )
         for row in rows
-    }
+    ]

@@ -76,7 +76,7 @@ def build_language_model(config: Config, form: Form, device: torch.device, dtype
 
 @torch.no_grad()
 def fill(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a layer, give its matrices random normals and its sparse weights random masks; vectors stay as they begin."""
+    """Move a layer, give its matrices random normals and its sparse weights random masks; vectors stay as made."""
     layer.to(device, dtype)
     for module in layer.modules():
         if isinstance(module, SparseWeight):
