@@ -78,9 +78,9 @@ def run(cells: Iterable[Cell], file: ResultFile, minutes: float | None, say: Cal
         except torch.OutOfMemoryError:
             row = {"not_measured": "out of memory"}
         finally:
-            # Whatever the cell held must not count in the next one's memory.
-            gc.collect()
+            # Whatever the cell held on a GPU must not count in the next one's memory.
             if torch.cuda.is_available():
+                gc.collect()
                 torch.cuda.empty_cache()
         file.add(cell.key, row)
         outcome.measured += 1

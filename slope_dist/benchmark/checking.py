@@ -72,7 +72,10 @@ def check_linear(layer: Linear, tokens: int, what: str) -> None:
 
 def one_of_each_shape(weights: Iterable[SparseWeight]) -> list[SparseWeight]:
     """The first weight of every shape."""
-    return list({weight.shape: weight for weight in reversed(list(weights))}.values())
+    found: dict[tuple[int, int], SparseWeight] = {}
+    for weight in weights:
+        found.setdefault(weight.shape, weight)
+    return list(found.values())
 
 
 def check_weight(weight: SparseWeight, tokens: int, what: str) -> None:
