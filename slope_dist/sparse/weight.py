@@ -27,7 +27,7 @@ class Weight(nn.Module):
     shape: tuple[int, int]
 
     def adds_in_product(self) -> bool:
-        """Whether `forward` takes a bias and an addend, which are then added in the product itself."""
+        """Whether `forward` takes a bias and an addend, and adds them in the product itself."""
         return False
 
     def extra_repr(self) -> str:
@@ -95,19 +95,23 @@ class SparseWeight(Weight):
     def forward(self, x: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
         """[..., I] -> [..., O] over W^R; backward over W^{R,C}.
 
-        A bias [O] and an addend [..., O] may be given where `adds_in_product`.
+        A bias [O] and an addend [..., O] are added in the product where `adds_in_product`, else after it.
         """
-        if self.adds_in_product():
+        if self.pattern.is_two_four and kernels.active_on(x.device) is not None:
             return self._kernel_product(x, bias, addend)
-        assert bias is None and addend is None, "the reference adds nothing"
         transpose = self.transpose() if self._wants_transpose() else None
-        return sparse_product(
+        y = sparse_product(
             x, self.values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
         )
+        y = y if addend is None else y + addend
+        return y if bias is None else y + bias
 
     def adds_in_product(self) -> bool:
-        """Whether a dispatcher is in use for this weight: a 2:4 one, on its device."""
-        return self.pattern.is_two_four and kernels.active_on(self.values.device) is not None
+        """Whether a dispatcher is in use for this weight.
+
+        No parameter is looked at: ZeRO 3 would gather it for the module that asks, and not let go.
+        """
+        return self.pattern.is_two_four and kernels.active() is not None
 
     def _kernel_product(self, x: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
         form, metadata = self._kernel_metadata()
