@@ -81,8 +81,9 @@ def _command(
     options.add_argument(
         "--arrangement",
         choices=ARRANGEMENTS,
-        default="in-place",
-        help="how a library comes by a weight: in its own buffer, by metadata kept beside it, or made for each product",
+        default="kept" if name in ("block", "step", "refresh") else "in-place",
+        help="how a vendor's library comes by a weight: in its own buffer, by metadata kept beside it, as engines need "
+        "it, or by metadata made for each product (%(default)s)",
     )
     add_output(options)
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (beside --output)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -54,8 +53,8 @@ def trainer(config: Config, form: Form, tokens: int, device: torch.device, dtype
     x = torch.randn(shape, device=device).to(dtype).requires_grad_()
     grad_y = torch.randn(shape, device=device).to(dtype)
 
-    def backward(run: Callable) -> None:
-        run(x).backward(grad_y)
+    def backward(module: nn.Module) -> None:
+        module(x).backward(grad_y)
         x.grad = None
 
     return Trainer(partial(build_block, config, form, device, dtype), backward, device)

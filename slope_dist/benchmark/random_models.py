@@ -110,14 +110,10 @@ def sparse_weights(module: nn.Module) -> list[SparseWeight]:
 
 
 def tensor_bytes(module: nn.Module) -> int:
-    """Memory of its parameters, buffers and resident transposes."""
+    """Memory of its parameters and buffers, and of what its 2:4 weights hold beside them now, such as transposes."""
     tensors: dict[int, Tensor] = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    for weight in sparse_weights(module):
-        if weight.resident_transpose:
-            # As many values as the weight keeps, and as much metadata.
-            total += weight.values.nbytes + weight.indices.nbytes
-    return total
+    cached = [tensor for weight in sparse_weights(module) for tensor in weight.cached_tensors()]
+    return sum(tensor.nbytes for tensor in (*tensors.values(), *cached))
 
 
 def with_layers(config: Config, layers: int) -> Config:

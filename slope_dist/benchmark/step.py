@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from slope_dist.benchmark import block, timing
 from slope_dist.benchmark.cells import NotMeasuredError
 from slope_dist.benchmark.random_models import Form, build_language_model, factory, with_layers
 from slope_dist.benchmark.trainer import Trainer
 from slope_dist.config import Config
+from slope_dist.models import LanguageModel
 from slope_dist.planning import measure as measure_share
 from slope_dist.training.build import build as build_model
 
@@ -45,11 +46,16 @@ def trainer(config: Config, form: Form, tokens: int, device: torch.device, dtype
     """A trainer of a whole model on random tokens."""
     ids = torch.randint(config.model.vocab_size, (2, *block.batch_of(config, tokens)), device=device)
 
-    def backward(run: Callable) -> None:
-        run(ids[0], ids[1]).backward()
+    def backward(model: nn.Module) -> None:
+        model(ids[0], ids[1]).backward()
 
     build = partial(build_language_model, config, form, device, dtype)
-    return Trainer(build, backward, device)
+    return Trainer(build, backward, device, blocks=_blocks)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    assert isinstance(model, LanguageModel)
+    return list(model.layers)[1:-1]
 
 
 def layers_that_fit(config: Config, tokens: int, device: torch.device, dtype: torch.dtype) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,24 +12,32 @@ from slope_dist.benchmark import memory
 from slope_dist.benchmark.random_models import sparse_weights, tensor_bytes
 from slope_dist.benchmark.timing import wait
 
-Backward = Callable[[Callable], None]
-"""Runs a module's forward, given as a function, and its backward."""
+Backward = Callable[[nn.Module], None]
+Blocks = Callable[[nn.Module], Sequence[nn.Module]]
+
+
+def _itself(module: nn.Module) -> Sequence[nn.Module]:
+    return [module]
 
 
 class Trainer:
     """Steps of one module: forward, backward, AdamW on fp32 masters, weights cast down, transposes made anew.
 
-    On a GPU torch.compile takes the module. Where it fails the module runs as it is, and `why_eager` has the reason.
+    On a GPU the blocks are graphs of torch.compile, one by one, so that they share what is alike. Where that fails the
+    module runs as it is, and `why_eager` has the reason.
 
     A resident transpose is therefore rebuilt in every step, as it is where each step has one micro-batch.
 
     Args:
         build: makes the module on its device.
-        backward: called with the module, or what a compiler made of it; leaves nothing but the parameters' gradients.
+        backward: runs the module forward and backward; leaves nothing but the parameters' gradients.
         device: where.
+        blocks: those of the module; it is one itself where none are given.
     """
 
-    def __init__(self, build: Callable[[], nn.Module], backward: Backward, device: torch.device) -> None:
+    def __init__(
+        self, build: Callable[[], nn.Module], backward: Backward, device: torch.device, *, blocks: Blocks = _itself
+    ) -> None:
         self._held_before = memory.allocated(device)
         self.module = module = build()
         self.device = device
@@ -40,18 +49,17 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self._masters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=self.device.type == "cuda"
         )
-        self._run: Callable = module
         # What a dispatcher has to measure, it measures now; its choices decide what a weight is laid out for.
         self.step()
         for weight in self._weights:
             weight.prepare_kernels()
         if device.type == "cuda":
-            self._compile()
+            self._compile(blocks(module))
 
     def step(self) -> None:
         """One training step."""
         self._transpose()
-        self._backward(self._run)
+        self._backward(self.module)
         self._update()
 
     def _transpose(self) -> None:
@@ -95,16 +103,24 @@ class Trainer:
         wait(self.device)
         return torch.cuda.max_memory_allocated(self.device)
 
-    def _compile(self) -> None:
-        self._run = torch.compile(self.module, dynamic=False)
+    def _compile(self, blocks: Sequence[nn.Module]) -> None:
+        # Too many graphs, too, are an error and no silent run without them.
+        forward = torch.compile(_forward, fullgraph=True, dynamic=False)
+        for block in blocks:
+            block.forward = partial(forward, block)
         try:
             self.step()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # Of several libraries' own kinds; the step itself works, or fails below for what it is.
+            # Of several libraries' own kinds; the step itself has already worked.
             self.why_eager = f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-            torch._dynamo.reset()
-            self._run = self.module
+            for block in blocks:
+                del block.forward
             for parameter in (*self._masters, *self._parameters):
                 parameter.grad = None
+
+
+def _forward(block: nn.Module, hidden: Tensor) -> Tensor:
+    # Of the class: the instance's own is what calls this.
+    return type(block).forward(block, hidden)

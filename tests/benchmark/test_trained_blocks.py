@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from slope_dist.benchmark.random_models import Form, build_block, sparse_weights
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.config import Config, load_config
 from slope_dist.errors import UserError
-from slope_dist.sparse import SparseWeight, codec, reference
+from slope_dist.sparse import SparseWeight, codec, kernels, reference
 from tests.distributed import ROOT
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -98,26 +100,53 @@ def test_a_trainer_s_step_is_adamw_s(config: Config) -> None:
         assert weight._transpose is None
 
 
-def test_a_module_that_the_compiler_refuses_runs_as_it_is(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnACard(trainer.Trainer):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)
-            self._compile()
+class OnACard(trainer.Trainer):
+    """Compiles, as on a GPU."""
 
-    def refuses(module: nn.Module, dynamic: bool) -> Callable:
-        def run(x: torch.Tensor) -> torch.Tensor:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.why_eager = None
+        self._compile([self.module])
+
+
+def summed(module: nn.Module) -> None:
+    module(torch.ones(1, 16, 64, dtype=BF16)).sum().backward()
+
+
+def test_a_module_that_the_compiler_refuses_runs_as_it_is(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(forward: Callable, **keywords: bool) -> Callable:
+        def run(*arguments: Any) -> torch.Tensor:
             raise NotImplementedError("no such operator\nand more")
 
         return run
 
     monkeypatch.setattr(trainer.torch, "compile", refuses)
-    made = OnACard(
-        lambda: build_block(config, Form("dense", sparse=False), CPU, BF16),
-        lambda run: run(torch.ones(1, 16, 64, dtype=BF16)).sum().backward(),
-        CPU,
-    )
+    made = OnACard(partial(build_block, config, Form("dense", sparse=False), CPU, BF16), summed, CPU)
     assert made.why_eager == "torch.compile: NotImplementedError: no such operator"
     made.step()
+
+
+def test_a_compiled_block_is_one_graph_in_all_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a dispatcher's operators, its resident transposes made anew in each."""
+    monkeypatch.setattr(kernels.primitives, "why_no_triton", lambda device_type: "not here")
+    monkeypatch.setattr(trainer.torch, "compile", partial(torch.compile, backend=(graphs := Counted())))
+    dispatcher = kernels.Dispatcher(CPU, timer=lambda calls, device: dict.fromkeys(calls, 1.0))
+    with kernels.using(dispatcher):
+        form = Form("resident", sparse=True, resident=True)
+        made = OnACard(partial(build_block, config, form, CPU, BF16), summed, CPU)
+        made.step()
+        made.step()
+    assert made.why_eager is None and graphs.count == 1
+
+
+class Counted:
+    """A compiler that compiles nothing."""
+
+    count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.count += 1
+        return graph.forward
 
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, product: str) -> None:
