@@ -63,7 +63,7 @@ class Trainer:
         self._update()
 
     def _transpose(self) -> None:
-        # Before a compiled module runs, which would otherwise be compiled for weights with and without one.
+        # Outside of compiled blocks: what is made inside one has no vendor's metadata.
         for weight in self._weights:
             if weight.resident_transpose:
                 weight.transpose()

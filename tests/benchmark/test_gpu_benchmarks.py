@@ -214,6 +214,12 @@ def test_bad_options_are_refused_in_one_line(
     assert printed.err.startswith("error: ") and message in printed.err and printed.err.count("\n") == 1
 
 
+def test_what_cannot_be_measured_is_said_before_anything_is(tool: ModuleType, config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+    assert tool.main([*options("block", config, output), "--tokens", "32", "40"]) == 2
+    assert not output.exists()
+
+
 def test_a_damaged_file_is_refused_in_one_line(
     tool: ModuleType, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,15 +137,18 @@ def test_a_compiled_block_is_one_graph_in_all_steps(config: Config, monkeypatch:
         made.step()
         made.step()
     assert made.why_eager is None and graphs.count == 1
+    assert "slope_dist.product" in graphs.code and "slope_dist.transpose" not in graphs.code
 
 
 class Counted:
     """A compiler that compiles nothing."""
 
     count = 0
+    code = ""
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
         self.count += 1
+        self.code += graph.print_readable(print_output=False)
         return graph.forward
 
 
@@ -288,6 +291,17 @@ def test_a_wrong_layer_is_not_timed(share: float, config: Config, monkeypatch: p
     spoilt(monkeypatch, "forward")
     with pytest.raises(WrongResultError, match=r"small, rank \d+, .*: output is off the dense masked product"):
         decode.measure("small", config, share, decode.Work(prompt=8, prefill=8), CPU, BF16, 0)
+
+
+def test_layers_are_checked_with_every_number_of_tokens(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.forward
+
+    def wrong_for_three(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return right(x, *arguments) * (1.02 if len(x) == 3 else 1.0)
+
+    monkeypatch.setattr(reference, "forward", wrong_for_three)
+    with pytest.raises(WrongResultError, match="64 x 64, 3 tokens: output is off"):
+        decode.measure("small", config, 0.0, decode.Work(prompt=8, prefill=8, batches=(1, 3)), CPU, BF16, 0)
 
 
 def test_a_token_is_written_behind_the_prompt_each_time(config: Config) -> None:
