@@ -15,10 +15,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from PIL import Image
 
 from slope_dist.benchmark import gemm, machine
-from slope_dist.sparse import reference
+from slope_dist.sparse import kernels, reference
 from tests.distributed import ROOT
 from tests.programs import program
 
@@ -80,6 +81,22 @@ def test_a_command_from_end_to_end_and_again(
     assert f"0 cells measured, {CELLS[name]} were there" in capsys.readouterr().out
     assert output.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.png", "small.json"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_command_through_a_dispatcher(
+    name: str, tool: ModuleType, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, but for its libraries: products are the dispatcher's, and it is part of the setting."""
+    monkeypatch.setattr(kernels.primitives, "why_no_triton", lambda device_type: "not here")
+    dispatcher = kernels.Dispatcher(torch.device("cpu"), timer=lambda calls, device: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr(tool.gpu_benchmarks, "_dispatcher", lambda *arguments: dispatcher)
+    monkeypatch.setattr(reference, "forward", lambda *arguments: pytest.fail("the reference was timed"))
+    output = tmp_path / "results.json"
+    assert tool.main(options(name, config, output)) == 0
+    assert len(rows(output)) == CELLS[name] and dispatcher.as_data()
+    assert json.loads(output.read_text())["machine"]["arrangement"] == "kept"
+    assert kernels.active() is None, "it was in use for the command alone"
 
 
 def test_no_minutes_measure_one_cell(
