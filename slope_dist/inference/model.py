@@ -12,6 +12,7 @@ from torch.nn import functional
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.export.opening import open_model
 from slope_dist.export.stored import LinearForm, StoredModel
+from slope_dist.inference.products import start_products
 from slope_dist.layers import LayerFactory, Linear, LowRankAdapter, logical_tensors
 from slope_dist.layers.linear import Split
 from slope_dist.models import Decoding, LanguageModel, build_model, family
@@ -81,6 +82,7 @@ class InferenceModel:
         module: its layers.
         device, dtype: of its weights.
         context: most tokens of a sequence.
+        dispatcher: what computes its 2:4 products; None: the reference.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class InferenceModel:
         self.context = stored.model.sequence_length
         self._tokenizer: Tokenizer | None = None
         self.module = _loaded(stored, self.device, self.dtype, transfer or Transfer())
+        self.dispatcher = start_products(self.module, self.device, self.dtype)
 
     @property
     def vocab_size(self) -> int:

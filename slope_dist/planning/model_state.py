@@ -73,6 +73,7 @@ class Storage:
         zero_stage: what is split over data ranks: 1 optimizer state, 2 and gradients, 3 and parameters and metadata.
         saved_bytes: bytes of a trained element in a checkpoint, with its moments.
         resident_transpose: whether every 2:4 weight keeps its transpose.
+        kernel_metadata: whether every 2:4 weight, and its resident transpose, keeps a vendor's order of its metadata.
     """
 
     weight_bytes: int
@@ -81,6 +82,7 @@ class Storage:
     saved_bytes: int
     zero_stage: int
     resident_transpose: bool
+    kernel_metadata: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class ModelState:
         weights: parameters in the dtype they are stored in.
         metadata: packed indices and held column masks.
         transposes: resident (W^{R,C})^T.
+        kernel_metadata: what GPU libraries keep of the pruned weights' metadata, in orders of their own.
         gradients: accumulated gradients.
         masters: fp32 copies of the parameters.
         moments: Adam's two moments.
@@ -100,6 +103,7 @@ class ModelState:
     weights: int
     metadata: int
     transposes: int
+    kernel_metadata: int
     gradients: int
     masters: int
     moments: int
@@ -116,6 +120,7 @@ class ModelState:
             weights=split(share.trained * storage.weight_bytes, 3),
             metadata=split(share.metadata, 3),
             transposes=share.kept * storage.weight_bytes + share.indices if storage.resident_transpose else 0,
+            kernel_metadata=share.indices * (1 + storage.resident_transpose) if storage.kernel_metadata else 0,
             gradients=split(share.trained * storage.gradient_bytes, 2),
             masters=split(share.trained * storage.master_bytes, 1),
             moments=split(share.trained * 8, 1),
@@ -131,7 +136,8 @@ class ModelState:
     @property
     def bytes(self) -> int:
         """All of a rank's bytes that stay while it trains."""
-        return self.weights + self.metadata + self.transposes + self.gradients + self.optimizer
+        weights = self.weights + self.metadata + self.transposes + self.kernel_metadata
+        return weights + self.gradients + self.optimizer
 
     @property
     def carried(self) -> int:

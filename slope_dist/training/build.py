@@ -246,7 +246,16 @@ def storage(config: Config, derived: Derived) -> Storage:
         saved_bytes=saved,
         zero_stage=stage,
         resident_transpose=resident,
+        # Where weights are sharded over data ranks it is made for every product.
+        kernel_metadata=_uses_vendors(config) and not config.parallel.shards_parameters,
     )
+
+
+def _uses_vendors(config: Config) -> bool:
+    """Whether 2:4 products may be those of a GPU library, which has none for fp32."""
+    sparsity = config.sparsity
+    on_gpu = torch.cuda.is_available() or config.parallel.gpu is not None
+    return on_gpu and sparsity.kernels == "auto" and bool(sparsity.vendors) and config.precision != "fp32"
 
 
 @lru_cache(maxsize=8)

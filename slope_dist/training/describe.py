@@ -78,8 +78,10 @@ def _state_text(count: StateCount, divided: bool) -> str:
     state = count.heaviest
     undivided = "" if divided else ", with one data rank and so not divided"
     which = f", the most, in pipeline stage {count.heaviest_stage + 1}" if len(count.states) > 1 else ""
-    kinds = ("weights", "metadata", "transposes", "gradients", "optimizer")
-    parts = ", ".join(f"{kind} {size_text(getattr(state, kind))}" for kind in kinds)
+    kinds = ["weights", "metadata", "transposes", "gradients", "optimizer"]
+    if state.kernel_metadata:
+        kinds.insert(3, "kernel_metadata")
+    parts = ", ".join(f"{kind.replace('_', ' ')} {size_text(getattr(state, kind))}" for kind in kinds)
     return f"model state a rank{which}: {size_text(state.bytes)} ({parts}){undivided}"
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from slope_dist.sparse.kernels import primitives
 from slope_dist.sparse.kernels.problem import Problem
-from slope_dist.sparse.kernels.vendor import Vendor, VendorError
+from slope_dist.sparse.kernels.vendor import VendorError, VendorRoute
 from slope_dist.sparse.kernels.vendors import Vendors
 
 Route = Literal["expand", "sparse", "tiled", "decode"]
@@ -134,7 +134,7 @@ def tile_counts(rows: int, columns: int) -> list[int]:
     return [1, rows // columns] if whole else [1]
 
 
-def _of_vendor(vendor: Vendor, tile: Problem, tiles: int) -> Iterator[Candidate]:
+def _of_vendor(vendor: VendorRoute, tile: Problem, tiles: int) -> Iterator[Candidate]:
     form = f"{vendor.name}/{tiles}"
     for algorithm in vendor.algorithms(tile):
 
@@ -163,7 +163,7 @@ def _of_vendor(vendor: Vendor, tile: Problem, tiles: int) -> Iterator[Candidate]
         )
 
 
-def _tiled(vendor: Vendor, algorithm: object, tiles: int, metadata: Tensor | None, operands: Operands) -> Tensor:
+def _tiled(vendor: VendorRoute, algorithm: object, tiles: int, metadata: Tensor | None, operands: Operands) -> Tensor:
     """Products over equal row tiles of the weight, side by side."""
     outputs = []
     for i, (values, indices) in enumerate(
@@ -176,7 +176,7 @@ def _tiled(vendor: Vendor, algorithm: object, tiles: int, metadata: Tensor | Non
     return y if operands.addend is None else y.add_(operands.addend)
 
 
-def metadata_of(vendor: Vendor, tiles: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
+def metadata_of(vendor: VendorRoute, tiles: int, indices: Tensor, dtype: torch.dtype) -> Tensor:
     """A vendor's metadata of a weight cut into row tiles, tile after tile: uint8 [O, I / 8] -> uint8 [O * I / 8].
 
     Raises:

@@ -225,7 +225,7 @@ class Dispatcher:
     def report(self) -> list[str]:
         """What was chosen and why, a line each."""
         lines = [f"2:4 products of {self.setting}"]
-        lines += [f"{route.name} {route.version}: {route.note}" for route in self.vendors.routes if route.note]
+        lines += [f"{route.name} {route.version}: {route.standing}" for route in self.vendors.routes if route.standing]
         lines += [f"without {name}: {reason}" for name, reason in self.vendors.missing.items()]
         lines += [f"{kind} {problem}: {c.label}, {c.why}" for (kind, problem), c in self._choices.items()]
         return lines

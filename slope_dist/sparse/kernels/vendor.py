@@ -1,43 +1,48 @@
-"""What a vendor's 2:4 library looks like from here."""
+"""What a vendor's library must offer to be one of the dispatcher's routes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from slope_dist.sparse.kernels.metadata import MetadataLayout
 from slope_dist.sparse.kernels.problem import Problem
 
 
 class VendorError(Exception):
-    """A library is missing, or refuses a call."""
+    """A vendor's library is missing, or refuses what it was asked; one line."""
 
 
-class Algorithm(Protocol):
-    """One way in which a library computes a product; `str` names it."""
+@dataclass(frozen=True)
+class Algorithm:
+    """One of a vendor's ways to compute a product, as plain numbers and strings; `str()` is short."""
 
     @property
     def deterministic(self) -> bool:
-        """Whether the same operands always give the same bits."""
+        """Whether equal inputs give equal bits."""
+        return True
 
 
-class Vendor(Protocol):
-    """A library that multiplies 2:4 weights on one device; `note` is what a user should know of it, or ""."""
+class VendorRoute(Protocol):
+    """2:4 products by one vendor's library on one device."""
 
     name: str
     version: str
-    note: str
+    standing: str
+    """What is to be said beside the name wherever the route is shown; empty once it is proven on a card."""
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Why it cannot compute a problem, or None."""
+        """Why the route cannot compute a product, in words, or None if it can."""
 
-    def metadata_layout(self, rows: int, columns: int, dtype: torch.dtype) -> Any:
-        """Where it keeps each group's code."""
+    def metadata_layout(self, rows: int, columns: int, dtype: torch.dtype) -> MetadataLayout | None:
+        """How the vendor orders the metadata of weights [rows, columns]; None: it takes none, give it `indices`."""
 
-    def algorithms(self, problem: Problem) -> Sequence[Any]:
-        """What it can compute a problem with."""
+    def algorithms(self, problem: Problem) -> list[Any]:
+        """The ways to compute a supported product, as `Algorithm`s; some may fail or be wrong: check each."""
 
     def product(
         self,
@@ -50,4 +55,29 @@ class Vendor(Protocol):
         bias: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> Tensor:
-        """Y [T, O] = X [T, I] W^T (+ bias [O]) (+ addend [T, O])."""
+        """X [T, I] -> Y [T, O] = X W^T (+ bias [O]) (+ addend [T, O]), row-major.
+
+        Args:
+            x: [T, I].
+            values: [O, K].
+            indices: uint8 [O, I / 8].
+            metadata: uint8 [O I / 8] in the vendor's order, or None to derive it from `indices` now.
+            algorithm: one that `algorithms` named.
+            bias: added to every row.
+            addend: added to the product; left as it is.
+
+        Raises:
+            VendorError: if the library refuses.
+        """
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream that work on a device is queued on now, as libraries take it; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Make a device the current one, which libraries launch on."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)

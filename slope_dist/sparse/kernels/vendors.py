@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slope_dist.sparse.kernels.vendor import Vendor, VendorError
+from slope_dist.sparse.kernels.vendor import VendorError, VendorRoute
 
 NAMES = ("cusparselt", "cutlass")
 
@@ -16,7 +16,7 @@ NAMES = ("cusparselt", "cutlass")
 class Vendors:
     """Libraries that were found, and why others were not."""
 
-    routes: tuple[Vendor, ...] = ()
+    routes: tuple[VendorRoute, ...] = ()
     missing: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -36,7 +36,7 @@ def find_vendors(device: torch.device, names: Sequence[str] = NAMES) -> Vendors:
     return Vendors(tuple(routes), missing)
 
 
-def _open(name: str, device: torch.device) -> Vendor:
+def _open(name: str, device: torch.device) -> VendorRoute:
     if device.type != "cuda":
         raise VendorError("it needs a CUDA device")
     if name == "cusparselt":

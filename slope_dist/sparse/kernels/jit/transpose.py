@@ -137,7 +137,9 @@ def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None
     """
     rows, width = eights_of(values, indices, 4, column_mask)
     if rows % 8:
-        raise ValueError(f"{rows} rows are not a multiple of 8, so a row of the transpose is not whole bytes of metadata")
+        raise ValueError(
+            f"{rows} rows are not a multiple of 8, so a row of the transpose is not whole bytes of metadata"
+        )
     transposed = torch.empty(8 * width, rows // 2, dtype=values.dtype, device=values.device)
     transposed_indices = torch.empty(8 * width, rows // 8, dtype=torch.uint8, device=values.device)
     kept = codec.as_integers(values)

@@ -1,0 +1,223 @@
+"""A dispatcher takes the fastest way that is right, says why, keeps it, and never measures when it must not.
+
+Run: pytest tests/sparse/kernels/test_dispatch.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from slope_dist.errors import UserError
+from slope_dist.sparse import codec, kernels
+from slope_dist.sparse.kernels import measuring, primitives
+from slope_dist.sparse.kernels.candidates import Operands
+from slope_dist.sparse.kernels.dispatch import Arrangement, Dispatcher, round_tokens
+from tests.sparse.kernels.vendors import PlainAlgorithm, PlainVendor, preferring, vendors
+
+CPU = torch.device("cpu")
+PROBLEM = kernels.Problem(16, 64, 32, torch.float32, CPU)
+
+
+def never(calls: Mapping[str, object], device: torch.device) -> dict[str, float]:
+    raise AssertionError(f"measured {sorted(calls)}")
+
+
+def operands(problem: kernels.Problem) -> Operands:
+    values, indices = primitives.random_matrix(problem.rows, problem.columns, problem.dtype, CPU)
+    return Operands(torch.randn(problem.tokens, problem.columns, dtype=problem.dtype), values, indices)
+
+
+def check_product(dispatcher: Dispatcher, problem: kernels.Problem) -> None:
+    given = operands(problem)
+    expected = given.x @ codec.expand(given.values, given.indices, primitives.TWO_FOUR).t()
+    torch.testing.assert_close(dispatcher.product(given), expected)
+
+
+def test_the_fastest_is_taken_and_the_reason_is_said() -> None:
+    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=preferring("plain/1 right", "expand"))
+    choice = dispatcher.product_choice(PROBLEM)
+    assert (choice.route, choice.vendor, choice.algorithm, choice.ratio) == ("sparse", "plain", "right", 0.5)
+    assert choice.why == "0.50x the time of dense; next best: expand, 0.51x"
+    check_product(dispatcher, PROBLEM)
+    lines = dispatcher.report()
+    assert "plain 1: a stand-in" in lines
+    assert f"product {PROBLEM}: plain/1 right, {choice.why}" in lines
+
+
+def test_what_is_slower_than_dense_is_said_to_be() -> None:
+    choice = Dispatcher(CPU, timer=preferring()).product_choice(PROBLEM)
+    assert choice.route == "expand" and "as fast as dense" in choice.why
+
+
+@pytest.mark.parametrize("kind", ["wrong", "nan", "failing"])
+def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
+    vendor = PlainVendor((PlainAlgorithm(kind), PlainAlgorithm("right")))
+    choice = Dispatcher(CPU, vendors(vendor), timer=preferring(kind, "right")).product_choice(PROBLEM)
+    assert choice.algorithm == "right"
+    reason = choice.rejected[f"plain/1 {kind}"]
+    assert ("not supported" if kind == "failing" else "off the reference") in reason
+
+
+def test_a_high_weight_may_be_cut_into_square_tiles() -> None:
+    vendor = PlainVendor()
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain/2"))
+    choice = dispatcher.product_choice(PROBLEM)
+    assert choice.route == "tiled"
+    check_product(dispatcher, PROBLEM)
+    given = operands(PROBLEM)
+    form, metadata = dispatcher.metadata(given.indices, torch.float32) or ("", None)
+    assert form == "plain/2"
+    bias, addend = torch.randn(64), torch.randn(16, 64)
+    vendor.seen.clear()
+    y = dispatcher.product(Operands(given.x, given.values, given.indices, form, metadata, bias, addend))
+    dense = codec.expand(given.values, given.indices, primitives.TWO_FOUR)
+    torch.testing.assert_close(y, given.x @ dense.t() + bias + addend)
+    assert vendor.seen == ["kept", "kept"]
+
+
+@pytest.mark.parametrize(("arrangement", "seen"), [("in place", "in place"), ("kept", "kept"), ("derived", "none")])
+def test_weights_lie_as_arranged_when_measured_and_when_used(arrangement: Arrangement, seen: str) -> None:
+    vendor = PlainVendor()
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain/1"), arrangement=arrangement)
+    dispatcher.product_choice(PROBLEM)
+    assert vendor.seen[0] == seen
+    given = operands(PROBLEM)
+    values, metadata = dispatcher.lay(given.values, given.indices)
+    assert values.equal(given.values)
+    vendor.seen.clear()
+    dispatcher.product(Operands(given.x, values, given.indices, *(metadata or ("", None))))
+    assert vendor.seen == [seen]
+
+
+def test_metadata_in_another_form_than_the_product_wants_is_not_read() -> None:
+    vendor = PlainVendor()
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain/1"))
+    dispatcher.product_choice(PROBLEM)
+    given = operands(PROBLEM)
+    vendor.seen.clear()
+    garbage = torch.zeros(64 * 32 // 8, dtype=torch.uint8)
+    y = dispatcher.product(Operands(given.x, given.values, given.indices, "plain/2", garbage))
+    dense = codec.expand(given.values, given.indices, primitives.TWO_FOUR)
+    torch.testing.assert_close(y, given.x @ dense.t())
+    assert vendor.seen == ["none"]
+
+
+@pytest.mark.parametrize("route", ["expand", "transpose"])
+@pytest.mark.parametrize("held", [False, True], ids=["by magnitude", "held"])
+def test_input_gradients(route: str, held: bool) -> None:
+    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=preferring(route, "plain"))
+    given = operands(PROBLEM)
+    grad_y = torch.randn(16, 64)
+    mask = codec.pack_bits(torch.rand(64, 32) < 0.3) if held else None
+    kept = None
+    if mask is not None:
+        # At most two of four in a column, of what is kept in its row.
+        bits = codec.unpack_bits(mask) & codec.mask_of(given.indices, primitives.TWO_FOUR)
+        order = bits.view(16, 4, 32).cumsum(1).view(64, 32)
+        kept = bits & (order <= 2)
+        mask = codec.pack_bits(kept)
+    from slope_dist.sparse import pruning
+
+    expected = grad_y @ pruning.doubly_pruned(given.values, given.indices, primitives.TWO_FOUR, kept)
+    found = dispatcher.input_gradient(Operands(grad_y, given.values, given.indices, column_mask=mask))
+    torch.testing.assert_close(found, expected)
+    choice = dispatcher.input_gradient_choice(PROBLEM)
+    assert choice.label.startswith(route)
+
+
+def test_few_tokens_may_be_decoded() -> None:
+    dispatcher = Dispatcher(CPU, timer=preferring("decode"))
+    few = kernels.Problem(3, 64, 32, torch.float32, CPU)
+    check_product(dispatcher, few)
+    assert dispatcher.product_choice(kernels.Problem(4, 64, 32, torch.float32, CPU)).route == "decode"
+    many = kernels.Problem(33, 64, 32, torch.float32, CPU)
+    assert "decode" not in dispatcher.product_choice(many).seconds
+
+
+@pytest.mark.parametrize("route", ["decode", "expand", "plain"])
+def test_an_adapter_joins_any_route(route: str) -> None:
+    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=preferring(route))
+    given = operands(kernels.Problem(2, 64, 32, torch.float32, CPU))
+    down, up, bias = torch.randn(8, 32), torch.randn(64, 8), torch.randn(64)
+    y = dispatcher.product_with_adapter(Operands(given.x, given.values, given.indices, bias=bias), down, up, 0.125)
+    dense = codec.expand(given.values, given.indices, primitives.TWO_FOUR) + 0.125 * up @ down
+    torch.testing.assert_close(y, given.x @ dense.t() + bias, rtol=1e-4, atol=1e-4)
+
+
+def test_other_numbers_of_tokens_take_the_choice_of_the_next_power_of_two() -> None:
+    assert [round_tokens(tokens) for tokens in (1, 2, 3, 17, 64, 65)] == [1, 2, 4, 32, 64, 128]
+    dispatcher = Dispatcher(CPU, timer=preferring("expand"))
+    dispatcher.product_choice(kernels.Problem(64, 64, 32, torch.float32, CPU))
+    dispatcher._timer = never
+    check_product(dispatcher, kernels.Problem(50, 64, 32, torch.float32, CPU))
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    store = kernels.ChoiceStore(tmp_path / "new" / "kernels.json")
+    first = Dispatcher(CPU, vendors(PlainVendor()), store, timer=preferring("plain/2"))
+    first.warm_up([("product", PROBLEM), ("input gradient", PROBLEM)])
+    again = Dispatcher(CPU, vendors(PlainVendor()), kernels.ChoiceStore(store.path), timer=never)
+    assert again.product_choice(PROBLEM).as_data() == first.product_choice(PROBLEM).as_data()
+    assert again.input_gradient_choice(PROBLEM).label == first.input_gradient_choice(PROBLEM).label
+    check_product(again, PROBLEM)
+    adopting = Dispatcher(CPU, vendors(PlainVendor()), timer=never)
+    adopting.adopt(json.loads(json.dumps(first.as_data())))
+    assert adopting.product_choice(PROBLEM).label == "plain/2 right"
+
+
+@pytest.mark.parametrize("change", ["version", "arrangement", "algorithms"])
+def test_a_choice_of_another_setting_is_measured_anew(change: str, tmp_path: Path) -> None:
+    store = kernels.ChoiceStore(tmp_path / "kernels.json")
+    Dispatcher(CPU, vendors(PlainVendor()), store, timer=preferring("plain/1")).product_choice(PROBLEM)
+    other = PlainVendor(
+        (PlainAlgorithm("right", deterministic=False),) if change == "algorithms" else (PlainAlgorithm("right"),),
+        version="2" if change == "version" else "1",
+    )
+    arrangement: Arrangement = "in place" if change == "arrangement" else "kept"
+    changed = Dispatcher(CPU, vendors(other), store, timer=preferring("expand"), arrangement=arrangement)
+    assert changed.product_choice(PROBLEM).route == "expand"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 2, "settings": {}}', '{"format": 1, "settings": {"a": {"b": 3}}}', "[" * 10000]
+)
+def test_a_file_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no file of kernel choices"):
+        kernels.ChoiceStore(path)
+    assert path.read_text() == text
+
+
+def test_deterministic_mode_neither_measures_in_passing_nor_takes_what_varies() -> None:
+    vendor = PlainVendor((PlainAlgorithm("right", deterministic=False),))
+    timer = preferring("any order")
+    assert "any order" in Dispatcher(CPU, vendors(vendor), timer=timer).product_choice(PROBLEM).label
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=timer, deterministic=True)
+    choice = dispatcher.product_choice(PROBLEM)
+    assert choice.route == "expand"
+    assert choice.rejected["plain/1 right in any order"] == "not deterministic"
+    dispatcher._timer = never
+    check_product(dispatcher, kernels.Problem(128, 64, 32, torch.float32, CPU))
+
+
+def test_the_clock_measures_every_call() -> None:
+    counts = {"a": 0, "b": 0}
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    taken = measuring.median_seconds({name: lambda name=name: count(name) for name in counts}, CPU)
+    assert set(taken) == set(counts) and all(seconds > 0 for seconds in taken.values())
+    assert all(count >= measuring.ROUNDS for count in counts.values())
+
+
+def test_no_kernel_is_used_without_a_dispatcher() -> None:
+    given = operands(PROBLEM)
+    with pytest.raises(RuntimeError, match="no dispatcher"):
+        torch.ops.slope_dist.product(given.x, given.values, given.indices, "", None, None, None)
