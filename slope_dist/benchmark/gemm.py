@@ -161,7 +161,7 @@ def _rivals(
     chosen = Operands(x, laid, product[1], *(metadata or ("", None)))
     rivals: dict[str, Callable[[], Tensor]] = {DISPATCHER: lambda: dispatcher.product(chosen)}
     for candidate in _best_of_routes(case.problem, dispatcher):
-        given = dispatcher._given(candidate, operands)
+        given = dispatcher.given(candidate, operands)
         rivals[candidate.label] = lambda run=candidate.run, given=given: run(given)  # type: ignore[misc]
     if case.kind == "input gradient":
         derived = Operands(x, values, indices)
@@ -172,7 +172,7 @@ def _rivals(
 def _best_of_routes(problem: Problem, dispatcher: Dispatcher) -> list[Candidate]:
     seconds = dispatcher.product_choice(problem).seconds
     best: dict[tuple[str, str], Candidate] = {}
-    right = [candidate for candidate in dispatcher._candidates("product", problem) if candidate.label in seconds]
+    right = [candidate for candidate in dispatcher.candidates("product", problem) if candidate.label in seconds]
     for candidate in sorted(right, key=lambda candidate: seconds[candidate.label]):
         best.setdefault((candidate.route, candidate.vendor), candidate)
     return list(best.values())

@@ -247,7 +247,7 @@ class Dispatcher:
             if choice is not None:
                 return choice.candidate
         if self.deterministic or _capturing(self.device):
-            return next(iter(self._candidates(kind, problem)))
+            return next(iter(self.candidates(kind, problem)))
         return self._choice(kind, rounded).candidate
 
     def _choice(self, kind: Kind, problem: Problem) -> Choice:
@@ -263,7 +263,7 @@ class Dispatcher:
         choice = self._choices.get((kind, problem))
         data = self._stored.get(_key(kind, problem))
         if choice is None and data is not None:
-            found = [c for c in self._candidates(kind, problem) if c.label == data["label"]]
+            found = [c for c in self.candidates(kind, problem) if c.label == data["label"]]
             if found:
                 choice = Choice(found[0], data["seconds"], data["dense_seconds"], data["rejected"])
                 self._keep(kind, problem, choice)
@@ -281,7 +281,8 @@ class Dispatcher:
         if same:
             self._forms[weight] = max(same)[1]
 
-    def _candidates(self, kind: Kind, problem: Problem) -> Sequence[Candidate]:
+    def candidates(self, kind: Kind, problem: Problem) -> Sequence[Candidate]:
+        """Every way to compute a problem, right or not."""
         if kind == "product":
             decode = primitives.why_no_triton(self.device.type) is None
             return list(ways.candidates(problem, self.vendors, decode=decode))
@@ -292,12 +293,12 @@ class Dispatcher:
         operands, dense, expected = _sample(kind, problem)
         right: dict[str, tuple[Candidate, Operands]] = {}
         rejected: dict[str, str] = {}
-        for candidate in self._candidates(kind, problem):
+        for candidate in self.candidates(kind, problem):
             if self.deterministic and not candidate.deterministic:
                 rejected[candidate.label] = "not deterministic"
                 continue
             try:
-                given = self._given(candidate, operands)
+                given = self.given(candidate, operands)
                 wrong = measuring.why_wrong(candidate.run(given), expected)
             except VendorError as error:
                 wrong = str(error)
@@ -315,7 +316,7 @@ class Dispatcher:
         best = min(seconds, key=lambda name: seconds[name])
         return Choice(right[best][0], seconds, dense_seconds, rejected)
 
-    def _given(self, candidate: Candidate, operands: Operands) -> Operands:
+    def given(self, candidate: Candidate, operands: Operands) -> Operands:
         """Operands as a run would give them: with the metadata that the weight would have been given."""
         if not candidate.form or self.arrangement == "derived":
             return operands
