@@ -139,7 +139,7 @@ class CusparseltRoute:
         bias: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> Tensor:
-        """X [T, I] -> Y [T, O] = X W^T (+ bias [O]) (+ addend [T, O]), row-major.
+        """X [T, I] -> Y [T, O] = X W^T (+ bias [O]) (+ addend [T, O]), row-major; autograd sees nothing of it.
 
         Args:
             x: [T, I], T > 0.
@@ -164,7 +164,7 @@ class CusparseltRoute:
         if addend is not None:
             addend = _aligned(addend, padding)
         if bias is not None and (bias.data_ptr() % ALIGNMENT or not bias.is_contiguous()):
-            bias = bias.detach().clone(memory_format=torch.contiguous_format)
+            bias = bias.clone(memory_format=torch.contiguous_format)
         operand = values if _is_operand(values, metadata) else self._staged(values, indices, metadata)
         y = x.new_empty(tokens + padding, rows)
         y_pointer = y.data_ptr()
@@ -206,7 +206,7 @@ class CusparseltRoute:
                 return self._compressor(rows, columns, values.dtype)(codec.expand(values, indices, TWO_FOUR))
             metadata = layout.vendor(indices)
         operand = values.new_empty(values.nbytes + metadata.nbytes, dtype=torch.uint8)
-        operand[: values.nbytes].view(values.dtype).view(values.shape).copy_(values.detach())
+        operand[: values.nbytes].view(values.dtype).view(values.shape).copy_(values)
         operand[values.nbytes :].copy_(metadata)
         return operand
 
@@ -250,5 +250,5 @@ def _aligned(matrix: Tensor, padding: int) -> Tensor:
         return matrix
     tokens, width = matrix.shape
     copy = matrix.new_empty(tokens + padding, width)
-    copy[:tokens].copy_(matrix.detach())
+    copy[:tokens].copy_(matrix)
     return copy

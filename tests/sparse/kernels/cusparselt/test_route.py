@@ -165,16 +165,6 @@ def test_unaligned_and_strided_operands_are_copied(standin: StandIn, way: Callab
         assert close(y, operands.expected(bias=True, addend=True))
 
 
-def test_products_take_no_part_in_autograd(standin: StandIn) -> None:
-    route, operands = standin.route(), Operands(23, O, I, torch.bfloat16)
-    values, bias = operands.values.requires_grad_(), shifted(operands.bias).requires_grad_()
-    addend = operands.addend.requires_grad_()
-    y = route.product(
-        operands.x.requires_grad_(), values, operands.indices, None, Algorithm(0), bias=bias, addend=addend
-    )
-    assert not y.requires_grad
-
-
 def test_threads_share_a_handle_and_no_scratch(standin: StandIn) -> None:
     route = standin.route()
     problems = [Operands(T, O, I, torch.bfloat16, seed) for seed in range(2)]
