@@ -32,8 +32,8 @@ def why_no_triton(device_type: str) -> str | None:
 
 
 def has_triton(tensor: Tensor) -> bool:
-    """Whether a tensor's device runs Triton kernels."""
-    return why_no_triton(tensor.device.type) is None
+    """Whether Triton kernels, which are written for 16 and 32 bits, run on a tensor where it is."""
+    return why_no_triton(tensor.device.type) is None and tensor.element_size() in (2, 4) and tensor.is_contiguous()
 
 
 def expand(values: Tensor, indices: Tensor) -> Tensor:

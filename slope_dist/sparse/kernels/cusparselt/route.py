@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slope_dist.sparse import codec
+from slope_dist.sparse.kernels import primitives
 from slope_dist.sparse.kernels.cusparselt import segment_k
 from slope_dist.sparse.kernels.cusparselt.library import DATA_TYPES, Handle, Library
 from slope_dist.sparse.kernels.cusparselt.plan import (
@@ -30,7 +30,7 @@ from slope_dist.sparse.kernels.cusparselt.plan import (
     Description,
     PlanCache,
 )
-from slope_dist.sparse.kernels.cusparselt.probe import TWO_FOUR, UnknownLayoutError, learn_layout
+from slope_dist.sparse.kernels.cusparselt.probe import UnknownLayoutError, learn_layout
 from slope_dist.sparse.kernels.metadata import MetadataLayout
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.vendor import VendorError, on, stream_of
@@ -203,7 +203,7 @@ class CusparseltRoute:
         if metadata is None:
             layout = self.metadata_layout(rows, columns, values.dtype)
             if layout is None:
-                return self._compressor(rows, columns, values.dtype)(codec.expand(values, indices, TWO_FOUR))
+                return self._compressor(rows, columns, values.dtype)(primitives.expand(values, indices))
             metadata = layout.vendor(indices)
         operand = values.new_empty(values.nbytes + metadata.nbytes, dtype=torch.uint8)
         operand[: values.nbytes].view(values.dtype).view(values.shape).copy_(values)
