@@ -160,9 +160,9 @@ def test_kernels_that_do_not_compile_are_a_reason(monkeypatch: pytest.MonkeyPatc
         raise VendorError("CUTLASS does not compile: too old")
 
     monkeypatch.setattr(route, "open_library", fails)
-    for _ in range(2):
-        assert cutlass.unsupported(problem()) == "CUTLASS does not compile: too old"
-    assert len(attempts) == len(cutlass.algorithms(problem()))
+    assert cutlass.unsupported(problem()) == "CUTLASS does not compile: too old"
+    tried = len(attempts)
+    assert cutlass.unsupported(problem()) == "CUTLASS does not compile: too old" and len(attempts) == tried
     with pytest.raises(VendorError, match="too old"):
         cutlass.product(**operands(torch.float16), metadata=None, algorithm=cutlass.algorithms(problem())[0])
 
