@@ -71,18 +71,8 @@ def command(tools: Toolchain, tile: Tile, dtype: torch.dtype, output: Path) -> l
     """How a kernel is compiled."""
     macros = [f"-D{name}={value}" for name, value in tile.macros(dtype).items()]
     source = Path(__file__).parent / SOURCES[tile.architecture]
-    include = f"-I{tools.include}"
-    return [
-        str(tools.nvcc),
-        *FLAGS,
-        *LIBRARY,
-        f"-arch={tile.architecture}",
-        *macros,
-        include,
-        str(source),
-        "-o",
-        str(output),
-    ]
+    flags = [*FLAGS, *LIBRARY, f"-arch={tile.architecture}", f"-I{tools.include}"]
+    return [str(tools.nvcc), *flags, *macros, str(source), "-o", str(output)]
 
 
 def file_name(tools: Toolchain, tile: Tile, dtype: torch.dtype) -> str:

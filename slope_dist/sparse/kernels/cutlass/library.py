@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int, c_void_p
+from ctypes import c_char_p, c_int, c_void_p
 from pathlib import Path
 
 from slope_dist.sparse.kernels.vendor import VendorError
@@ -17,9 +17,6 @@ PROTOTYPES = {
     "slope_reason": (c_char_p, [c_int]),
 }
 """Of every library: what a function returns and takes."""
-
-PLACES = (c_int, [c_int, c_int, POINTER(c_int)])
-"""Of `slope_metadata_places`, which libraries for sm_90a have as well."""
 
 
 class Library:

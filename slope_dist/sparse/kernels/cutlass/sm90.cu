@@ -4,38 +4,12 @@
 // left. Y^T in columns is Y in rows, so nothing is transposed in memory.
 //
 // Given by tiles.py: SLOPE_ELEMENT, SLOPE_TILE_M, SLOPE_TILE_N, SLOPE_CLUSTER_M, SLOPE_COOPERATIVE (0 or 1). All tiles
-// are 64 deep, because the order of the metadata depends on the depth. SLOPE_PLACES_ONLY leaves the product out, and with
-// it all code that runs on a card.
+// are 64 deep, because the order of the metadata depends on the depth.
 
 #include <cuda_runtime.h>
 
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
-#include "cutlass/gemm/collective/builders/sm90_sparse_config.inl"
-
-namespace {
-
-using namespace cute;
-
-using Element = SLOPE_ELEMENT;
-using Depth = _64;
-using Config = cutlass::Sm90GemmSparseConfig<sparse_elem<2, Element>, GMMA::Major::K, sparse_elem<8, uint8_t>, Depth>;
-
-}  // namespace
-
-// Where each group's code lies: places [rows * columns / 4] gets nibble numbers. 0, or 1 for a shape that needs padding.
-extern "C" int slope_metadata_places(int rows, int columns, int* places) {
-  if (rows % typename Config::TensorEAtomM{} || columns % typename Config::TensorEAtomK{}) return 1;
-  // The layout counts logical elements, four to a code.
-  auto layout = Config::fill_layoutE(make_shape(rows, 1, columns, 1));
-  for (int row = 0; row < rows; ++row)
-    for (int column = 0; column < columns; column += 4)
-      *places++ = static_cast<int>(layout(row, column, 0) / 4);
-  return 0;
-}
-
-#ifndef SLOPE_PLACES_ONLY
-
 #include "cutlass/epilogue/collective/collective_builder.hpp"
 #include "cutlass/epilogue/fusion/operations.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
@@ -44,7 +18,10 @@ extern "C" int slope_metadata_places(int rows, int columns, int* places) {
 
 namespace {
 
-using Tile = Shape<Int<SLOPE_TILE_M>, Int<SLOPE_TILE_N>, Depth>;
+using namespace cute;
+
+using Element = SLOPE_ELEMENT;
+using Tile = Shape<Int<SLOPE_TILE_M>, Int<SLOPE_TILE_N>, _64>;
 using Cluster = Shape<Int<SLOPE_CLUSTER_M>, _1, _1>;
 using Columns = cutlass::layout::ColumnMajor;
 // Entries of the 16 bytes that a tensor map asks for.
@@ -71,7 +48,10 @@ using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
     Element, Columns, kAlignment, float, Tile, Cluster,
     cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
     MainloopSchedule>::CollectiveOp;
-static_assert(is_same_v<Config, typename Mainloop::SparseConfig>, "slope_metadata_places would speak of another order");
+using Config = typename Mainloop::SparseConfig;
+// The order that layout.py makes; a test holds that against CUTLASS's own compressor.
+static_assert(is_same_v<Config, cutlass::Sm90GemmSparseConfig<sparse_elem<2, Element>, GMMA::Major::K,
+                                                              sparse_elem<8, uint8_t>, _64>>);
 
 using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
 using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -108,7 +88,5 @@ extern "C" int slope_product(int rows, int columns, int tokens, const void* valu
   Gemm gemm;
   return static_cast<int>(gemm.run(arguments, nullptr, static_cast<cudaStream_t>(stream)));
 }
-
-#endif
 
 extern "C" const char* slope_reason(int code) { return cutlassGetStatusString(static_cast<cutlass::Status>(code)); }
