@@ -2,6 +2,8 @@
 # make test       the test suite
 # make test-layouts   many layouts of up to eight ranks against one process; goes on where it was stopped
 # make test-faults    thousands of kills, bad disks, signals, hostile files and configs; goes on where it was stopped
+# make test-gpu   on a machine with a GPU: kernels and libraries against the reference
+# make check-cuda without one: CUTLASS kernels compiled for A100 and Hopper
 # make check      lint, format, types
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test test-slow test-layouts test-faults check style clean
+.PHONY: pretrain test test-gpu check-cuda test-slow test-layouts test-faults check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
@@ -17,6 +19,14 @@ pretrain: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+
+# On a machine with a GPU: every kernel and library against the reference. One process: the tests share the card.
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -m gpu -rs
+
+# Without a GPU: every CUTLASS kernel compiled for A100 and Hopper. Needs nvcc; a minute or two for each kernel.
+check-cuda: $(INSTALLED)
+	$(BIN)/python -m slope_dist.sparse.kernels.cutlass.build --arch sm_80 sm_90a --compile-only
 
 # What takes minutes, such as `make pretrain` itself in a fresh clone.
 test-slow: $(INSTALLED)
@@ -46,6 +56,8 @@ $(INSTALLED): setup.py constraints.txt
 	  { echo "$(PYTHON) is older than Python 3.11; say which one to use: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@# torch for CUDA brings the triton that it wants; elsewhere kernels run under the interpreter of one that is known to.
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check -e '.[interpreter]'
 	touch $@
 
 clean:

@@ -33,7 +33,9 @@ setup(
         "torch>=2.11",
     ],
     extras_require={
+        "cutlass": ["nvidia-cutlass>=4.2"],
         "evaluation": ["lm-eval>=0.4.13"],
+        "interpreter": ["triton==3.9.0"],
         "test": [
             "accelerate>=1.15",
             "compressed-tensors>=0.20",

@@ -7,6 +7,11 @@
     python tools/benchmark.py loader
     python tools/benchmark.py data --megabytes 80
     python tools/benchmark.py inference --config configs/opt1.3b.json --folder /where/models/go
+    python tools/benchmark.py gemm --minutes 20 --output gemm.json
+    python tools/benchmark.py block --output block.json
+    python tools/benchmark.py step --output step.json
+    python tools/benchmark.py decode --output decode.json
+    python tools/benchmark.py refresh --output refresh.json
 
 layer: forward and backward of a linear layer. The sparse results are checked against dense masked products first; a
 wrong one is not timed (exit code 1). "derived" makes the doubly pruned transpose in each backward, "resident" rebuilds
@@ -27,6 +32,10 @@ processes. Both are first seen to make as many tokens.
 inference: a model of a config, its weights random, written in the form for our own inference and in that of Hugging
 Face, each loaded on the CPU by a process of its own: what it then holds and, for information, how fast it is. The two
 are seen to give the same logits.
+
+gemm, block, step, decode, refresh: the 2:4 kernels of a GPU, or with small sizes the reference on the CPU. The most
+important cells come first; each is in --output as soon as it is done, and the same command goes on behind them. It
+refuses results of another card, version or commit.
 """
 
 from __future__ import annotations
@@ -40,6 +49,7 @@ from pathlib import Path
 
 import benchmark_tables as tables
 import checkpoint_rivals
+import gpu_benchmarks
 import torch
 from pydantic import ValidationError
 from rich.console import Console
@@ -143,6 +153,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
     options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
     _add_output(options)
+    gpu_benchmarks.add_commands(commands, _add_output)
     chosen = parser.parse_args(arguments)
     _check(chosen)
     return chosen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slope_dist.benchmark import memory, timing
-from slope_dist.benchmark.timing import WrongResultError
+from slope_dist.benchmark.checking import doubly_kept, largest_two, require_right
 from slope_dist.layers import Linear
 from slope_dist.sparse import CompressedMatrix, Pattern, SparseWeight
 
@@ -17,9 +17,6 @@ DENSE, DERIVED, RESIDENT = "dense", "derived", "resident"
 RIVALS = (DENSE, DERIVED, RESIDENT)
 
 CHECKED_TOKENS = 64
-
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-"""Relative norms a result may be off the oracle's."""
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -122,34 +119,16 @@ def check(case: Case, rival: str) -> dict[str, float]:
     y.backward(grad_y)
 
     magnitudes = dense.float().abs()
-    kept = _largest_two(magnitudes)
-    # -1: below every magnitude, so what is pruned never displaces a kept zero.
-    doubly_kept = _largest_two(torch.where(kept, magnitudes, -1.0).t().contiguous()).t() & kept
+    kept = largest_two(magnitudes)
     w, x32, g32 = dense.float(), x.detach().float(), grad_y.float()
     found = {"output": y, "input_gradient": x.grad, "weight_gradient": weight.values.grad}
     expected = {
         "output": x32 @ (w * kept).t(),
-        "input_gradient": g32 @ (w * doubly_kept),
+        "input_gradient": g32 @ (w * doubly_kept(magnitudes, kept)),
         "weight_gradient": (g32.t() @ x32)[kept].view_as(weight.values),
     }
-    errors = {name: _relative_error(found[name], expected[name]) for name in expected}
-    for name, error in errors.items():
-        # Not `error > bound`: NaN must not pass.
-        if not error <= BOUNDS[case.dtype]:
-            raise WrongResultError(f"{case}, {rival}: {name} is off the dense masked product by {error:.1e}")
-    return errors
-
-
-def _largest_two(scores: Tensor) -> Tensor:
-    """True at the two largest of every four in a row, ties to the lower index: fp32 [R, C] -> bool [R, C]."""
-    order = scores.view(-1, 4).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :2], True).view_as(scores)
-
-
-def _relative_error(found: Tensor | None, expected: Tensor) -> float:
-    assert found is not None
-    difference = torch.linalg.vector_norm(found.detach().float() - expected)
-    return float(difference / torch.linalg.vector_norm(expected))
+    what = f"{case}, {rival}"
+    return {name: require_right(what, name, found[name], expected[name], case.dtype) for name in expected}
 
 
 def measure_memory(case: Case) -> dict[str, int]:

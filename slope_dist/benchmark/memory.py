@@ -49,6 +49,11 @@ def peak_of(prepare: Callable[[], Callable[[], None]], device: torch.device) -> 
     return int(answer)
 
 
+def allocated(device: torch.device) -> int | None:
+    """Bytes of all tensors on a GPU now; None on the CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
 def anonymous_bytes() -> int:
     """Resident memory of this process that is of no file, such as tensors; a file's mapped pages are not in it."""
     return _status("RssAnon")

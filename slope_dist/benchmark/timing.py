@@ -8,8 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+
+WARM_SECONDS = 1.0
+"""Of the same work before a GPU's first timed round: until then its clock follows a power draw that is not steady."""
+
+SAMPLE_SECONDS = 1e-3
+"""A GPU's sample is of as many calls as fill this, at most `MOST_CALLS`."""
+
+MOST_CALLS = 100
+
+FLUSH_BYTES = 256 * 2**20
+"""More than any card's L2 cache holds."""
 
 
 class WrongResultError(Exception):
@@ -24,10 +36,12 @@ class Timing:
     ratios: list[float]
     processor_ratios: list[float]
     """Of processor time over all threads: with one thread it tells of a busy machine what the clock cannot."""
+    host_seconds: list[float]
+    """Until the call returned, which on a GPU is before the work is done."""
 
     def summary(self) -> dict[str, float]:
         """Medians with quartiles."""
-        numbers: dict[str, float] = {"rounds": len(self.seconds)}
+        numbers: dict[str, float] = {"rounds": len(self.seconds), "host_seconds": statistics.median(self.host_seconds)}
         series = {"seconds": self.seconds, "ratio": self.ratios, "processor_ratio": self.processor_ratios}
         for name, values in series.items():
             numbers[name] = statistics.median(values)
@@ -40,42 +54,92 @@ def _quartiles(numbers: list[float]) -> tuple[float, float]:
     return low, high
 
 
-def in_turns(rivals: Mapping[str, Callable[[], None]], device: torch.device, seconds: float) -> dict[str, Timing]:
+@dataclass(frozen=True)
+class _Sample:
+    """Seconds a call: until the device was done, of the processor, until the call returned."""
+
+    seconds: float
+    processor: float
+    host: float
+
+
+def in_turns(
+    rivals: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, *, flush: bool = False
+) -> dict[str, Timing]:
     """Time every rival once a round, the order turning by one each round.
 
     Args:
         rivals: what to run; the first is the baseline of the ratios.
-        device: what to wait for before the clock is read.
+        device: whose time it is: a GPU's is read from its own events, after a second of the same work.
         seconds: about how long to go on, within 5 and 50 rounds.
+        flush: empty a GPU's L2 cache before each call, as another layer's weights do between two of one layer.
     """
     names = list(rivals)
-    for run in rivals.values():
-        run()
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    calls = _warm(rivals, device)
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if flush and device.type == "cuda" else None
+    taken: dict[str, list[_Sample]] = {name: [] for name in names}
     start = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            taken[name].append(_time(rivals[name], device))
+            taken[name].append(_sample(rivals[name], device, calls[name], scratch))
     baseline = taken[names[0]]
     return {
         name: Timing(
-            [clock for clock, _ in taken[name]],
-            [ours[0] / base[0] for ours, base in zip(taken[name], baseline, strict=True)],
-            [ours[1] / base[1] for ours, base in zip(taken[name], baseline, strict=True)],
+            [sample.seconds for sample in taken[name]],
+            [ours.seconds / base.seconds for ours, base in zip(taken[name], baseline, strict=True)],
+            [ours.processor / base.processor for ours, base in zip(taken[name], baseline, strict=True)],
+            [sample.host for sample in taken[name]],
         )
         for name in names
     }
 
 
-def _time(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def _warm(rivals: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, int]:
+    """Run every rival until the device is steady; how many calls make a sample of each."""
+    for run in rivals.values():
+        run()
+    if device.type != "cuda":
+        return dict.fromkeys(rivals, 1)
+    once: dict[str, float] = {}
+    start = time.perf_counter()
+    while not once or time.perf_counter() - start < WARM_SECONDS:
+        for name, run in rivals.items():
+            once[name] = _sample(run, device, 1, None).seconds
+    return {name: max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / max(taken, 1e-9)))) for name, taken in once.items()}
+
+
+def _sample(run: Callable[[], object], device: torch.device, calls: int, scratch: Tensor | None) -> _Sample:
     wait(device)
+    if device.type == "cuda":
+        return _sample_on_cuda(run, device, calls, scratch)
     clock, processor = time.perf_counter(), time.process_time()
-    run()
+    for _ in range(calls):
+        run()
+    taken = (time.perf_counter() - clock) / calls
+    return _Sample(taken, (time.process_time() - processor) / calls, taken)
+
+
+def _sample_on_cuda(run: Callable[[], object], device: torch.device, calls: int, scratch: Tensor | None) -> _Sample:
+    # Flushed, each call has events of its own, and the flush hides the time that the host takes to launch it.
+    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+    if scratch is None:
+        spans = spans[:1]
+    clock, processor = time.perf_counter(), time.process_time()
+    for start, stop in spans:
+        if scratch is not None:
+            scratch.zero_()
+        start.record()
+        for _ in range(calls // len(spans)):
+            run()
+        stop.record()
+    host = (time.perf_counter() - clock) / calls
     wait(device)
-    return time.perf_counter() - clock, time.process_time() - processor
+    # At least one tick: the processor's clock may not have moved.
+    busy = max((time.process_time() - processor) / calls, 1e-9)
+    return _Sample(sum(start.elapsed_time(stop) for start, stop in spans) / 1e3 / calls, busy, host)
 
 
 def wait(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from slope_dist.errors import UserError
 from slope_dist.layers import LogicalTensor, logical_tensors
 from slope_dist.parallel.fragments import Fragment, StateSource
 from slope_dist.parallel.groups import Groups, ModelParallelUnit
-from slope_dist.sparse import SparseWeight
+from slope_dist.sparse import SparseWeight, kernels
 from slope_dist.transfer import Transfer
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -156,6 +156,9 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=settings, mpu=unit)
         self.module: nn.Module = self._engine.module
         self._sparse = [module for module in self.module.modules() if isinstance(module, SparseWeight)]
+        if self.stage == 0 and kernels.active() is not None:
+            # Whole on this rank, in fp32: nothing else has the new values before the next forward pass.
+            self._adam.write_transposes(w for w in self._sparse if w.resident_transpose and w.adds_in_product())
         self._groups = groups
         position, layout = groups.position, groups.layout
         self._state: ZeroState = zero_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from slope_dist.layers import LogicalTensor
+from slope_dist.sparse import SparseWeight
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,38 @@ class AdamW(torch.optim.AdamW):
         # Learning rate 0 until the schedule sets it: DeepSpeed takes a step while it is built, which must change
         # nothing.
         super().__init__(groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, fused=torch.cuda.is_available())
+        self._resident: dict[Tensor, SparseWeight] = {}
+
+    def write_transposes(self, weights: Iterable[SparseWeight]) -> None:
+        """From now on update these weights, whole in this optimizer, and their resident transposes in one pass."""
+        self._resident = {weight.values: weight for weight in weights}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of all parameters."""
+        held: dict[Tensor, Tensor] = {}
+        for group in self.param_groups if self._resident else ():
+            for parameter in group["params"]:
+                if parameter in self._resident and parameter.grad is not None:
+                    self._step_with_transpose(parameter, group)
+                    held[parameter] = parameter.grad
+                    parameter.grad = None
+        super().step(closure)
+        for parameter, gradient in held.items():
+            parameter.grad = gradient
+
+    def _step_with_transpose(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        state["step"] += 1
+        self._resident[parameter].adamw_step(
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            step=state["step"],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
 
     def reset_state(self, parameters: dict[str, list[Tensor]]) -> None:
         """Zero moments and step counters of each group's (possibly flattened) parameters."""

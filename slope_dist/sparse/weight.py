@@ -6,6 +6,7 @@ Placement, bias and adapter are the layer's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional
 from slope_dist.sparse import codec, kernels, pruning
 from slope_dist.sparse.compressed import CompressedMatrix
 from slope_dist.sparse.function import KernelForm, TransposeForm, kernel_product, sparse_product
+from slope_dist.sparse.kernels import primitives
 from slope_dist.sparse.pattern import Pattern
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -78,6 +80,7 @@ class SparseWeight(Weight):
         self.shape = matrix.shape
         self.resident_transpose = resident_transpose
         self._transpose: TransposeForm | None = None
+        self._transpose_is_new = False
         self._metadata: tuple[str, Tensor | None] | None = None
         self.is_sharded = metadata_as_parameter
         self.values = nn.Parameter(matrix.values)
@@ -98,6 +101,9 @@ class SparseWeight(Weight):
         A bias [O] and an addend [..., O] are added in the product where `adds_in_product`, else after it.
         """
         if self.pattern.is_two_four and kernels.active_on(x.device) is not None:
+            if bias is not None and self.is_sharded:
+                # A library's plan holds the bias's address, and a gathered one never lies where it did.
+                return self._kernel_product(x, None, addend) + bias
             return self._kernel_product(x, bias, addend)
         transpose = self.transpose() if self._wants_transpose() else None
         y = sparse_product(
@@ -178,15 +184,48 @@ class SparseWeight(Weight):
         assert self.column_mask is not None
         kept = pruning.column_mask(self.values, self.indices, self.pattern)
         self.column_mask.copy_(codec.pack_bits(kept))
-        self._transpose = None
+        self._transpose, self._transpose_is_new = None, False
 
     def values_changed(self) -> None:
-        """Drop what was derived from the values; called after every optimizer step."""
-        self._transpose = None
+        """Drop what was derived from the values, unless it is of the new ones; called after every optimizer step."""
+        if not self._transpose_is_new:
+            self._transpose = None
+        self._transpose_is_new = False
+
+    @torch.no_grad()
+    def adamw_step(self, exp_avg: Tensor, exp_avg_sq: Tensor, *, step: Tensor, **settings: Any) -> None:
+        """Update fp32 values by their gradient and write the resident transpose in the same pass.
+
+        Args:
+            exp_avg, exp_avg_sq: the moments, fp32 [O, K].
+            step: number of this update, from 1 up: scalar.
+            settings: lr, betas, eps and weight_decay, as `reference_adamw.adamw_step_reference` takes them.
+        """
+        assert self.resident_transpose and self.values.grad is not None
+        rows, columns = self.shape
+        if self._transpose is None:
+            values = self.values.new_empty(columns, rows // 2)
+            self._transpose = TransposeForm(values, self.indices.new_empty(columns, rows // 8))
+        update, live = primitives.adamw_step(self.values), self.values.data
+        update(
+            live,
+            exp_avg,
+            exp_avg_sq,
+            self.values.grad,
+            self.indices,
+            live,
+            (self._transpose.values, self._transpose.indices),
+            step=step,
+            column_mask=self.column_mask,
+            **settings,
+        )
+        # A vendor's metadata was of the old mask; for fp32 none has any.
+        self._transpose = TransposeForm(self._transpose.values, self._transpose.indices)
+        self._transpose_is_new = True
 
     def indices_changed(self) -> None:
         """Drop all that was derived; called after every load."""
-        self._transpose = None
+        self._transpose, self._transpose_is_new = None, False
         self._metadata = None
 
     def cached_tensors(self) -> list[Tensor]:

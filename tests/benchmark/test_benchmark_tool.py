@@ -66,7 +66,7 @@ def test_a_small_run_reports_every_rival_and_the_machine(tmp_path: Path) -> None
         (["inference", "--config", "no/such.json"], "no/such.json"),
         (["inference", "--config", "configs/tiny.json", "--prompt", "0"], "--prompt 0 is not between 1 and"),
         (["inference", "--config", "configs/tiny.json", "--folder", "no/such"], "--folder no/such is not a folder"),
-        (["gemm"], "invalid choice: 'gemm'"),
+        (["speed"], "invalid choice: 'speed'"),
         ([], "COMMAND"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -247,7 +247,7 @@ class Dispatcher:
             if choice is not None:
                 return choice.candidate
         if self.deterministic or _capturing(self.device):
-            return next(iter(self._candidates(kind, problem)))
+            return next(iter(self.candidates(kind, problem)))
         return self._choice(kind, rounded).candidate
 
     def _choice(self, kind: Kind, problem: Problem) -> Choice:
@@ -263,7 +263,7 @@ class Dispatcher:
         choice = self._choices.get((kind, problem))
         data = self._stored.get(_key(kind, problem))
         if choice is None and data is not None:
-            found = [c for c in self._candidates(kind, problem) if c.label == data["label"]]
+            found = [c for c in self.candidates(kind, problem) if c.label == data["label"]]
             if found:
                 choice = Choice(found[0], data["seconds"], data["dense_seconds"], data["rejected"])
                 self._keep(kind, problem, choice)
@@ -281,7 +281,8 @@ class Dispatcher:
         if same:
             self._forms[weight] = max(same)[1]
 
-    def _candidates(self, kind: Kind, problem: Problem) -> Sequence[Candidate]:
+    def candidates(self, kind: Kind, problem: Problem) -> Sequence[Candidate]:
+        """Every way to compute a problem, right or not."""
         if kind == "product":
             decode = primitives.why_no_triton(self.device.type) is None
             return list(ways.candidates(problem, self.vendors, decode=decode))
@@ -292,12 +293,12 @@ class Dispatcher:
         operands, dense, expected = _sample(kind, problem)
         right: dict[str, tuple[Candidate, Operands]] = {}
         rejected: dict[str, str] = {}
-        for candidate in self._candidates(kind, problem):
+        for candidate in self.candidates(kind, problem):
             if self.deterministic and not candidate.deterministic:
                 rejected[candidate.label] = "not deterministic"
                 continue
             try:
-                given = self._given(candidate, operands)
+                given = self.given(candidate, operands)
                 wrong = measuring.why_wrong(candidate.run(given), expected)
             except VendorError as error:
                 wrong = str(error)
@@ -315,7 +316,7 @@ class Dispatcher:
         best = min(seconds, key=lambda name: seconds[name])
         return Choice(right[best][0], seconds, dense_seconds, rejected)
 
-    def _given(self, candidate: Candidate, operands: Operands) -> Operands:
+    def given(self, candidate: Candidate, operands: Operands) -> Operands:
         """Operands as a run would give them: with the metadata that the weight would have been given."""
         if not candidate.form or self.arrangement == "derived":
             return operands
@@ -338,7 +339,9 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
     device, dtype = problem.device, problem.dtype
     values, indices = primitives.random_matrix(problem.rows, problem.columns, dtype, device)
     inner = problem.columns if kind == "product" else problem.rows
-    x = torch.randn(problem.tokens, inner, device=device).to(dtype)
+    # Of a generator of its own: a run's random stream must not depend on what is measured.
+    generator = torch.Generator(device).manual_seed(problem.tokens)
+    x = torch.randn(problem.tokens, inner, device=device, generator=generator).to(dtype)
     # By plain torch, which is what defines the products.
     if kind == "product":
         matrix = codec.expand(values, indices, primitives.TWO_FOUR)

@@ -64,7 +64,7 @@ class MetadataLayout:
 
 
 def _permute(packed: Tensor, source: Tensor) -> Tensor:
-    if packed.is_cuda and source.numel() == 2 * packed.numel():
+    if packed.is_cuda:
         from slope_dist.sparse.kernels.jit.permute import permute_nibbles as kernel
 
         return kernel(packed, source)

@@ -6,6 +6,7 @@ Both give the same bits: they move numbers and compare magnitudes.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.pattern import Pattern
+from slope_dist.sparse.reference_adamw import adamw_step_reference
 
 TWO_FOUR = Pattern(2, 4)
 
@@ -30,8 +32,8 @@ def why_no_triton(device_type: str) -> str | None:
 
 
 def has_triton(tensor: Tensor) -> bool:
-    """Whether a tensor's device runs Triton kernels."""
-    return why_no_triton(tensor.device.type) is None
+    """Whether Triton kernels, which are written for 16 and 32 bits, run on a tensor where it is."""
+    return why_no_triton(tensor.device.type) is None and tensor.element_size() in (2, 4) and tensor.is_contiguous()
 
 
 def expand(values: Tensor, indices: Tensor) -> Tensor:
@@ -68,6 +70,15 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
 
         return kernel(dense, indices)
     return codec.gather(dense, indices, TWO_FOUR)
+
+
+def adamw_step(weight: Tensor) -> Callable[..., None]:
+    """The AdamW that updates a compressed weight and its transpose on a device: see `adamw_step_reference`."""
+    if has_triton(weight):
+        from slope_dist.sparse.kernels.jit.adamw import adamw_step as kernel
+
+        return kernel
+    return adamw_step_reference
 
 
 def _unpacked(column_mask: Tensor | None) -> Tensor | None:

@@ -40,10 +40,10 @@ def _open(name: str, device: torch.device) -> VendorRoute:
     if device.type != "cuda":
         raise VendorError("it needs a CUDA device")
     if name == "cusparselt":
-        from slope_dist.sparse.kernels.cusparselt.route import CuSparseLt
+        from slope_dist.sparse.kernels.cusparselt.route import CusparseltRoute
 
-        return CuSparseLt(device)
+        return CusparseltRoute(device)
     assert name == "cutlass"
-    from slope_dist.sparse.kernels.cutlass.route import Cutlass
+    from slope_dist.sparse.kernels.cutlass.route import CutlassRoute
 
-    return Cutlass(device)
+    return CutlassRoute(device)

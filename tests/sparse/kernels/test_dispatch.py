@@ -49,6 +49,12 @@ def test_the_fastest_is_taken_and_the_reason_is_said() -> None:
     assert f"product {PROBLEM}: plain/1 right, {choice.why}" in lines
 
 
+def test_measuring_takes_nothing_from_the_random_stream() -> None:
+    before = torch.get_rng_state()
+    Dispatcher(CPU, vendors(PlainVendor())).warm_up([("product", PROBLEM), ("input gradient", PROBLEM)])
+    assert torch.get_rng_state().equal(before)
+
+
 def test_what_is_slower_than_dense_is_said_to_be() -> None:
     choice = Dispatcher(CPU, timer=preferring()).product_choice(PROBLEM)
     assert choice.route == "expand" and "as fast as dense" in choice.why

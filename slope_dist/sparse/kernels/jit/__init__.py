@@ -4,7 +4,7 @@ Each launcher has a plain-torch twin (codec, pruning) that gives the same bits, 
 it: of the two ascending positions of a group the first is never 3 and the second never 0.
 
 Block sizes are constants, chosen so that each thread moves 16 or 8 bytes at a time and has a few such loads under way;
-nothing is timed and nothing depends on the shape, so each kernel is compiled once for each width of entries.
+nothing is timed. Each kernel is compiled once for each width of entries, and again for sizes that no 16 divides.
 """
 
 from __future__ import annotations

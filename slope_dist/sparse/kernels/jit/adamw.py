@@ -69,11 +69,7 @@ def _row(
     first = tl.load(exp_avg + at, mask, other=0.0)
     second = tl.load(exp_avg_sq + at, mask, other=0.0)
     weight = tl.load(master + at, mask, other=0.0)
-    if BETA1 > 0.5:
-        first += (gradient - first) * (1 - BETA1)
-    else:
-        # As torch's lerp: exact where the gradient replaces the moment.
-        first = gradient - (gradient - first) * BETA1
+    first += (gradient - first) * (1 - BETA1)
     second = second * BETA2 + gradient * gradient * (1 - BETA2)
     denominator = tl.div_rn(tl.sqrt_rn(second), root) + eps
     weight = weight * decay - tl.div_rn(first * step_size, denominator)

@@ -6,7 +6,7 @@ and one 1-byte load, and is taken apart in registers. Tensor cores have no 2:4 p
 need none here.
 
 - Up to FEW tokens: of the four columns of a group in X, two conditional moves a value and token choose the one that
-  it multiplies; X is loaded once for the ROWS rows of a program. That costs more instructions with every token.
+  it multiplies; a thread has X in registers for all rows of the program. The cost grows with every token.
 - Above: a unit becomes eight dense columns in registers, and column c of all units, [rows, units], is an operand of
   its own for the tensor cores, against column c of X. So nothing is interleaved, and the cost does not grow with the
   tokens, which are padded to 16 or 32.
@@ -33,8 +33,8 @@ TOKENS = 32
 FEW = 2
 """Tokens up to which multiplying without tensor cores takes fewer instructions than memory leaves time for."""
 
-PROGRAMS = 512
-"""As many are wanted: about four for each multiprocessor of an A100 or H100, to keep enough loads in flight."""
+PROGRAMS = 256
+"""As many are wanted: two for each multiprocessor, which its registers hold, of an H100 (132; an A100 has 108)."""
 
 LOW_SPLITS = 16
 """The most parts of I in which X down^T is made."""
@@ -60,30 +60,46 @@ def _four(words, at, mask, DTYPE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _selected(x, token, unit, units, inside, codes, kept, DTYPE: tl.constexpr, WIDE: tl.constexpr):
+    """Each unit's kept entries times those of a token that they meet: fp32 [ROWS, UNITS]."""
+    at = token * (2 * units) + 2 * unit
+    left = _met(_four(x, at, inside, DTYPE, WIDE), codes, kept[0], kept[1])
+    return left + _met(_four(x, at + 1, inside, DTYPE, WIDE), codes >> 4, kept[2], kept[3])
+
+
+@triton.jit
+def _met(x, code, low, high):
+    """A group's two kept entries times what they meet of its four columns in X. Positions ascend: 0 to 2, 1 to 3."""
+    x0, x1, x2, x3 = x[0][None, :], x[1][None, :], x[2][None, :], x[3][None, :]
+    first = tl.where((code & 2) != 0, x2, tl.where((code & 1) != 0, x1, x0))
+    second = tl.where((code & 8) != 0, tl.where((code & 4) != 0, x3, x2), x1)
+    return low.to(tl.float32) * first.to(tl.float32) + high.to(tl.float32) * second.to(tl.float32)
+
+
+@triton.jit
 def _by_selection(
-    x, values, indices, token, row, start, stop, units, mask_row, DTYPE: tl.constexpr, WIDE: tl.constexpr,
-    UNITS: tl.constexpr,
+    x, values, indices, row, start, stop, units, mask_row, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the units [start, stop): fp32 [TOKENS, ROWS], each kept entry times the one of X it meets."""
-    sums = tl.zeros([token.shape[0], row.shape[0], UNITS], tl.float32)
+    """Sums over the units [start, stop) for one or two tokens: fp32 [TOKENS, ROWS]."""
+    first_token = tl.zeros([row.shape[0], UNITS], tl.float32)
+    second_token = tl.zeros([row.shape[0], UNITS], tl.float32)
     for first in range(start, stop, UNITS):
         unit = first + tl.arange(0, UNITS)
         inside = unit < stop
-        at = row.to(tl.int64)[:, None] * units + unit[None, :]
+        # One unit a thread and row, though more neighbours would fit into a load: then codes, values and X have one
+        # layout, a thread uses X for all rows, and nothing passes through shared memory.
+        at = tl.max_contiguous(row.to(tl.int64)[:, None] * units + unit[None, :], [1, 1])
         mask = mask_row[:, None] & inside[None, :]
         codes = tl.load(indices + at, mask, other=0).to(tl.int32)
         kept = _four(values, at, mask, DTYPE, WIDE)
-        for half in tl.static_range(2):
-            at_x = token[:, None] * (2 * units) + 2 * unit[None, :] + half
-            x0, x1, x2, x3 = _four(x, at_x, inside[None, :], DTYPE, WIDE)
-            x0, x1, x2, x3 = x0[:, None, :], x1[:, None, :], x2[:, None, :], x3[:, None, :]
-            code = (codes >> (4 * half))[None, :, :]
-            # Positions ascend: the first is none but 0, 1 or 2, the second 1, 2 or 3.
-            low = tl.where((code & 2) != 0, x2, tl.where((code & 1) != 0, x1, x0))
-            high = tl.where((code & 8) != 0, tl.where((code & 4) != 0, x3, x2), x1)
-            sums += kept[2 * half].to(tl.float32)[None, :, :] * low.to(tl.float32)
-            sums += kept[2 * half + 1].to(tl.float32)[None, :, :] * high.to(tl.float32)
-    return tl.sum(sums, axis=2)
+        first_token += _selected(x, 0, unit, units, inside, codes, kept, DTYPE, WIDE)
+        if TOKENS == 2:
+            second_token += _selected(x, 1, unit, units, inside, codes, kept, DTYPE, WIDE)
+    sums = tl.sum(first_token, axis=1)[None, :]
+    if TOKENS == 2:
+        sums = tl.trans(tl.join(tl.sum(first_token, axis=1), tl.sum(second_token, axis=1)))
+    return sums
 
 
 @triton.jit
@@ -109,6 +125,50 @@ def _by_expansion(
                 entries = tl.where((code & 3) == column, kept[2 * half], high).to(DTYPE)
                 sums = tl.dot(entries, tl.trans(columns[column]), sums, input_precision="ieee")
     return tl.trans(sums)
+
+
+@triton.jit
+def _low_block(
+    x, down, low, program, tokens, columns, rank, chunk, TOKENS: tl.constexpr
+):  # fmt: skip
+    """Partial sums of X down^T for 16 rows of `down` and one part of I, on tensor cores whatever the tokens."""
+    blocks = tl.cdiv(rank, 16)
+    split = program // blocks
+    row, token = program % blocks * 16 + tl.arange(0, 16), tl.arange(0, TOKENS)
+    mask_row, mask_token = row < rank, token < tokens
+    sums = tl.zeros([16, TOKENS], tl.float32)
+    stop = tl.minimum(columns, (split + 1) * chunk)
+    for first in range(split * chunk, stop, 128):
+        column = first + tl.arange(0, 128)
+        inside = column < stop
+        at_x, at_down = token[:, None] * columns + column[None, :], row[:, None] * columns + column[None, :]
+        right = tl.load(x + at_x, mask_token[:, None] & inside[None, :], other=0.0)
+        left = tl.load(down + at_down, mask_row[:, None] & inside[None, :], other=0.0)
+        sums = tl.dot(left, tl.trans(right), sums, input_precision="ieee")
+    to = (split * tokens + token)[None, :] * rank + row[:, None]
+    tl.store(low + to, sums, mask_row[:, None] & mask_token[None, :])
+
+
+@triton.jit
+def _block(
+    x, values, indices, bias, out, program, tokens, rows, units, chunk, DTYPE: tl.constexpr, WIDE: tl.constexpr,
+    BIASED: tl.constexpr, FEW: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of X W^T for ROWS rows of W and one part of I."""
+    blocks = tl.cdiv(rows, ROWS)
+    split = program // blocks
+    row, token = program % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    mask_row, mask_token = row < rows, token < tokens
+    start, stop = split * chunk, tl.minimum(units, (split + 1) * chunk)
+    if FEW:
+        sums = _by_selection(x, values, indices, row, start, stop, units, mask_row, DTYPE, WIDE, TOKENS, UNITS)
+    else:
+        sums = _by_expansion(x, values, indices, token, row, start, stop, units, mask_row, mask_token, DTYPE, WIDE,
+                             UNITS)  # fmt: skip
+    if BIASED:
+        sums += tl.load(bias + row, mask_row, other=0.0).to(tl.float32)[None, :]
+    to = (split * tokens + token)[:, None] * rows + row[None, :]
+    tl.store(out + to, sums.to(out.dtype.element_ty), mask_token[:, None] & mask_row[None, :])
 
 
 @triton.jit
@@ -138,42 +198,15 @@ def _product_kernel(
     UNITS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    is_low = False
     if RANKED:
-        is_low = program < low_programs
-    if is_low:
-        # Dense rows of `down`, on tensor cores whatever the tokens.
-        token, columns = tl.arange(0, 16 if TOKENS < 16 else TOKENS), units * 8
-        blocks = tl.cdiv(rank, 16)
-        row, split = program % blocks * 16 + tl.arange(0, 16), program // blocks
-        sums = tl.zeros([16, token.shape[0]], tl.float32)
-        stop = tl.minimum(columns, (split + 1) * low_chunk)
-        for first in range(split * low_chunk, stop, 128):
-            column = first + tl.arange(0, 128)
-            inside = column < stop
-            right = tl.load(x + token[None, :] * columns + column[:, None],
-                            (token < tokens)[None, :] & inside[:, None], other=0.0)  # fmt: skip
-            left = tl.load(down + row[:, None] * columns + column[None, :],
-                           (row < rank)[:, None] & inside[None, :], other=0.0)  # fmt: skip
-            sums = tl.dot(left, right, sums, input_precision="ieee")
-        to = (split * tokens + token)[None, :] * rank + row[:, None]
-        tl.store(low + to, sums, (row < rank)[:, None] & (token < tokens)[None, :])
-    else:
-        program -= low_programs
-        blocks = tl.cdiv(rows, ROWS)
-        split = program // blocks
-        row, token = program % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
-        start, stop = split * chunk, tl.minimum(units, (split + 1) * chunk)
-        if FEW:
-            sums = _by_selection(words, values, indices, token, row, start, stop, units, row < rows, DTYPE, WIDE,
-                                 UNITS)  # fmt: skip
+        if program < low_programs:
+            _low_block(x, down, low, program, tokens, units * 8, rank, low_chunk, 16 if FEW else TOKENS)
         else:
-            sums = _by_expansion(words, values, indices, token, row, start, stop, units, row < rows, token < tokens,
-                                 DTYPE, WIDE, UNITS)  # fmt: skip
-        if BIASED:
-            sums += tl.load(bias + row, row < rows, other=0.0).to(tl.float32)[None, :]
-        to = (split * tokens + token)[:, None] * rows + row[None, :]
-        tl.store(out + to, sums.to(out.dtype.element_ty), (token < tokens)[:, None] & (row < rows)[None, :])
+            _block(words, values, indices, bias, out, program - low_programs, tokens, rows, units, chunk, DTYPE, WIDE,
+                   BIASED, FEW, TOKENS, ROWS, UNITS)  # fmt: skip
+    else:
+        _block(words, values, indices, bias, out, program, tokens, rows, units, chunk, DTYPE, WIDE, BIASED, FEW,
+               TOKENS, ROWS, UNITS)  # fmt: skip
 
 
 @triton.jit

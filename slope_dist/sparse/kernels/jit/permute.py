@@ -8,19 +8,22 @@ import triton.language as tl
 from torch import Tensor
 
 from slope_dist.sparse.kernels.jit import blocks, launch
-from slope_dist.sparse.kernels.jit.tile import first_of
+from slope_dist.sparse.kernels.jit.tile import first_of, left_of
 
 _BYTES = 512
 """Bytes to a program of 128 threads: each reads the sources of two bytes, 16 bytes, twice."""
 
 
 @triton.jit
-def _permute(packed, source, permuted, size, BYTES: tl.constexpr):
+def _permute(packed, source, permuted, size, period, BYTES: tl.constexpr):
     start = first_of(BYTES)
-    left = tl.minimum(size - start, BYTES).to(tl.int32)
+    left = left_of(start, size, BYTES)
     nibble = tl.arange(0, 2 * BYTES)
     inside = nibble < left * 2
-    place = tl.load(source + start * 2 + nibble, mask=inside, other=0)
+    # In 64 bits: of a matrix whose order repeats, the source is short and the nibbles are many.
+    here = start * 2 + nibble
+    within = here % period
+    place = here - within + tl.load(source + within, mask=inside, other=0)
     moved = tl.load(packed + (place >> 1), mask=inside, other=0).to(tl.int32) >> (place & 1) * 4 & 15
     low, high = moved.reshape([BYTES, 2]).split()
     byte = tl.arange(0, BYTES)
@@ -28,13 +31,14 @@ def _permute(packed, source, permuted, size, BYTES: tl.constexpr):
 
 
 def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
-    """Nibble j of the result is nibble source[j] of the input; nibble 2 b is the low half of byte b.
+    """Nibble j of each block of P becomes the block's nibble source[j]; nibble 2 b is the low half of byte b.
 
-    One pass over `source`: 8 bytes of it, two reads anywhere in the input and one byte written, for a byte of the result.
+    A byte of the result takes 8 bytes of `source`, which stays in a cache where it repeats, two reads anywhere in the
+    block and a write.
 
     Args:
         packed: uint8 [N].
-        source: int32 [2 N], each from 0 to 2 N - 1.
+        source: int32 [P], each from 0 to P - 1; P divides 2 N.
 
     Returns:
         uint8 [N].
@@ -44,12 +48,16 @@ def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
     """
     if packed.dtype != torch.uint8 or packed.dim() != 1:
         raise ValueError(f"packed nibbles must be uint8 [N], not {packed.dtype} {list(packed.shape)}")
-    if source.dtype != torch.int32 or source.shape != (2 * len(packed),):
-        raise ValueError(f"their sources must be int32 [{2 * len(packed)}], not {source.dtype} {list(source.shape)}")
+    period = source.numel()
+    if source.dtype != torch.int32 or source.dim() != 1 or not period or 2 * len(packed) % period:
+        raise ValueError(
+            f"their sources must be int32 [P] with P a divisor of {2 * len(packed)}, not {source.dtype} "
+            f"{list(source.shape)}"
+        )
     if source.device != packed.device:
         raise ValueError(f"nibbles are on {packed.device} and their sources on {source.device}")
     if not (packed.is_contiguous() and source.is_contiguous()):
         raise ValueError("nibbles and their sources must be contiguous")
-    permuted = torch.empty_like(packed)
-    launch(_permute, blocks(len(packed), _BYTES), packed, source, permuted, len(packed), BYTES=_BYTES)
+    permuted = torch.empty(len(packed), dtype=torch.uint8, device=packed.device)
+    launch(_permute, blocks(len(packed), _BYTES), packed, source, permuted, len(packed), period, BYTES=_BYTES)
     return permuted

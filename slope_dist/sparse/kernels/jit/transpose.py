@@ -1,5 +1,9 @@
 """The compressed (W^{R,C})^T from the compressed W^R, as `pruning.doubly_pruned_transpose`; no dense matrix is made."""
 
+# Device functions are in Triton's language: names change their type, and tuples are summed, not starred.
+# mypy: disable-error-code="assignment, misc, var-annotated"
+# ruff: noqa: RUF005
+
 from __future__ import annotations
 
 import torch
@@ -9,13 +13,16 @@ from torch import Tensor
 
 from slope_dist.sparse import codec
 from slope_dist.sparse.kernels.jit import blocks, eights_of, launch
-from slope_dist.sparse.kernels.jit.tile import PRUNED, entry_of, join4, score_of, split4, two_best
+from slope_dist.sparse.kernels.jit.tile import entry_of, join4, score_of, split4, two_best
 
 _EIGHTS = 16
-"""A program owns 16 x 16 squares of 8 x 8, 128 x 128 of W, one square to each of its 256 threads. It so reads and writes
-`values` in runs of 64 entries, 128 bytes at 16 bits, and metadata in runs of 16 bytes."""
+"""A program owns 16 x 16 squares of 8 x 8, 128 x 128 of W, one square to each of its 256 threads. So it reads and
+writes `values` in runs of 64 entries, 128 bytes at 16 bits, and metadata in runs of 16 bytes."""
 
 _WARPS = 8
+_REGISTERS = 128
+"""At most, a thread: left alone the compiler takes so many that one program has a multiprocessor to itself, and its
+loads wait for its comparisons."""
 
 
 @triton.jit
@@ -26,26 +33,26 @@ def _pruned_column(rows, position: tl.constexpr, HELD: tl.constexpr, LARGEST: tl
     without a kept entry take the lowest free positions and hold zero.
     """
     zero = tl.zeros_like(rows[0][0])
-    pruned = tl.full(zero.shape, PRUNED, tl.int32)
     entries = ()
     scores = ()
     for q in tl.static_range(4):
         first, second, code, held = rows[q]
-        entry = entry_of(first, second, code, position, zero)
+        entry = entry_of(first, second, code, position)
         if HELD:
             bit = held >> position & 1
             entry = tl.where(bit != 0, entry, zero)
             scores = scores + (bit,)
         else:
-            score = entry_of(score_of(first, LARGEST), score_of(second, LARGEST), code, position, pruned)
+            score = entry_of(score_of(first, LARGEST), score_of(second, LARGEST), code, position)
             scores = scores + (score,)
         entries = entries + (entry,)
     a, b, c, d = entries
-    # What was pruned has the lowest score and is zero: where fewer than two are kept, the lowest of it fill the slots.
-    best_a, best_b, best_c, best_d = two_best(scores[0], scores[1], scores[2], scores[3])
-    first = tl.where(best_a, a, tl.where(best_b, b, c))
-    second = tl.where(best_d, d, tl.where(best_c, c, b))
-    code = tl.where(best_a, 0, tl.where(best_b, 1, 2)) | tl.where(best_d, 12, tl.where(best_c, 8, 4))
+    # What is not kept scores lowest and is zero: where fewer than two are kept, the first of it fill the free slots.
+    lower, upper, a_leads, c_leads = two_best(scores[0], scores[1], scores[2], scores[3])
+    a_first, c_second = lower | a_leads, ~upper & c_leads
+    first = tl.where(upper, c, tl.where(a_first, a, b))
+    second = tl.where(lower, b, tl.where(c_second, c, d))
+    code = tl.where(upper, 2, tl.where(a_first, 0, 1)) | tl.where(lower, 4, tl.where(c_second, 8, 12))
     return first, second, code
 
 
@@ -98,13 +105,13 @@ def _transpose(
         high = high + ((c, d, code >> 4, bits >> 4),)
     columns = ()
     codes = ()
-    for column in tl.static_range(8):
-        half = low if column < 4 else high
-        position: tl.constexpr = column % 4
-        a, b, upper = _pruned_column((half[0], half[1], half[2], half[3]), position, HELD, LARGEST)
-        c, d, lower = _pruned_column((half[4], half[5], half[6], half[7]), position, HELD, LARGEST)
-        columns = columns + (join4(a, b, c, d).to(kept.dtype.element_ty),)
-        codes = codes + ((upper | lower << 4).to(tl.uint8),)
+    for half in tl.static_range(2):
+        rows = (low, high)[half]
+        for position in tl.static_range(4):
+            a, b, upper = _pruned_column((rows[0], rows[1], rows[2], rows[3]), position, HELD, LARGEST)
+            c, d, lower = _pruned_column((rows[4], rows[5], rows[6], rows[7]), position, HELD, LARGEST)
+            columns = columns + (join4(a, b, c, d).to(kept.dtype.element_ty),)
+            codes = codes + ((upper | lower << 4).to(tl.uint8),)
     # [square row, square column, slot, column] -> [column of W, slots of its row in the transpose].
     across_entries = _join8(columns).permute(1, 3, 0, 2).reshape([8 * EIGHTS, 4 * EIGHTS])
     across_codes = _join8(codes).permute(1, 2, 0).reshape([8 * EIGHTS, EIGHTS])
@@ -157,5 +164,6 @@ def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None
         LARGEST=torch.iinfo(kept.dtype).max,
         EIGHTS=_EIGHTS,
         num_warps=_WARPS,
+        maxnreg=_REGISTERS,
     )
     return transposed, transposed_indices

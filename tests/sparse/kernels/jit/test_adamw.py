@@ -27,7 +27,7 @@ SHAPES = [(8, 8), (40, 72), (136, 136)]
 
 pytestmark = pytest.mark.usefixtures("nan_scratch")
 on_devices = pytest.mark.parametrize("device", DEVICES)
-steps = pytest.mark.parametrize("update", [adamw_step, adamw_step_reference], ids=["kernel", "twin"])
+updates = pytest.mark.parametrize("update", [adamw_step, adamw_step_reference], ids=["kernel", "twin"])
 
 
 @dataclass
@@ -65,6 +65,12 @@ def state_of(dense: Tensor, live: torch.dtype, device: str) -> State:
     return State(master, *moments, matrix.indices.to(device), values, transposed)
 
 
+def assert_transposed(state: State, kept: Tensor | None = None) -> None:
+    """The transpose is that of the live copy, to the bit."""
+    made = pruning.doubly_pruned_transpose(state.values, state.indices, PATTERN, kept)
+    assert same_bits(state.transposed[0], made[0]) and same_bits(state.transposed[1], made[1])
+
+
 def distance(actual: Tensor, expected: Tensor, size: Tensor | None = None) -> float:
     """Largest difference, in units of the fp32 epsilon of the larger of `expected` and `size`."""
     scale = expected.abs() if size is None else torch.maximum(expected.abs(), size.abs())
@@ -72,26 +78,31 @@ def distance(actual: Tensor, expected: Tensor, size: Tensor | None = None) -> fl
 
 
 @on_devices
-@steps
+@updates
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_one_step_is_torchs_within_a_few_ulp(dtype: torch.dtype, update, device: str) -> None:
+@pytest.mark.parametrize(("step", "beta2"), [(1, 0.999), (7, 0.95)])
+def test_one_step_is_torchs_within_a_few_ulp(step: int, beta2: float, dtype: torch.dtype, update, device: str) -> None:
     """Four at most, of the larger number that is mixed or added; the twin on a CPU is torch's to the bit."""
     state = state_of(torch.randn(40, 72), torch.float32, device)
+    if step == 1:
+        # Nothing for an error of the update to hide behind.
+        state.master.zero_()
     state.exp_avg.normal_()
     state.exp_avg_sq.uniform_()
     grad = torch.randn(state.master.shape).to(device, dtype)
     parameter = torch.nn.Parameter(state.master.clone())
     parameter.grad = grad.float() * 0.5
-    optimizer = torch.optim.AdamW([parameter], **NUMBERS, foreach=False)
+    numbers = {**NUMBERS, "betas": (0.9, beta2)}
+    optimizer = torch.optim.AdamW([parameter], **numbers, foreach=False)
     moments = {"exp_avg": state.exp_avg.clone(), "exp_avg_sq": state.exp_avg_sq.clone()}
-    optimizer.state[parameter] = {"step": torch.tensor(6.0), **moments}
+    optimizer.state[parameter] = {"step": torch.tensor(step - 1.0), **moments}
     optimizer.step()
 
     before = state.exp_avg.clone()
-    state.step(update, grad, step=7, grad_scale=0.5)
+    state.step(update, grad, **{**numbers, "step": step, "grad_scale": 0.5})
     mixed = torch.maximum(before.abs(), parameter.grad.abs())
-    denominator = (moments["exp_avg_sq"] / (1 - 0.95**7)).sqrt() + 1e-8
-    added = NUMBERS["lr"] / (1 - 0.9**7) * mixed / denominator
+    denominator = (moments["exp_avg_sq"] / (1 - beta2**step)).sqrt() + 1e-8
+    added = NUMBERS["lr"] / (1 - 0.9**step) * mixed / denominator
     bound = 0 if update is adamw_step_reference and device == "cpu" else 4
     assert distance(state.exp_avg, moments["exp_avg"], mixed) <= bound
     assert distance(state.exp_avg_sq, moments["exp_avg_sq"]) <= bound
@@ -99,29 +110,31 @@ def test_one_step_is_torchs_within_a_few_ulp(dtype: torch.dtype, update, device:
 
 
 @on_devices
-@steps
-@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.3, 0.5), (0.0, 0.0)], ids=str)
-def test_two_hundred_steps_are_torchs(betas: tuple[float, float], update, device: str) -> None:
+@updates
+@pytest.mark.parametrize(("betas", "steps"), [((0.9, 0.999), 200), ((0.3, 0.5), 20), ((0.0, 0.0), 20)], ids=str)
+def test_many_steps_are_torchs(betas: tuple[float, float], steps: int, update, device: str) -> None:
     """The weights of the two runs part by less than a ten thousandth of what training moves them."""
     state = state_of(torch.randn(24, 40), torch.float32, device)
     initial = state.master.clone()
     parameter = torch.nn.Parameter(state.master.clone())
     numbers = {**NUMBERS, "betas": betas}
     optimizer = torch.optim.AdamW([parameter], **numbers, foreach=False)
-    for step in range(1, 201):
+    for step in range(1, steps + 1):
         # A gradient with a direction and noise, at weights that each run has of its own.
         noise = torch.randn(initial.shape).to(device)
         optimizer.param_groups[0]["lr"] = lr = NUMBERS["lr"] * min(1, step / 20)
         parameter.grad = parameter.detach() - 1 + noise
         optimizer.step()
-        state.step(update, state.master - 1 + noise, **{**numbers, "lr": lr, "step": step})
+        gradient = state.master - 1 + noise
+        state.step(update, gradient, transpose=step == steps, **{**numbers, "lr": lr, "step": step})
     moved = torch.linalg.vector_norm(parameter.detach() - initial)
-    assert moved > 1
+    assert moved > 0.5
     assert torch.linalg.vector_norm(state.master - parameter.detach()) < 1e-4 * moved
+    assert_transposed(state)
 
 
 @on_devices
-@steps
+@updates
 @pytest.mark.parametrize("held", [False, True], ids=["by magnitude", "held mask"])
 @pytest.mark.parametrize("live", LIVE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -130,13 +143,14 @@ def test_copies_are_those_of_the_rounded_weight(
 ) -> None:
     state = state_of(torch.randn(shape), live, device)
     old = pruning.column_mask(state.master, state.indices, PATTERN)
+    if held:
+        # As a mask of long ago: what it keeps may be any part of what is kept.
+        old &= torch.rand(shape).to(device) < 0.8
     mask = codec.pack_bits(old) if held else None
     # Large steps: the mask by magnitude moves.
     state.step(update, torch.randn(state.master.shape).to(device), lr=0.7, column_mask=mask)
     assert same_bits(state.values, state.master.to(live))
-    kept = old if held else None
-    expected = pruning.doubly_pruned_transpose(state.values, state.indices, PATTERN, kept)
-    assert same_bits(state.transposed[0], expected[0]) and same_bits(state.transposed[1], expected[1])
+    assert_transposed(state, old if held else None)
     if not held and shape != (8, 8):
         assert not torch.equal(old, pruning.column_mask(state.values, state.indices, PATTERN))
 
@@ -147,13 +161,15 @@ def test_copies_are_those_of_the_rounded_weight(
 def test_ties_zeros_and_not_finite_weights(kind: str, live: torch.dtype, device: str) -> None:
     """Without decay and gradient the weight stays as it is, to the sign of a zero: what competes is known."""
     dense = difficult_matrix(kind, 48, 64)
+    # Half way between two bf16: to even.
+    dense[1] = 1 + torch.arange(64) / 256
     dense[5, 3], dense[6, 3], dense[9, 7], dense[10, 7] = float("nan"), float("inf"), -float("inf"), -float("nan")
     state = state_of(dense, live, device)
     before = state.master.clone()
     state.step(adamw_step, torch.zeros_like(before), weight_decay=0.0)
-    assert same_bits(torch.nan_to_num(state.master, nan=7.0), torch.nan_to_num(before, nan=7.0))
-    expected = pruning.doubly_pruned_transpose(state.values, state.indices, PATTERN)
-    assert same_bits(state.transposed[0], expected[0]) and same_bits(state.transposed[1], expected[1])
+    for actual, expected in ((state.master, before), (state.values, before.to(live))):
+        assert same_bits(torch.nan_to_num(actual, nan=7.0), torch.nan_to_num(expected, nan=7.0))
+    assert_transposed(state)
 
 
 @on_devices
@@ -169,7 +185,7 @@ def test_scalars_may_stay_on_the_device(device: str) -> None:
 
 
 @on_devices
-@steps
+@updates
 def test_without_a_transpose_the_rest_is_the_same(update, device: str) -> None:
     one = state_of(torch.randn(16, 24), torch.float16, device)
     two, untouched = one.clone(), one.clone()

@@ -1,0 +1,52 @@
+"""Whether a card can be asked for segment-k: of some versions on some cards, making such a plan never returns.
+
+A call that hangs in this process would hang it for good, so it is tried in another one, once, within a time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from slope_dist.sparse.kernels.cusparselt.library import Handle, Library
+from slope_dist.sparse.kernels.cusparselt.plan import SEGMENT_K, Algorithm, Description, Plan
+from slope_dist.sparse.kernels.vendor import VendorError
+
+TRIAL_SECONDS = 90
+"""Importing torch and making a CUDA context included."""
+
+SIZE = 1024
+
+
+@cache
+def answers(path: str, device: torch.device) -> bool:
+    """Whether the library at a path makes a segment-k plan on a device and comes back from it."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    command = [sys.executable, "-m", __name__, path, str(device)]
+    try:
+        trial = subprocess.run(command, env=environment, capture_output=True, timeout=TRIAL_SECONDS)
+    except (subprocess.TimeoutExpired, OSError):
+        return False
+    return trial.returncode == 0
+
+
+def main(path: str, device: str) -> int:
+    """The trial: 0 if a segment-k plan was made with any algorithm."""
+    handle = Handle(Library(Path(path)), torch.device(device))
+    problem = SIZE, SIZE, SIZE, torch.bfloat16
+    for config in Description(handle, *problem, bias=0).configs():
+        try:
+            Plan(Description(handle, *problem, bias=0), Algorithm(config, SEGMENT_K), accumulate=False)
+        except VendorError:
+            continue
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
