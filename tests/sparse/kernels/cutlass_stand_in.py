@@ -54,7 +54,7 @@ class StandIn:
         return f"reason {code}"
 
 
-def cutlass_of(architecture: str, monkeypatch: pytest.MonkeyPatch) -> tuple[route.Cutlass, list[StandIn]]:
+def cutlass_of(architecture: str, monkeypatch: pytest.MonkeyPatch) -> tuple[route.CutlassRoute, list[StandIn]]:
     """The route for an architecture that this machine need not have, and the libraries that it opens."""
     opened: list[StandIn] = []
 
@@ -66,4 +66,4 @@ def cutlass_of(architecture: str, monkeypatch: pytest.MonkeyPatch) -> tuple[rout
     monkeypatch.setattr(toolchain, "find", lambda: TOOLS)
     monkeypatch.setattr(route, "_architecture", lambda device: architecture)
     monkeypatch.setattr(route, "open_library", open_library)
-    return route.Cutlass(torch.device("cpu")), opened
+    return route.CutlassRoute(torch.device("cpu")), opened

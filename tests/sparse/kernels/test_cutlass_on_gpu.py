@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slope_dist.sparse import CompressedMatrix, Pattern, reference
-from slope_dist.sparse.kernels.cutlass.route import MULTIPLES, Cutlass
+from slope_dist.sparse.kernels.cutlass.route import MULTIPLES, CutlassRoute
 from slope_dist.sparse.kernels.cutlass.tiles import Tile
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.vendor import VendorError
@@ -30,9 +30,9 @@ SHAPES = [(1, 64, 64), (63, 192, 320), (300, 448, 1024), (257, 1088, 192), (1024
 
 
 @pytest.fixture(scope="module")
-def cutlass() -> Cutlass:
+def cutlass() -> CutlassRoute:
     try:
-        return Cutlass(torch.device("cuda"))
+        return CutlassRoute(torch.device("cuda"))
     except VendorError as error:
         pytest.skip(str(error))
 
@@ -42,7 +42,7 @@ def operands(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> tuple[
     return CompressedMatrix.prune(dense, Pattern(2, 4)), torch.randn(tokens, columns, device="cuda").to(dtype)
 
 
-def tile_of(cutlass: Cutlass, number: int, tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Tile:
+def tile_of(cutlass: CutlassRoute, number: int, tokens: int, rows: int, columns: int, dtype: torch.dtype) -> Tile:
     problem = Problem(tokens, rows, columns, dtype, torch.device("cuda"))
     assert cutlass.unsupported(problem) is None
     return cutlass.algorithms(problem)[number]
@@ -57,7 +57,7 @@ def distance(actual: Tensor, matrix: CompressedMatrix, x: Tensor, *added: Tensor
 @pytest.mark.parametrize("dtype", list(BOUNDS), ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("number", TILES)
-def test_products(cutlass: Cutlass, number: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_products(cutlass: CutlassRoute, number: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     tokens, rows, columns = shape
     matrix, x = operands(tokens, rows, columns, dtype)
     bias, addend = (torch.randn(*size, device="cuda").to(dtype) for size in ((rows,), (tokens, rows)))
@@ -75,7 +75,7 @@ def test_products(cutlass: Cutlass, number: int, shape: tuple[int, int, int], dt
 
 
 @pytest.mark.parametrize("number", TILES)
-def test_the_least_supported_sizes(cutlass: Cutlass, number: int) -> None:
+def test_the_least_supported_sizes(cutlass: CutlassRoute, number: int) -> None:
     rows, columns = MULTIPLES[cutlass.architecture]
     matrix, x = operands(1, rows, columns, torch.float16)
     tile = tile_of(cutlass, number, 1, rows, columns, torch.float16)
@@ -83,7 +83,7 @@ def test_the_least_supported_sizes(cutlass: Cutlass, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", TILES)
-def test_values_change_and_are_read_anew_from_a_graph(cutlass: Cutlass, number: int) -> None:
+def test_values_change_and_are_read_anew_from_a_graph(cutlass: CutlassRoute, number: int) -> None:
     matrix, x = operands(128, 256, 512, torch.bfloat16)
     metadata = cutlass.metadata_layout(256, 512, torch.bfloat16).vendor(matrix.indices)
     tile = tile_of(cutlass, number, 128, 256, 512, torch.bfloat16)

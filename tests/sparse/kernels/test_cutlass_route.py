@@ -170,8 +170,8 @@ def test_kernels_that_do_not_compile_are_a_reason(monkeypatch: pytest.MonkeyPatc
 def test_other_cards_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     with pytest.raises(VendorError, match="kernels for sm_80 and sm_90a, not for sm_89"):
-        route.Cutlass(torch.device("cuda", 0))
+        route.CutlassRoute(torch.device("cuda", 0))
 
 
 def test_it_says_that_it_has_not_run() -> None:
-    assert route.Cutlass.standing == "compiled, not yet run on a card"
+    assert route.CutlassRoute.standing == "compiled, not yet run on a card"

@@ -32,7 +32,7 @@ Hopper's is ordered by 64 x 64. T is free: it is a contiguous dimension of nothi
 LAYOUTS = {"sm_80": layout.sm80, "sm_90a": layout.sm90}
 
 
-class Cutlass:
+class CutlassRoute:
     """CUTLASS on one device.
 
     Args:
