@@ -19,6 +19,7 @@ from slope_dist.sparse.kernels.candidates import Operands
 from slope_dist.sparse.kernels.dispatch import Arrangement, Dispatcher, round_tokens
 from tests.sparse.kernels.vendors import PlainAlgorithm, PlainVendor, preferring, vendors
 
+pytestmark = pytest.mark.usefixtures("plain_primitives")
 CPU = torch.device("cpu")
 PROBLEM = kernels.Problem(16, 64, 32, torch.float32, CPU)
 
@@ -134,25 +135,6 @@ def test_input_gradients(route: str, held: bool) -> None:
     torch.testing.assert_close(found, expected)
     choice = dispatcher.input_gradient_choice(PROBLEM)
     assert choice.label.startswith(route)
-
-
-def test_few_tokens_may_be_decoded() -> None:
-    dispatcher = Dispatcher(CPU, timer=preferring("decode"))
-    few = kernels.Problem(3, 64, 32, torch.float32, CPU)
-    check_product(dispatcher, few)
-    assert dispatcher.product_choice(kernels.Problem(4, 64, 32, torch.float32, CPU)).route == "decode"
-    many = kernels.Problem(33, 64, 32, torch.float32, CPU)
-    assert "decode" not in dispatcher.product_choice(many).seconds
-
-
-@pytest.mark.parametrize("route", ["decode", "expand", "plain"])
-def test_an_adapter_joins_any_route(route: str) -> None:
-    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=preferring(route))
-    given = operands(kernels.Problem(2, 64, 32, torch.float32, CPU))
-    down, up, bias = torch.randn(8, 32), torch.randn(64, 8), torch.randn(64)
-    y = dispatcher.product_with_adapter(Operands(given.x, given.values, given.indices, bias=bias), down, up, 0.125)
-    dense = codec.expand(given.values, given.indices, primitives.TWO_FOUR) + 0.125 * up @ down
-    torch.testing.assert_close(y, given.x @ dense.t() + bias, rtol=1e-4, atol=1e-4)
 
 
 def test_other_numbers_of_tokens_take_the_choice_of_the_next_power_of_two() -> None:
