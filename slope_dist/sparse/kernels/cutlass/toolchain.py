@@ -66,7 +66,7 @@ def _include() -> Path:
         if _version_file(include).is_file():
             return include
     raise VendorError(
-        'CUTLASS headers are missing: pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH to a clone of '
+        "CUTLASS headers are missing: pip install --no-deps nvidia-cutlass, or set CUTLASS_PATH to a clone of "
         "NVIDIA/cutlass"
     )
 
