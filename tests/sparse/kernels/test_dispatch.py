@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 PROBLEM = kernels.Problem(16, 64, 32, torch.float32, CPU)
 
 
-def never(calls: Mapping[str, object], device: torch.device) -> dict[str, float]:
+def never(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
     raise AssertionError(f"measured {sorted(calls)}")
 
 
@@ -48,6 +48,18 @@ def test_the_fastest_is_taken_and_the_reason_is_said() -> None:
     lines = dispatcher.report()
     assert "plain 1: a stand-in" in lines
     assert f"product {PROBLEM}: plain/1 right, {choice.why}" in lines
+
+
+@pytest.mark.parametrize(("tokens", "cold"), [(1, True), (32, True), (33, False)])
+def test_few_tokens_are_timed_with_cold_caches(tokens: int, cold: bool) -> None:
+    asked = []
+
+    def timer(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
+        asked.append(cold)
+        return dict.fromkeys(calls, 1.0)
+
+    Dispatcher(CPU, timer=timer).product_choice(kernels.Problem(tokens, 64, 32, torch.float32, CPU))
+    assert asked == [cold]
 
 
 def test_measuring_takes_nothing_from_the_random_stream() -> None:
@@ -200,7 +212,7 @@ def test_the_clock_measures_every_call() -> None:
     def count(name: str) -> None:
         counts[name] += 1
 
-    taken = measuring.median_seconds({name: lambda name=name: count(name) for name in counts}, CPU)
+    taken = measuring.median_seconds({name: lambda name=name: count(name) for name in counts}, CPU, cold=False)
     assert set(taken) == set(counts) and all(seconds > 0 for seconds in taken.values())
     assert all(count >= measuring.ROUNDS for count in counts.values())
 
