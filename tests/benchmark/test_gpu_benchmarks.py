@@ -89,7 +89,7 @@ def test_a_command_through_a_dispatcher(
 ) -> None:
     """As on a GPU, but for its libraries: products are the dispatcher's, and it is part of the setting."""
     monkeypatch.setattr(kernels.primitives, "why_no_triton", lambda device_type: "not here")
-    dispatcher = kernels.Dispatcher(torch.device("cpu"), timer=lambda calls, device: dict.fromkeys(calls, 1.0))
+    dispatcher = kernels.Dispatcher(torch.device("cpu"), timer=lambda calls, device, cold: dict.fromkeys(calls, 1.0))
     monkeypatch.setattr(tool.gpu_benchmarks, "_dispatcher", lambda *arguments: dispatcher)
     monkeypatch.setattr(reference, "forward", lambda *arguments: pytest.fail("the reference was timed"))
     output = tmp_path / "results.json"
