@@ -234,6 +234,11 @@ class TrainingConfig(Section):
         default=3,
         description="Consecutive steps with a non-finite loss or gradient after which the run stops.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Run each transformer block as one graph compiled by torch.compile, shared by blocks that are "
+        "alike; not with ZeRO 3.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
