@@ -22,7 +22,7 @@ from slope_dist.sparse import CompressedMatrix, Pattern, SparseWeight, kernels, 
 from slope_dist.sparse.kernels import dispatch, measuring, primitives
 from slope_dist.sparse.kernels.dispatch import Arrangement, Dispatcher
 from tests.sparse.kernels.devices import DEVICES
-from tests.sparse.kernels.found import VENDORS, device_of, leave_out_interpreted_bf16, need
+from tests.sparse.kernels.found import VENDORS, device_of, leave_out_interpreter, need
 from tests.sparse.kernels.vendors import preferring
 from tests.sparse.oracle import same_bits
 
@@ -91,7 +91,7 @@ def dispatcher_of(device: str, route: str, **options) -> Dispatcher:
 def test_a_layer_gives_all_that_plain_torch_gives(
     resident: bool, dtype: torch.dtype, route: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave_out_interpreted_bf16(monkeypatch, device, dtype)
+    leave_out_interpreter(monkeypatch, device)
     arrangements: tuple[Arrangement, ...] = ("in place", "kept", "derived")
     for arrangement in arrangements:
         for held in (False, True):
@@ -137,7 +137,7 @@ def test_decoding(tokens: int, adapter: bool, device: str) -> None:
 def test_compiled_whole_it_is_the_same(
     resident: bool, route: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave_out_interpreted_bf16(monkeypatch, device, torch.bfloat16)
+    leave_out_interpreter(monkeypatch, device)
     made = layer(torch.bfloat16, resident=resident).to(device_of(device))
     with kernels.using(dispatcher_of(device, route)):
         step(made)
@@ -184,7 +184,7 @@ def test_the_products_of_a_step_are_captured_and_replayed(
     resident: bool, route: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With new inputs and new values: equal, to the bit, to the same products without a graph."""
-    leave_out_interpreted_bf16(monkeypatch, device, torch.bfloat16)
+    leave_out_interpreter(monkeypatch, device)
     made = layer(torch.bfloat16, resident=resident, adapter=False).to(device_of(device))
     weight, bias = sparse(made), made.bias
     assert bias is not None
@@ -253,7 +253,7 @@ def test_nothing_is_measured_and_no_library_asked_while_a_graph_is_captured(
 @pytest.mark.parametrize("route", ["segment-k", *WHOLE])
 def test_deterministic_steps_are_equal_to_the_bit(route: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the fastest way is one that is not: it is not taken."""
-    leave_out_interpreted_bf16(monkeypatch, device, torch.bfloat16)
+    leave_out_interpreter(monkeypatch, device)
     made = layer(torch.bfloat16, resident=False).to(device_of(device))
     chosen = dispatcher_of(device, route, deterministic=True)
     weight = sparse(made)
@@ -291,7 +291,7 @@ def held_bytes(make: Callable[[], list[Tensor]], device: str) -> int:
 def test_resident_bits_an_element(
     arrangement: Arrangement, resident: bool, bits: int, vendor: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave_out_interpreted_bf16(monkeypatch, device, torch.bfloat16)
+    leave_out_interpreter(monkeypatch, device)
     # Every tensor is a multiple of the 512 bytes that torch's allocator rounds to.
     rows, columns, tokens = (1024, 1024, 64) if device == "cuda" else (128, 128, 8)
     chosen = dispatcher_of(device, f"{vendor}/1", arrangement=arrangement)

@@ -24,7 +24,7 @@ from tests.sparse.kernels.found import (
     device_of,
     found_on,
     in_order,
-    leave_out_interpreted_bf16,
+    leave_out_interpreter,
     need,
     operands_of,
     tell_rejected,
@@ -67,7 +67,8 @@ def test_products(
     arrangement: Arrangement,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    leave_out_interpreted_bf16(monkeypatch, device, dtype)
+    if dtype == torch.bfloat16:
+        leave_out_interpreter(monkeypatch, device)
     vendors = found_on(device)
     dispatcher = Dispatcher(device_of(device), vendors, arrangement=arrangement, timer=in_order)
     for measured, used in tokens_on(device).items():
@@ -92,7 +93,7 @@ def test_products(
 @pytest.mark.parametrize("device", DEVICES)
 def test_input_gradients(device: str, dtype: torch.dtype, over: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """From W^R alone: W^{R,C} expanded, or its transpose made and multiplied by a library, whole or in tiles."""
-    leave_out_interpreted_bf16(monkeypatch, device, dtype)
+    leave_out_interpreter(monkeypatch, device)
     vendors = need(device, over)
     dispatcher = Dispatcher(device_of(device), vendors, timer=preferring(over))
     for tokens in (8, 1024 if device == "cuda" else 32):
