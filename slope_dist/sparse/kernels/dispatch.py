@@ -247,7 +247,8 @@ class Dispatcher:
             if choice is not None:
                 return choice.candidate
         if self.deterministic or _capturing(self.device):
-            return next(iter(self.candidates(kind, problem)))
+            # Without asking libraries what they support: that waits for the device, which ends a capture.
+            return ways.EXPAND if kind == "product" else ways.EXPAND_DOUBLY_PRUNED
         return self._choice(kind, rounded).candidate
 
     def _choice(self, kind: Kind, problem: Problem) -> Choice:
