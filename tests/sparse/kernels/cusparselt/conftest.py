@@ -93,9 +93,23 @@ def build_standin(folder: Path) -> Path:
     return path
 
 
+def compile_standin(folder: Path) -> Path:
+    """The stand-in as a library in a folder; FileNotFoundError without a C compiler."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc) to build the stand-in for cuSPARSELt with")
+    path = folder / "libcusparseLt.so.0"
+    command = [compiler, "-shared", "-fPIC", "-O1", "-o", str(path), str(SOURCE), "-lm", "-lpthread"]
+    subprocess.run(command, check=True)
+    return path
+
+
 @pytest.fixture(scope="session")
 def standin_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_standin(tmp_path_factory.mktemp("standin"))
+    try:
+        return compile_standin(tmp_path_factory.mktemp("standin"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
