@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slope_dist.training.progress import PeakMemory, ProgressLine, peak_memory
+from slope_dist.training.utilization import Utilization
 from slope_dist.transfer import duration_text, size_text
 
 
@@ -19,8 +20,7 @@ def line(**changes: object) -> ProgressLine:
         "first_step": 1,
         "steps": 4,
         "tokens_per_step": 100,
-        "flops_per_token": 1e6,
-        "ranks": 1,
+        "utilization": Utilization(flops_per_token=1e6, ranks=1, peak=None, basis=""),
         "log_interval": 2,
         "show": True,
     }
@@ -42,6 +42,13 @@ def test_plain_lines_say_everything(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert re.fullmatch(parts, lines[0])
     assert "\x1b" not in "".join(lines)
+
+
+def test_mfu_is_shown_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = line(utilization=Utilization(flops_per_token=1e6, ranks=1, peak=1e12, basis=""), log_interval=1)
+    progress.start()
+    progress.step(1, 1.0, "sparse", None)
+    assert re.search(r"tokens/s \| MFU [\d.]+ % \(dense-equivalent\) \| ", capsys.readouterr().out)
 
 
 def test_skipped_steps_are_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
