@@ -300,7 +300,7 @@ class Dispatcher:
                 continue
             try:
                 given = self.given(candidate, operands)
-                wrong = measuring.why_wrong(candidate.run(given), expected)
+                wrong = _why_wrong(kind, candidate, given, expected)
             except VendorError as error:
                 wrong = str(error)
             if wrong is None:
@@ -350,6 +350,20 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
         matrix = pruning.doubly_pruned(values, indices, primitives.TWO_FOUR).t().contiguous()
     expected = x.float() @ matrix.float().t()
     return Operands(x, values, indices), lambda x: functional.linear(x, matrix), expected
+
+
+def _why_wrong(kind: Kind, candidate: Candidate, operands: Operands, expected: Tensor) -> str | None:
+    """What is wrong with a candidate's result, also where it is to add a bias and an addend; None: nothing."""
+    wrong = measuring.why_wrong(candidate.run(operands), expected)
+    if wrong is not None or kind == "input gradient":
+        return wrong
+    dtype = operands.x.dtype
+    # Numbers of the product's own size, or leaving them out would pass.
+    bias, addend = expected[0].to(dtype), expected.flip(0).to(dtype)
+    wrong = measuring.why_wrong(
+        candidate.run(replace(operands, bias=bias, addend=addend)), expected + bias.float() + addend.float()
+    )
+    return None if wrong is None else f"with bias and addend {wrong}"
 
 
 def _key(kind: Kind, problem: Problem) -> str:

@@ -73,7 +73,7 @@ def test_what_is_slower_than_dense_is_said_to_be() -> None:
     assert choice.route == "expand" and "as fast as dense" in choice.why
 
 
-@pytest.mark.parametrize("kind", ["wrong", "nan", "failing"])
+@pytest.mark.parametrize("kind", ["wrong", "nan", "failing", "without bias", "without addend"])
 def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
     vendor = PlainVendor((PlainAlgorithm(kind), PlainAlgorithm("right")))
     choice = Dispatcher(CPU, vendors(vendor), timer=preferring(kind, "right")).product_choice(PROBLEM)
