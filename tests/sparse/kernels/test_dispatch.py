@@ -205,7 +205,15 @@ def test_deterministic_mode_neither_measures_in_passing_nor_takes_what_varies() 
     assert choice.route == "expand"
     assert choice.rejected["plain/1 right in any order"] == "not deterministic"
     dispatcher._timer = never
-    check_product(dispatcher, kernels.Problem(128, 64, 32, torch.float32, CPU))
+    other = kernels.Problem(128, 64, 32, torch.float32, CPU)
+    check_product(dispatcher, other)
+    # What was not known then may be later.
+    dispatcher._timer = preferring("plain/1")
+    vendor.kinds = (PlainAlgorithm("right"),)
+    dispatcher.warm_up([("product", other)])
+    vendor.seen.clear()
+    check_product(dispatcher, other)
+    assert vendor.seen
 
 
 def test_the_clock_measures_every_call() -> None:
