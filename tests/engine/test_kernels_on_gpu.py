@@ -4,7 +4,7 @@ A small OPT of 256 wide, by the real trainer: with a vendor's library preferred 
 `sparsity.kernels` "reference". On a CPU the same bodies run a few steps with a vendor of plain torch, which in bf16
 sums in two rounded halves, so that it differs from the reference by more than a library does.
 
-Run: pytest tests/engine/test_kernels_on_gpu.py -rs
+Run: pytest tests/engine/test_kernels_on_gpu.py -rs -m "slow or gpu"
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ MEAN = 2.0**-10
 LEARNING_RATE = 0.0002
 """With ten times as much the loss of this small corpus falls to a tenth, and two runs that differ by rounding alone
 part by 9 % in bf16, by 2 % in fp32: that would say nothing of kernels."""
+
+SLOWLY = [pytest.param("cpu", marks=[*DEVICES[0].marks, pytest.mark.slow]), DEVICES[1]]
+"""On a CPU, where tests/engine/test_with_kernels.py has more of it in less time, two minutes."""
 
 MODEL = {"hidden_size": 256, "num_layers": 2, "num_heads": 4, "ffn_size": 1024, "sequence_length": 64}
 
@@ -117,7 +120,7 @@ def run(
 
 @pytest.mark.parametrize("preferred", [f"{vendor}/1" for vendor in VENDORS])
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", SLOWLY)
 def test_bf16(device: str, engine: str, preferred: str, corpus: Path, tmp_path: Path) -> None:
     if device == "cpu" and preferred != f"{VENDORS[0]}/1":
         pytest.skip("one vendor of plain torch is enough")
@@ -135,7 +138,7 @@ def test_bf16(device: str, engine: str, preferred: str, corpus: Path, tmp_path: 
     assert expected[-1] < expected[0], "nothing was learned that could differ"
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", SLOWLY)
 def test_fp32_with_transposes_that_the_optimizer_writes(device: str, corpus: Path, tmp_path: Path) -> None:
     """ZeRO 0: fp32 weights are whole, so AdamW's kernel writes values and transposes in one pass."""
     changes = {"precision": "fp32", "parallel__zero_stage": 0, "sparsity__backward_weight": "resident"}
