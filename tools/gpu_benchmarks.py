@@ -15,12 +15,12 @@ from rich.console import Console
 from slope_dist.benchmark import block, cells, decode, gemm, machine, plots, refresh, step
 from slope_dist.benchmark.block_linears import config_name, matrices
 from slope_dist.benchmark.cells import Cell
-from slope_dist.benchmark.peaks import peaks_of
 from slope_dist.benchmark.results import ResultFile
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.config import Config, load_config
 from slope_dist.errors import UserError
 from slope_dist.export.options import DTYPES
+from slope_dist.planning.gpus import peaks_of
 from slope_dist.sparse import kernels
 from slope_dist.sparse.kernels.vendors import NAMES
 

@@ -17,6 +17,8 @@ Facts = dict[str, Any]
 
 _X = "x: median of the ratios to dense, round by round, with quartiles; below 1 is faster."
 
+_TRAINING = ("ms", "x", "state GB", "x", "peak GB", "x", "host ms", "eager")
+
 
 def gemm_table(rows: Rows, facts: Facts) -> Table:
     """A line for each product: dense, the dispatcher and each route alone."""
@@ -57,7 +59,7 @@ def block_table(rows: Rows, facts: Facts) -> Table:
         facts,
         f"{_X} state: weights, metadata, transposes, gradients, masters, moments. peak: of a step, measured; - on the "
         "CPU. eager: why torch.compile did not take it.",
-        ("model", "tokens", "", "ms", "x", "state GB", "x", "peak GB", "x", "host ms", "eager"),
+        ("model", "tokens", "", *_TRAINING),
     )
     for row in rows:
         if not _skipped(table, row):
@@ -70,9 +72,10 @@ def step_table(rows: Rows, facts: Facts) -> Table:
     table = _table(
         "a training step of a whole model, with the layers that fit",
         facts,
-        "Rivals one after another, dense first and last; x: time over the mean of the two. state and peak as of a "
-        "block.",
-        ("model", "layers", "tokens", "", "tokens/s", "ms", "x", "state GB", "x", "peak GB", "x", "host ms", "eager"),
+        "Rivals one after another, dense first and last; x: time over the mean of the two. MFU: what the dense model "
+        "computes for these tokens, of the card's dense 16-bit peak, for every rival alike; - where that is not known. "
+        "state and peak as of a block.",
+        ("model", "layers", "tokens", "", "tokens/s", "MFU", *_TRAINING),
     )
     for row in rows:
         if not _skipped(table, row):
@@ -84,7 +87,10 @@ def step_table(rows: Rows, facts: Facts) -> Table:
 def _training_rows(table: Table, row: dict[str, Any], first: tuple[str, ...]) -> None:
     dense = row["rivals"][block.DENSE]
     for name, rival in row["rivals"].items():
-        rate = (f"{rival['tokens_per_second']:.0f}",) if "tokens_per_second" in rival else ()
+        rate: tuple[str, ...] = ()
+        if "tokens_per_second" in rival:
+            mfu = "-" if rival["mfu"] is None else f"{100 * rival['mfu']:.1f} %"
+            rate = (f"{rival['tokens_per_second']:.0f}", mfu)
         peak = ("-", "-")
         if rival["peak_bytes"] is not None:
             peak = (f"{rival['peak_bytes'] / GB:.3f}", f"{rival['peak_bytes'] / dense['peak_bytes']:.3f}")

@@ -16,7 +16,8 @@ from torch.nn import functional
 from slope_dist.benchmark import timing
 from slope_dist.benchmark.block_linears import TWO_FOUR, Matrix
 from slope_dist.benchmark.checking import doubly_kept, require_right
-from slope_dist.benchmark.peaks import Peaks, least_seconds
+from slope_dist.benchmark.peaks import least_seconds
+from slope_dist.planning.gpus import Peaks
 from slope_dist.sparse import codec, pruning, reference
 from slope_dist.sparse.kernels import Dispatcher, Problem, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands

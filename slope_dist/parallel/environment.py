@@ -19,6 +19,10 @@ Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 INIT_TIMEOUT = timedelta(minutes=30)
 """Long enough for rank 0 to prepare a corpus while the others wait."""
 
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""With which cuBLAS gives the same bits each time; the second is the smaller and slower one."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -140,12 +144,13 @@ class MeetingError(Exception):
     """There is no process group: one line that says where it was to be and why not."""
 
 
-def start(environment: Environment, threads: int) -> None:
+def start(environment: Environment, threads: int, *, deterministic: bool = False) -> None:
     """Make the default process group and set this process's device and CPU threads.
 
     Args:
         environment: from `discover`.
         threads: CPU threads of this process.
+        deterministic: whether torch and cuBLAS compute alike each time, from here to `stop`.
 
     Raises:
         UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
@@ -153,6 +158,10 @@ def start(environment: Environment, threads: int) -> None:
         MeetingError: if another rank never came, or went before all were there.
     """
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic and os.environ.get(CUBLAS_WORKSPACE) not in DETERMINISTIC_WORKSPACES:
+        # cuBLAS reads it when the first product is computed on a GPU.
+        os.environ[CUBLAS_WORKSPACE] = DETERMINISTIC_WORKSPACES[0]
     gpu = torch.cuda.is_available()
     # Every rank of the machine refuses, not only those without a GPU: the others would wait for them.
     processes = max(environment.local_world_size, environment.local_rank + 1)
@@ -194,6 +203,7 @@ def start(environment: Environment, threads: int) -> None:
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and let torch choose its algorithms again."""
+    torch.use_deterministic_algorithms(False)
     if dist.is_initialized():
         dist.destroy_process_group()

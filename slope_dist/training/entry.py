@@ -74,7 +74,11 @@ def pretrain(request: Request) -> int:
         config = load_config(request.config, request.changes)
         summary = describe(config, _derive(config, place))
         try:
-            environment.start(place, threads_per_process(config, place.local_world_size))
+            environment.start(
+                place,
+                threads_per_process(config, place.local_world_size),
+                deterministic=config.training.deterministic,
+            )
         except UserError as error:
             environment.stop()
             # What is wrong may be wrong on one machine alone, so one rank of each says it.

@@ -42,8 +42,8 @@ class Journal:
     def step(self, row: dict[str, Any]) -> None:
         """A training step."""
         self._write(row)
-        for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
-            if row[name] is not None:
+        for name in ("loss", "lr", "grad_norm", "tokens_per_second", "mfu"):
+            if row.get(name) is not None:
                 self._board.add_scalar(f"train/{name}", row[name], row["step"])
 
     def evaluation(self, step: int, result: Evaluation) -> None:

@@ -11,11 +11,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from slope_dist.training.utilization import Utilization
 from slope_dist.transfer import duration_text, size_text
-
-# Dense bf16 peak of a card in FLOP/s, by a part of its name, from the vendors' datasheets: the basis of
-# `mfu_bf16_dense`.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_memory() -> int:
@@ -57,14 +54,13 @@ class PeakMemory:
 
 
 class ProgressLine:
-    """step/total, %, loss, tokens/s, TFLOP/s on GPU, peak memory, phase, time left.
+    """step/total, %, loss, tokens/s, MFU, peak memory, phase, time left.
 
     Args:
         first_step: the first step of this process.
         steps: the run's last step.
         tokens_per_step: over all ranks.
-        flops_per_token: of forward and backward of the dense-equivalent model, for TFLOP/s and MFU.
-        ranks: over which these spread.
+        utilization: what turns tokens a second into MFU.
         log_interval: steps between plain lines.
         show: False on ranks that keep quiet.
     """
@@ -75,16 +71,14 @@ class ProgressLine:
         first_step: int,
         steps: int,
         tokens_per_step: int,
-        flops_per_token: float,
-        ranks: int,
+        utilization: Utilization,
         log_interval: int,
         show: bool,
     ) -> None:
         self.steps = steps
         self.first_step = first_step
         self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
-        self.ranks = ranks
+        self.utilization = utilization
         self.log_interval = log_interval
         self.show = show
         self._console = Console(soft_wrap=True, highlight=False)
@@ -140,13 +134,8 @@ class ProgressLine:
             f"{100 * step / self.steps:.1f} %",
             f"loss {loss:.4f}",
             f"{rate:,.0f} tokens/s",
+            *self.utilization.shown(rate),
         ]
-        if torch.cuda.is_available():
-            flops = rate * self.flops_per_token / self.ranks
-            name = torch.cuda.get_device_name()
-            peak = next((peak for card, peak in _PEAK_FLOPS.items() if card in name), None)
-            mfu = "" if peak is None else f", mfu_bf16_dense {100 * flops / peak:.1f} %"
-            parts.append(f"{flops / 1e12:.1f} dense-equivalent TFLOP/s a GPU{mfu}")
         # Measuring the switch sets the system's own peak back.
         self._peak = max(self._peak, peak_memory())
         parts += [f"peak memory {size_text(self._peak)}", phase]

@@ -21,7 +21,7 @@ from slope_dist.parallel.fragments import Fragment, MemorySource
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.training import fingerprint
-from slope_dist.training.build import build_engine, check_engine, count_state
+from slope_dist.training.build import build_engine, check_engine
 from slope_dist.training.corpora import Corpora
 from slope_dist.training.ending import Turn
 from slope_dist.training.evaluation import Evaluation, evaluate, evaluate_mixture
@@ -34,6 +34,7 @@ from slope_dist.training.progress import PeakMemory, ProgressLine
 from slope_dist.training.schedule import learning_rates
 from slope_dist.training.state import state_of
 from slope_dist.training.stopping import Stopper
+from slope_dist.training.utilization import find_utilization
 from slope_dist.transfer import Transfer, duration_text, size_text
 
 LAST_WAIT, SHORT_WAIT = 600.0, 2.0
@@ -122,8 +123,7 @@ class Trainer:
             first_step=self.step + 1,
             steps=config.training.steps,
             tokens_per_step=self.derived.tokens_per_step,
-            flops_per_token=6.0 * count_state(config, self.derived, adapters=False).parameters.total,
-            ranks=environment.world_size,
+            utilization=find_utilization(config, self.derived),
             log_interval=config.run.log_interval,
             show=environment.is_first,
         )
@@ -191,9 +191,9 @@ class Trainer:
 
     def _start(self) -> None:
         """Build the engine of the phase the run is in, and load the checkpoint it goes on from."""
-        for line in start_products(self.config, self.derived, self.folder.path):
-            if self.environment.is_first:
-                print(line, flush=True)
+        lines = [*start_products(self.config, self.derived, self.folder.path), self.progress.utilization.basis]
+        if self.environment.is_first:
+            print("\n".join(lines), flush=True)
         self._engine = build_engine(
             self.config, self.derived, self.groups, adapters=self.adapters, draw=self.resumed_from is None
         )
@@ -289,6 +289,9 @@ class Trainer:
             "tokens_per_second": round(speed, 1),
             "phase": self.phase,
         }
+        mfu = self.progress.utilization.mfu(speed)
+        if mfu is not None:
+            row["mfu"] = round(mfu, 4)
         if self.adapters and rates["adapters"] != rates["base"]:
             row["lr_adapters"] = rates["adapters"]
         if skipped is not None:

@@ -16,6 +16,7 @@ from slope_dist.benchmark.block_linears import Matrix, block_linears, matrices
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.config import load_config
 from slope_dist.errors import UserError
+from slope_dist.planning import gpus
 from slope_dist.sparse import reference
 from slope_dist.sparse.kernels import Dispatcher, Problem, dispatch, primitives
 from tests.distributed import ROOT
@@ -92,7 +93,7 @@ def test_the_reference_is_the_rival_on_the_cpu(kind: gemm.Kind, dtype: torch.dty
 
 @pytest.mark.parametrize("kind", ["forward", "input gradient"])
 def test_a_dispatcher_is_measured_beside_its_routes(kind: gemm.Kind, dispatcher: Dispatcher) -> None:
-    card = peaks.peaks_of("NVIDIA H200")
+    card = gpus.peaks_of("NVIDIA H200")
     row = gemm.measure(gemm.Case(kind, 24, SMALL, BF16, CPU), dispatcher, 0, card)
     derived = {gemm.DERIVED} if kind == "input gradient" else set()
     assert set(row["rivals"]) == {gemm.DENSE, gemm.DISPATCHER, "expand"} | derived
@@ -141,11 +142,11 @@ def test_an_input_gradient_over_the_singly_pruned_weight_is_wrong(monkeypatch: p
 
 
 def test_the_roofline() -> None:
-    card = peaks.Peaks(dense=1e12, sparse=2e12, bandwidth=1e12)
+    card = gpus.Peaks(dense=1e12, sparse=2e12, bandwidth=1e12)
     # 2 * 1000^3 operations at 1e12; half of it sparse. The bytes, 6e6, take 6e-6 seconds.
     assert peaks.least_seconds(card, 1000, 1000, 1000, sparse=False) == pytest.approx(2e-3)
     assert peaks.least_seconds(card, 1000, 1000, 1000, sparse=True) == pytest.approx(1e-3)
     # One token: 2 bytes an element of the weight, or 9 bits, and 4000 bytes of vectors.
     assert peaks.least_seconds(card, 1, 1000, 1000, sparse=False) == pytest.approx(2.004e-6)
     assert peaks.least_seconds(card, 1, 1000, 1000, sparse=True) == pytest.approx(1.129e-6)
-    assert peaks.peaks_of("AMD EPYC") is None
+    assert gpus.peaks_of("AMD EPYC") is None
