@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from slope_dist.parallel import environment
-from tests.distributed import run_ranks
+from tests.distributed import end_ranks
 from tests.runs import pretrain, state_hash, step_rows, watch_engines, write_config
 
 WORKSPACE = environment.CUBLAS_WORKSPACE
@@ -45,9 +46,16 @@ def watched(config: str) -> dict[str, Any]:
     }
 
 
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own."""
+    [outcome] = end_ranks(function, 1, *arguments, process_group=False)
+    assert outcome.code == 0, outcome.errors
+    return outcome.result
+
+
 def runs(corpus: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     config = write_config(folder, corpus, training__steps=4, run__log_interval=4, **changes)
-    [found] = run_ranks(watched, 1, str(config), process_group=False)
+    found = alone(watched, str(config))
     assert found["code"] == 0
     return found
 
@@ -94,13 +102,12 @@ def start_in_order(given: str | None) -> dict[str, Any]:
     ("given", "kept"), [(None, ":4096:8"), (":16:8", ":16:8"), (":0:0", ":4096:8")], ids=["unset", "small", "neither"]
 )
 def test_it_is_set_before_cuda_is_used_and_children_see_it(given: str | None, kept: str) -> None:
-    [found] = run_ranks(start_in_order, 1, given, process_group=False)
+    found = alone(start_in_order, given)
     assert found == {"seen": [kept, True], "child": kept, "during": True}
 
 
 def test_another_run_in_the_process_is_free_again() -> None:
-    [found] = run_ranks(start_twice, 1, process_group=False)
-    assert found == [True, False]
+    assert alone(start_twice) == [True, False]
 
 
 def start_twice() -> list[bool]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slope_dist.training.progress import PeakMemory, ProgressLine, peak_memory
+from slope_dist.training.utilization import Utilization
 from slope_dist.transfer import duration_text, size_text
 
 
@@ -19,8 +20,7 @@ def line(**changes: object) -> ProgressLine:
         "first_step": 1,
         "steps": 4,
         "tokens_per_step": 100,
-        "flops_per_token": 1e6,
-        "ranks": 1,
+        "utilization": Utilization(1e6, 1, None, "no MFU"),
         "log_interval": 2,
         "show": True,
     }
@@ -42,6 +42,15 @@ def test_plain_lines_say_everything(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert re.fullmatch(parts, lines[0])
     assert "\x1b" not in "".join(lines)
+
+
+def test_mfu_comes_with_its_basis(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = line(utilization=Utilization(1e6, 1, 1e12, "MFU"))
+    progress.start()
+    rate = progress.step(4, 3.25, "sparse", None)
+    assert f"{rate:,.0f} tokens/s | MFU {100 * rate * 1e6 / 1e12:.1f} % (dense-equivalent) | peak" in (
+        capsys.readouterr().out
+    )
 
 
 def test_skipped_steps_are_always_shown(capsys: pytest.CaptureFixture[str]) -> None:
