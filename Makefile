@@ -26,6 +26,8 @@ test-gpu: $(INSTALLED)
 
 # Without a GPU: every CUTLASS kernel compiled for A100 and Hopper. Needs nvcc; a minute or two for each kernel.
 check-cuda: $(INSTALLED)
+	@# Without what it depends on, which its headers do not need.
+	$(BIN)/python -c 'import cutlass_library' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/python -m slope_dist.sparse.kernels.cutlass.build --arch sm_80 sm_90a --compile-only
 
 # What takes minutes, such as `make pretrain` itself in a fresh clone.

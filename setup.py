@@ -14,6 +14,7 @@ setup(
     long_description=Path("README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["slope_dist", "slope_dist.*"]),
+    package_data={"slope_dist.sparse.kernels.cutlass": ["*.cu"]},
     python_requires=">=3.11",
     install_requires=[
         "datasets>=5",
@@ -33,7 +34,6 @@ setup(
         "torch>=2.11",
     ],
     extras_require={
-        "cutlass": ["nvidia-cutlass>=4.2"],
         "evaluation": ["lm-eval>=0.4.13"],
         "interpreter": ["triton==3.9.0"],
         "test": [

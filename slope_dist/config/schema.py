@@ -85,6 +85,11 @@ class Config(Section):
                 'precision "fp16" does not work with parallel.engine "fsdp", which scales no loss; use precision '
                 '"bf16", or parallel.engine "deepspeed"'
             )
+        if self.training.compile and self.parallel.engine == "deepspeed" and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "training.compile true does not work with parallel.zero_stage 3, which gathers weights inside the "
+                'blocks; use training.compile false, parallel.engine "fsdp", or a stage below 3'
+            )
         self._check_tensor_ranks()
         if self.model.num_layers < self.parallel.pipeline:
             raise ValueError(

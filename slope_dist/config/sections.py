@@ -243,6 +243,11 @@ class TrainingConfig(Section):
         "gradients, fewer kernels to choose from, new memory filled before use. An operation that torch has no such "
         "algorithm for ends the run.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Run each transformer block as one graph compiled by torch.compile, shared by blocks that are "
+        "alike; not with ZeRO 3.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

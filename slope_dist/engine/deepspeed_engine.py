@@ -190,6 +190,7 @@ class DeepSpeedEngine:
         self._engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         scale_before = self._loss_scale()
+        self._make_transposes()
         for tokens, labels in micro_batches:
             loss = self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
             total += loss.detach()
@@ -280,6 +281,12 @@ class DeepSpeedEngine:
     def _values_changed(self) -> None:
         for weight in self._sparse:
             weight.values_changed()
+
+    def _make_transposes(self) -> None:
+        """Before the blocks run: one that made its own would be another graph than the one that finds it made."""
+        for weight in self._sparse:
+            if weight.resident_transpose:
+                weight.transpose()
 
     def _indices_changed(self) -> None:
         for weight in self._sparse:

@@ -75,6 +75,7 @@ class PipelineEngine(DeepSpeedEngine):
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """All micro-batches through all stages, and one guarded update."""
         scale_before = self._loss_scale()
+        self._make_transposes()
         loss = self._engine.train_batch(iter(micro_batches))
         self._forget()
         self._values_changed()

@@ -77,6 +77,11 @@ class LanguageModel(nn.Module):
         self.loss = loss
         self.recompute = recompute
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers between the embedding and the head."""
+        return list(self.layers)[1:-1]
+
     def logits(self, tokens: Tensor, decoding: Decoding | None = None, since: int = 0) -> Tensor:
         """int64 [B, S] -> [B, S - since, V], or this tensor rank's part of V.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch import nn
 from slope_dist.config import Config, Derived, deepspeed_dict
 from slope_dist.config.resolve import zero_stage
 from slope_dist.engine import Engine
+from slope_dist.engine.compilation import BlockCompiler
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
@@ -98,12 +99,21 @@ def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: 
     )
     interval = config.sparsity.column_mask_interval
     factory = layer_factory(config, derived, adapters=adapters, draw=draw, place=tensor_place(config, groups))
+    compiler = BlockCompiler() if training.compile else None
+
+    def model(prepare: Callable[[nn.Module], None]) -> LanguageModel:
+        made = build(config, factory, prepare)
+        if compiler is not None:
+            for block in made.blocks:
+                compiler(block)
+        return made
+
     if config.parallel.engine == "fsdp":
         from slope_dist.engine.fsdp_engine import FSDPEngine
 
         assert config.precision != "fp16", "refused by the schema"
         return FSDPEngine(
-            partial(build, config, factory),
+            model,
             groups,
             optimizer,
             precision=config.precision,
@@ -120,8 +130,11 @@ def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: 
     if config.parallel.pipeline > 1:
         from slope_dist.engine.pipeline_engine import PipelineEngine
 
+        layers = family(config.model.family).layers(factory, shape_of(config.model))
+        if compiler is not None:
+            layers[1:-1] = map(compiler.of, layers[1:-1])
         return PipelineEngine(
-            family(config.model.family).layers(factory, shape_of(config.model)),
+            layers,
             factory.next_token_loss(),
             stages(config, derived),
             groups,
@@ -132,7 +145,7 @@ def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: 
         )
     from slope_dist.engine.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(partial(build, config, factory), groups, settings, optimizer, column_mask_interval=interval)
+    return DeepSpeedEngine(model, groups, settings, optimizer, column_mask_interval=interval)
 
 
 def stages(config: Config, derived: Derived) -> list[int]:

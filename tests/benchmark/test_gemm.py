@@ -35,7 +35,7 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch) -> Dispatcher:
     """Without Triton, whoever has turned its interpreter on, and without a clock."""
     monkeypatch.setattr(primitives, "why_no_triton", lambda device_type: "not here")
 
-    def timer(calls: Mapping[str, Callable], device: torch.device) -> dict[str, float]:
+    def timer(calls: Mapping[str, Callable], device: torch.device, cold: bool) -> dict[str, float]:
         return dict.fromkeys(calls, 1.0)
 
     return Dispatcher(CPU, timer=timer)

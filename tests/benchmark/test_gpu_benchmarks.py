@@ -89,7 +89,7 @@ def test_a_command_through_a_dispatcher(
 ) -> None:
     """As on a GPU, but for its libraries: products are the dispatcher's, and it is part of the setting."""
     monkeypatch.setattr(kernels.primitives, "why_no_triton", lambda device_type: "not here")
-    dispatcher = kernels.Dispatcher(torch.device("cpu"), timer=lambda calls, device: dict.fromkeys(calls, 1.0))
+    dispatcher = kernels.Dispatcher(torch.device("cpu"), timer=lambda calls, device, cold: dict.fromkeys(calls, 1.0))
     monkeypatch.setattr(tool.gpu_benchmarks, "_dispatcher", lambda *arguments: dispatcher)
     monkeypatch.setattr(reference, "forward", lambda *arguments: pytest.fail("the reference was timed"))
     output = tmp_path / "results.json"
@@ -260,7 +260,7 @@ def test_mfu_has_a_column(mfu: float | None, shown: str, tool: ModuleType) -> No
     rival = dict.fromkeys(("seconds", "host_seconds", "ratio", "state_bytes", "tokens_per_second"), 1.0)
     rival |= {"peak_bytes": None, "adapter_rank": 0, "why_eager": None, "mfu": mfu}
     row = {"config": "small", "layers": 1, "layers_of_model": 2, "tokens": 8, "rivals": {"dense": rival}}
-    table = tool.gpu_benchmarks.gpu_tables.step_table(
+    table = tool.gpu_benchmarks.tables.step_table(
         [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1}
     )
     [column] = [column for column in table.columns if column.header == "MFU"]

@@ -130,7 +130,7 @@ def test_a_compiled_block_is_one_graph_in_all_steps(config: Config, monkeypatch:
     """Through a dispatcher's operators, its resident transposes made anew in each."""
     monkeypatch.setattr(kernels.primitives, "why_no_triton", lambda device_type: "not here")
     monkeypatch.setattr(trainer.torch, "compile", partial(torch.compile, backend=(graphs := Counted())))
-    dispatcher = kernels.Dispatcher(CPU, timer=lambda calls, device: dict.fromkeys(calls, 1.0))
+    dispatcher = kernels.Dispatcher(CPU, timer=lambda calls, device, cold: dict.fromkeys(calls, 1.0))
     with kernels.using(dispatcher):
         form = Form("resident", sparse=True, resident=True)
         made = OnACard(partial(build_block, config, form, CPU, BF16), summed, CPU)

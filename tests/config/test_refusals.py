@@ -56,6 +56,10 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"parallel__engine": "fsdp", "sparsity": {"backward_weight": "resident"}},
         ('sparsity.backward_weight "resident"', 'parallel.engine "fsdp"', 'use "auto" or "derived"'),
     ),
+    "compiled under ZeRO 3": (
+        {"parallel__zero_stage": 3, "training__compile": True},
+        ("training.compile true", "parallel.zero_stage 3", 'parallel.engine "fsdp"'),
+    ),
     "fp16 under fsdp": (
         {"parallel__engine": "fsdp", "precision": "fp16"},
         ('precision "fp16"', 'parallel.engine "fsdp"', 'use precision "bf16"'),

@@ -195,8 +195,28 @@ def test_bytes_of_a_share_by_hand() -> None:
     trained = matrices // 2 + vectors
     assert (state.weights, state.gradients, state.metadata) == (2 * trained, 4 * trained, matrices // 8)
     assert (state.masters, state.moments, state.transposes) == (4 * trained // 2, 8 * trained // 2, 0)
-    assert state.bytes == 6 * trained + matrices // 8 + 6 * trained
+    # A GPU is named, so a library may keep the metadata once more, in its own order.
+    assert state.kernel_metadata == matrices // 8
+    assert state.bytes == 6 * trained + 2 * (matrices // 8) + 6 * trained
     assert state.carried == 6 * trained + matrices // 8
+
+
+@pytest.mark.parametrize(
+    ("kept", "parallel", "sparsity"),
+    [
+        (True, {"zero_stage": 1}, {}),
+        (False, {"zero_stage": 1}, {"kernels": "reference"}),
+        (False, {"zero_stage": 1}, {"vendors": ()}),
+        (False, {"zero_stage": 3}, {}),
+        (False, {"engine": "fsdp"}, {}),
+    ],
+    ids=["ZeRO 1", "reference", "no library", "ZeRO 3", "FSDP2"],
+)
+def test_a_library_keeps_metadata_only_of_whole_weights(kept: bool, parallel: dict, sparsity: dict) -> None:
+    config = read("opt6.7b", pipeline=1, gpu="a100-80gb", **parallel)
+    config = config.model_copy(update={"sparsity": config.sparsity.model_copy(update=sparsity)})
+    state = count_state(config, derive(config, 8), adapters=False).heaviest
+    assert state.metadata > 0 and (state.kernel_metadata > 0) == kept
 
 
 def test_fsdp_divides_everything_and_its_weights_are_the_masters() -> None:

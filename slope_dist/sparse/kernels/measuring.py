@@ -16,8 +16,11 @@ ROUNDS = 11
 SAMPLE_SECONDS = 1e-3
 MOST_CALLS = 100
 
-Timer = Callable[[Mapping[str, Callable[[], object]], torch.device], dict[str, float]]
-"""Median seconds of each of several calls on a device."""
+FLUSH_BYTES = 2**28
+"""Written to push all else out of a card's L2 cache, which is smaller on every one."""
+
+Timer = Callable[[Mapping[str, Callable[[], object]], torch.device, bool], dict[str, float]]
+"""Median seconds of each of several calls on a device; True: with nothing of their operands in a cache."""
 
 
 def why_wrong(found: Tensor, expected: Tensor) -> str | None:
@@ -28,12 +31,15 @@ def why_wrong(found: Tensor, expected: Tensor) -> str | None:
     return None if error <= BOUNDS[found.dtype] else f"wrong: off the reference by {error:.1e}"
 
 
-def median_seconds(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+def median_seconds(calls: Mapping[str, Callable[[], object]], device: torch.device, cold: bool) -> dict[str, float]:
     """Time calls in turns, so that what else happens to the device falls on all of them alike.
 
-    Each sample is of as many calls as take about a millisecond.
+    Each sample is of as many calls as take about a millisecond. Where few tokens meet a weight, its bytes are the time,
+    and in a model they never lie in a cache: such calls are timed `cold`, a card's cache emptied before each.
     """
-    time_calls = _cuda_seconds if device.type == "cuda" else _cpu_seconds
+    time_calls = _cpu_seconds
+    if device.type == "cuda":
+        time_calls = _cold_cuda_seconds if cold else _cuda_seconds
     repeats = {}
     for name, call in calls.items():
         time_calls(call, 1, device)
@@ -55,6 +61,20 @@ def _cuda_seconds(call: Callable[[], object], times: int, device: torch.device) 
     stop.record()
     torch.cuda.synchronize(device)
     return start.elapsed_time(stop) / 1e3
+
+
+def _cold_cuda_seconds(call: Callable[[], object], times: int, device: torch.device) -> float:
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    events = []
+    for _ in range(times):
+        scratch.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        stop.record()
+        events.append((start, stop))
+    torch.cuda.synchronize(device)
+    return sum(start.elapsed_time(stop) for start, stop in events) / 1e3
 
 
 def _cpu_seconds(call: Callable[[], object], times: int, device: torch.device) -> float:

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slope_dist.sparse.kernels.metadata import MetadataLayout
 from slope_dist.sparse.kernels.problem import Problem
 
 
@@ -27,6 +26,16 @@ class Algorithm:
         return True
 
 
+class Layout(Protocol):
+    """Where a vendor keeps each group's code."""
+
+    def vendor(self, indices: Tensor) -> Tensor:
+        """Our metadata, uint8 [O, I / 8], in the vendor's order: uint8 [O I / 8]."""
+
+    def ours(self, metadata: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Undo `vendor`: uint8 [O I / 8] -> uint8 [O, I / 8] of a matrix of shape (O, I)."""
+
+
 class VendorRoute(Protocol):
     """2:4 products by one vendor's library on one device."""
 
@@ -38,7 +47,7 @@ class VendorRoute(Protocol):
     def unsupported(self, problem: Problem) -> str | None:
         """Why the route cannot compute a product, in words, or None if it can."""
 
-    def metadata_layout(self, rows: int, columns: int, dtype: torch.dtype) -> MetadataLayout | None:
+    def metadata_layout(self, rows: int, columns: int, dtype: torch.dtype) -> Layout | None:
         """How the vendor orders the metadata of weights [rows, columns]; None: it takes none, give it `indices`."""
 
     def algorithms(self, problem: Problem) -> list[Any]:

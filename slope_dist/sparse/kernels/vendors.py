@@ -26,7 +26,7 @@ class Vendors:
 
 
 def find_vendors(device: torch.device, names: Sequence[str] = NAMES) -> Vendors:
-    """Open the libraries called `names` for a device; cutlass is compiled here if it has not been."""
+    """Open the libraries called `names` for a device; cutlass is compiled when it is first asked for a product."""
     routes, missing = [], {}
     for name in names:
         try:

@@ -19,11 +19,12 @@ from slope_dist.sparse.kernels.candidates import Operands
 from slope_dist.sparse.kernels.dispatch import Arrangement, Dispatcher, round_tokens
 from tests.sparse.kernels.vendors import PlainAlgorithm, PlainVendor, preferring, vendors
 
+pytestmark = pytest.mark.usefixtures("plain_primitives")
 CPU = torch.device("cpu")
 PROBLEM = kernels.Problem(16, 64, 32, torch.float32, CPU)
 
 
-def never(calls: Mapping[str, object], device: torch.device) -> dict[str, float]:
+def never(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
     raise AssertionError(f"measured {sorted(calls)}")
 
 
@@ -47,6 +48,18 @@ def test_the_fastest_is_taken_and_the_reason_is_said() -> None:
     lines = dispatcher.report()
     assert "plain 1: a stand-in" in lines
     assert f"product {PROBLEM}: plain/1 right, {choice.why}" in lines
+
+
+@pytest.mark.parametrize(("tokens", "cold"), [(1, True), (32, True), (33, False)])
+def test_few_tokens_are_timed_with_cold_caches(tokens: int, cold: bool) -> None:
+    asked = []
+
+    def timer(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
+        asked.append(cold)
+        return dict.fromkeys(calls, 1.0)
+
+    Dispatcher(CPU, timer=timer).product_choice(kernels.Problem(tokens, 64, 32, torch.float32, CPU))
+    assert asked == [cold]
 
 
 def test_measuring_takes_nothing_from_the_random_stream() -> None:
@@ -136,25 +149,6 @@ def test_input_gradients(route: str, held: bool) -> None:
     assert choice.label.startswith(route)
 
 
-def test_few_tokens_may_be_decoded() -> None:
-    dispatcher = Dispatcher(CPU, timer=preferring("decode"))
-    few = kernels.Problem(3, 64, 32, torch.float32, CPU)
-    check_product(dispatcher, few)
-    assert dispatcher.product_choice(kernels.Problem(4, 64, 32, torch.float32, CPU)).route == "decode"
-    many = kernels.Problem(33, 64, 32, torch.float32, CPU)
-    assert "decode" not in dispatcher.product_choice(many).seconds
-
-
-@pytest.mark.parametrize("route", ["decode", "expand", "plain"])
-def test_an_adapter_joins_any_route(route: str) -> None:
-    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=preferring(route))
-    given = operands(kernels.Problem(2, 64, 32, torch.float32, CPU))
-    down, up, bias = torch.randn(8, 32), torch.randn(64, 8), torch.randn(64)
-    y = dispatcher.product_with_adapter(Operands(given.x, given.values, given.indices, bias=bias), down, up, 0.125)
-    dense = codec.expand(given.values, given.indices, primitives.TWO_FOUR) + 0.125 * up @ down
-    torch.testing.assert_close(y, given.x @ dense.t() + bias, rtol=1e-4, atol=1e-4)
-
-
 def test_other_numbers_of_tokens_take_the_choice_of_the_next_power_of_two() -> None:
     assert [round_tokens(tokens) for tokens in (1, 2, 3, 17, 64, 65)] == [1, 2, 4, 32, 64, 128]
     dispatcher = Dispatcher(CPU, timer=preferring("expand"))
@@ -218,7 +212,7 @@ def test_the_clock_measures_every_call() -> None:
     def count(name: str) -> None:
         counts[name] += 1
 
-    taken = measuring.median_seconds({name: lambda name=name: count(name) for name in counts}, CPU)
+    taken = measuring.median_seconds({name: lambda name=name: count(name) for name in counts}, CPU, cold=False)
     assert set(taken) == set(counts) and all(seconds > 0 for seconds in taken.values())
     assert all(count >= measuring.ROUNDS for count in counts.values())
 

@@ -86,14 +86,14 @@ def vendors(*routes: PlainVendor) -> Vendors:
     return Vendors(routes)  # type: ignore[arg-type]
 
 
-def preferring(*wanted: str) -> Callable[[Mapping[str, object], torch.device], dict[str, float]]:
+def preferring(*wanted: str) -> Callable[[Mapping[str, object], torch.device, bool], dict[str, float]]:
     """A timer for which candidates are the faster the earlier one of `wanted` occurs in their name; dense takes 1 s."""
 
     def seconds(label: str) -> float:
         ranks = [i for i, text in enumerate(wanted) if text in label]
         return 0.5 + 0.01 * ranks[0] if ranks else 2.0
 
-    def timer(calls: Mapping[str, object], device: torch.device) -> dict[str, float]:
+    def timer(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
         return {label: 1.0 if label == "dense" else seconds(label) for label in calls}
 
     return timer

@@ -349,7 +349,7 @@ static uint16_t from_float(float number, int type) {
     if (size >= 65520) return sign | 0x7c00;
     int exponent;
     frexpf(size, &exponent);
-    if (exponent < -13) return sign | (uint16_t)rintf(ldexpf(size, 24)); /* 1024 carries into the exponent. */
+    if (!size || exponent < -13) return sign | (uint16_t)rintf(ldexpf(size, 24)); /* 1024 carries into the exponent. */
     return sign | (uint16_t)(((exponent + 13) << 10) + (uint16_t)rintf(ldexpf(size, 11 - exponent)));
 }
 

@@ -1,0 +1,56 @@
+"""Transformer blocks as graphs of torch.compile.
+
+Blocks are compiled one by one, as torchtitan does: what is compiled is small, blocks that are alike share it, and hooks
+on a block (of FSDP, of recomputation) stay outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BACKEND = "inductor"
+
+MOST_GRAPHS = 256
+"""Of one engine. A kind of block has one for training and one for evaluation."""
+
+
+class BlockCompiler:
+    """Makes `forward` of the blocks given to it a graph, at its first use and at each use of another kind.
+
+    The block itself stays what it is: its class, the names of its tensors, and its hooks. A part of it that cannot be
+    compiled, or more graphs than `MOST_GRAPHS`, is an error of torch and never an uncompiled run.
+    """
+
+    def __init__(self) -> None:
+        # Isolated: the graphs of an engine that is closed would count against the next one's.
+        limits: dict[str, Any] = {"recompile_limit": MOST_GRAPHS, "isolate_recompiles": True}
+        # torch before 2.13 has other limits, and neither of these.
+        known = {name: limit for name, limit in limits.items() if name in signature(torch.compile).parameters}
+        self._forward: Callable[..., Tensor] = torch.compile(
+            _forward, fullgraph=True, dynamic=False, backend=BACKEND, **known
+        )
+
+    def __call__(self, block: nn.Module) -> None:
+        """Compile a block, [B, S, H] -> [B, S, H]."""
+        block.forward = partial(self._forward, block)
+
+    def of(self, make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        """What makes a block, compiled."""
+
+        def made() -> nn.Module:
+            block = make()
+            self(block)
+            return block
+
+        return made
+
+
+def _forward(block: nn.Module, hidden: Tensor) -> Tensor:
+    # Of the class: the instance's own is what calls this.
+    return type(block).forward(block, hidden)

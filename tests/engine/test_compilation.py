@@ -1,0 +1,97 @@
+"""A run of compiled blocks is the run of plain ones, dense and 2:4, in every engine and layout that may compile.
+
+Losses, gradient norms, weights, masks and step counters over ten steps and the adapter switch, by the real trainer;
+checkpoints have the same names. Layouts go by torch's tracing and differentiation without code generation, which takes
+half a minute a run; one slow test generates it.
+
+Run: pytest tests/engine/test_compilation.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slope_dist.config import load_config
+from slope_dist.engine import compilation
+from slope_dist.parallel.environment import discover
+from slope_dist.training.trainer import Trainer
+from tests.runs import SECTIONS, newest, read_all
+from tests.same_run import assert_same_run, maker_of_runs
+
+
+def plain_run(config: str) -> None:
+    Trainer(load_config(config), discover()).run()
+
+
+def traced_run(config: str) -> int:
+    """Train with blocks as graphs; returns how many blocks were compiled."""
+    compilation.BACKEND = "aot_eager"
+    return generated_run(config)
+
+
+def generated_run(config: str) -> int:
+    made = 0
+    compiled = compilation.BlockCompiler.__call__
+
+    def counted(self: compilation.BlockCompiler, block: Any) -> None:
+        nonlocal made
+        made += 1
+        compiled(self, block)
+
+    compilation.BlockCompiler.__call__ = counted
+    Trainer(load_config(config), discover()).run()
+    return made
+
+
+@pytest.fixture(scope="module")
+def expected(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Any]]]:
+    return maker_of_runs(plain_run, corpus, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def traced(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[Any]]]:
+    return maker_of_runs(traced_run, corpus, tmp_path_factory, training__compile=True)
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ZeRO 0": (1, {"parallel__zero_stage": 0}),
+    "dense": (1, {"parallel__zero_stage": 0, "sparsity__pattern": "dense"}),
+    "ZeRO 1": (2, {"parallel__zero_stage": 1}),
+    "ZeRO 2": (2, {"parallel__zero_stage": 2}),
+    "FSDP2": (2, {"parallel__engine": "fsdp"}),
+    "tensor": (2, {"parallel__tensor": 2}),
+    "sequence": (2, {"parallel__tensor": 2, "parallel__sequence_parallel": True}),
+    "pipeline": (2, {"parallel__pipeline": 2, "parallel__zero_stage": 1}),
+    "recomputed": (1, {"parallel__zero_stage": 0, "training__recompute": "blocks"}),
+}
+
+
+SLOW = {"ZeRO 2", "sequence"}
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in LAYOUTS]
+)
+def test_every_layout(layout: str, expected: Callable, traced: Callable) -> None:
+    ranks, changes = LAYOUTS[layout]
+    alone = {"parallel__zero_stage": 0} | {k: v for k, v in changes.items() if not k.startswith("parallel")}
+    plain, _ = expected(1, **alone)
+    found, made = traced(ranks, **changes)
+    assert_same_run(found, plain)
+    names, others = (sorted(read_all(newest(run), "master")) for run in (found, plain))
+    assert names == others
+    blocks = SECTIONS["model"]["num_layers"] // changes.get("parallel__pipeline", 1)
+    # Where adapters join, those of a second engine.
+    assert made == [blocks * (1 if layout == "dense" else 2)] * ranks
+
+
+@pytest.mark.slow
+def test_generated_code(expected: Callable, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    plain, _ = expected(1, parallel__zero_stage=0)
+    make = maker_of_runs(generated_run, corpus, tmp_path_factory, training__compile=True)
+    found, _ = make(1, parallel__zero_stage=0)
+    assert_same_run(found, plain)
