@@ -75,7 +75,22 @@ def step_table(rows: Rows, facts: Facts) -> Table:
         "Rivals one after another, dense first and last; x: time over the mean of the two. MFU: what the dense model "
         "computes for these tokens, of the card's dense 16-bit peak, for every rival alike; - where that is not known. "
         "state and peak as of a block.",
-        ("model", "layers", "tokens", "", "tokens/s", "MFU", *_TRAINING),
+        (
+            "model",
+            "layers",
+            "tokens",
+            "",
+            "tokens/s",
+            "MFU",
+            "ms",
+            "x",
+            "state GB",
+            "x",
+            "peak GB",
+            "x",
+            "host ms",
+            "eager",
+        ),
     )
     for row in rows:
         if not _skipped(table, row):

@@ -64,7 +64,7 @@ def trainer(config: Config, form: Form, tokens: int, device: torch.device, dtype
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
     assert isinstance(model, LanguageModel)
-    return list(model.layers)[1:-1]
+    return model.blocks
 
 
 def layers_that_fit(config: Config, tokens: int, device: torch.device, dtype: torch.dtype) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from slope_dist.benchmark import memory
 from slope_dist.benchmark.random_models import sparse_weights, tensor_bytes
 from slope_dist.benchmark.timing import wait
+from slope_dist.engine.compilation import BlockCompiler
 
 Backward = Callable[[nn.Module], None]
 Blocks = Callable[[nn.Module], Sequence[nn.Module]]
@@ -104,10 +104,9 @@ class Trainer:
         return torch.cuda.max_memory_allocated(self.device)
 
     def _compile(self, blocks: Sequence[nn.Module]) -> None:
-        # Too many graphs, too, are an error and no silent run without them.
-        forward = torch.compile(_forward, fullgraph=True, dynamic=False)
+        compiler = BlockCompiler()
         for block in blocks:
-            block.forward = partial(forward, block)
+            compiler(block)
         try:
             self.step()
         except torch.OutOfMemoryError:
@@ -119,8 +118,3 @@ class Trainer:
                 del block.forward
             for parameter in (*self._masters, *self._parameters):
                 parameter.grad = None
-
-
-def _forward(block: nn.Module, hidden: Tensor) -> Tensor:
-    # Of the class: the instance's own is what calls this.
-    return type(block).forward(block, hidden)

@@ -248,6 +248,15 @@ class TrainingConfig(Section):
         description="Run each transformer block as one graph compiled by torch.compile, shared by blocks that are "
         "alike; not with ZeRO 3.",
     )
+    deterministic: bool = Field(
+        default=False,
+        description="Let torch, cuBLAS and the 2:4 kernels use only algorithms that give the same bits each time: a "
+        "run repeated in the same layout, on the same cards, with the same libraries and the same choice of kernels "
+        "(`kernels.json` of the run folder, which a second run needs a copy of, or `sparsity.kernels` "
+        '"reference") has the same losses and weights, bit for bit. Costs speed on GPUs: slower attention '
+        "gradients, fewer kernels to choose from, new memory filled before use. An operation that torch has no such "
+        "algorithm for ends the run.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

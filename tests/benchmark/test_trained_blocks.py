@@ -18,6 +18,7 @@ from slope_dist.benchmark import block, cells, checking, decode, refresh, step, 
 from slope_dist.benchmark.random_models import Form, build_block, sparse_weights, with_layers
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.config import Config, load_config
+from slope_dist.engine import compilation
 from slope_dist.errors import UserError
 from slope_dist.sparse import SparseWeight, codec, kernels, reference
 from tests.distributed import ROOT
@@ -129,7 +130,7 @@ def test_a_module_that_the_compiler_refuses_runs_as_it_is(config: Config, monkey
 def test_a_compiled_block_is_one_graph_in_all_steps(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a dispatcher's operators, its resident transposes made anew in each."""
     monkeypatch.setattr(kernels.primitives, "why_no_triton", lambda device_type: "not here")
-    monkeypatch.setattr(trainer.torch, "compile", partial(torch.compile, backend=(graphs := Counted())))
+    monkeypatch.setattr(compilation, "BACKEND", graphs := Counted())
     dispatcher = kernels.Dispatcher(CPU, timer=lambda calls, device, cold: dict.fromkeys(calls, 1.0))
     with kernels.using(dispatcher):
         form = Form("resident", sparse=True, resident=True)

@@ -236,19 +236,23 @@ class Dispatcher:
         ready = self._ready.get(key)
         if ready is None:
             problem = Problem(operands.x.shape[0], rows, width * 8, operands.x.dtype, self.device)
-            ready = self._ready[key] = self._find(kind, problem)
+            ready = self._find(kind, problem)
+            if ready is None:
+                return _expand(kind)
+            self._ready[key] = ready
         return ready
 
-    def _find(self, kind: Kind, problem: Problem) -> Candidate:
-        """The way to compute a problem, by measurement where that is allowed."""
+    def _find(self, kind: Kind, problem: Problem) -> Candidate | None:
+        """The way to compute a problem, by measurement where that is allowed; None: not known, and it is not."""
         rounded = replace(problem, tokens=round_tokens(problem.tokens))
+        # Asking libraries what they support waits for the device, which ends a capture.
+        capturing = _capturing(self.device)
         for known in (problem, rounded):
-            choice = self._known(kind, known)
+            choice = self._choices.get((kind, known)) if capturing else self._known(kind, known)
             if choice is not None:
                 return choice.candidate
-        if self.deterministic or _capturing(self.device):
-            # Without asking libraries what they support: that waits for the device, which ends a capture.
-            return ways.EXPAND if kind == "product" else ways.EXPAND_DOUBLY_PRUNED
+        if self.deterministic or capturing:
+            return None
         return self._choice(kind, rounded).candidate
 
     def _choice(self, kind: Kind, problem: Problem) -> Choice:
@@ -287,7 +291,7 @@ class Dispatcher:
         if kind == "product":
             decode = primitives.why_no_triton(self.device.type) is None
             return list(ways.candidates(problem, self.vendors, decode=decode))
-        over_transpose = self._find("product", problem.transposed())
+        over_transpose = self._find("product", problem.transposed()) or ways.EXPAND
         return list(ways.input_gradient_candidates(problem, over_transpose))
 
     def _measure(self, kind: Kind, problem: Problem) -> Choice:
@@ -300,7 +304,7 @@ class Dispatcher:
                 continue
             try:
                 given = self.given(candidate, operands)
-                wrong = measuring.why_wrong(candidate.run(given), expected)
+                wrong = _why_wrong(kind, candidate, given, expected)
             except VendorError as error:
                 wrong = str(error)
             if wrong is None:
@@ -352,9 +356,27 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
     return Operands(x, values, indices), lambda x: functional.linear(x, matrix), expected
 
 
+def _why_wrong(kind: Kind, candidate: Candidate, operands: Operands, expected: Tensor) -> str | None:
+    """What is wrong with a candidate's result, also where it is to add a bias and an addend; None: nothing."""
+    wrong = measuring.why_wrong(candidate.run(operands), expected)
+    if wrong is not None or kind == "input gradient":
+        return wrong
+    dtype = operands.x.dtype
+    # Numbers of the product's own size, or leaving them out would pass.
+    bias, addend = expected[0].to(dtype), expected.flip(0).to(dtype)
+    wrong = measuring.why_wrong(
+        candidate.run(replace(operands, bias=bias, addend=addend)), expected + bias.float() + addend.float()
+    )
+    return None if wrong is None else f"with bias and addend {wrong}"
+
+
 def _key(kind: Kind, problem: Problem) -> str:
     dtype = str(problem.dtype).removeprefix("torch.")
     return f"{kind} {problem.rows}x{problem.columns} {problem.tokens} {dtype}"
+
+
+def _expand(kind: Kind) -> Candidate:
+    return ways.EXPAND if kind == "product" else ways.EXPAND_DOUBLY_PRUNED
 
 
 def _capturing(device: torch.device) -> bool:

@@ -22,6 +22,8 @@ from tests.sparse.kernels.vendors import PlainAlgorithm, PlainVendor, preferring
 pytestmark = pytest.mark.usefixtures("plain_primitives")
 CPU = torch.device("cpu")
 PROBLEM = kernels.Problem(16, 64, 32, torch.float32, CPU)
+SQUARE = kernels.Problem(16, 64, 64, torch.float32, CPU)
+"""Has no tiles, which would add what an algorithm leaves out."""
 
 
 def never(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
@@ -73,10 +75,10 @@ def test_what_is_slower_than_dense_is_said_to_be() -> None:
     assert choice.route == "expand" and "as fast as dense" in choice.why
 
 
-@pytest.mark.parametrize("kind", ["wrong", "nan", "failing"])
+@pytest.mark.parametrize("kind", ["wrong", "nan", "failing", "without bias", "without addend"])
 def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
     vendor = PlainVendor((PlainAlgorithm(kind), PlainAlgorithm("right")))
-    choice = Dispatcher(CPU, vendors(vendor), timer=preferring(kind, "right")).product_choice(PROBLEM)
+    choice = Dispatcher(CPU, vendors(vendor), timer=preferring(kind, "right")).product_choice(SQUARE)
     assert choice.algorithm == "right"
     reason = choice.rejected[f"plain/1 {kind}"]
     assert ("not supported" if kind == "failing" else "off the reference") in reason
@@ -203,7 +205,15 @@ def test_deterministic_mode_neither_measures_in_passing_nor_takes_what_varies() 
     assert choice.route == "expand"
     assert choice.rejected["plain/1 right in any order"] == "not deterministic"
     dispatcher._timer = never
-    check_product(dispatcher, kernels.Problem(128, 64, 32, torch.float32, CPU))
+    other = kernels.Problem(128, 64, 32, torch.float32, CPU)
+    check_product(dispatcher, other)
+    # What was not known then may be later.
+    dispatcher._timer = preferring("plain/1")
+    vendor.kinds = (PlainAlgorithm("right"),)
+    dispatcher.warm_up([("product", other)])
+    vendor.seen.clear()
+    check_product(dispatcher, other)
+    assert vendor.seen
 
 
 def test_the_clock_measures_every_call() -> None:

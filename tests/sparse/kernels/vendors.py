@@ -17,7 +17,7 @@ from slope_dist.sparse.kernels.vendor import VendorError
 
 @dataclass(frozen=True)
 class PlainAlgorithm:
-    """`kind` is "right", "wrong", "nan" or "failing"."""
+    """`kind` is "right", "wrong", "nan", "failing", or "without bias" or "without addend", which it leaves out."""
 
     kind: str
     deterministic: bool = True
@@ -78,8 +78,8 @@ class PlainVendor:
             y[0, 0] += y.norm()
         if algorithm.kind == "nan":
             y[-1, -1] = torch.nan
-        y = y if addend is None else y + addend
-        return y if bias is None else y + bias
+        y = y if addend is None or algorithm.kind == "without addend" else y + addend
+        return y if bias is None or algorithm.kind == "without bias" else y + bias
 
 
 def vendors(*routes: PlainVendor) -> Vendors:
