@@ -234,15 +234,6 @@ class TrainingConfig(Section):
         default=3,
         description="Consecutive steps with a non-finite loss or gradient after which the run stops.",
     )
-    deterministic: bool = Field(
-        default=False,
-        description="Let torch, cuBLAS and the 2:4 kernels use only algorithms that give the same bits each time: a "
-        "run repeated in the same layout, on the same cards, with the same libraries and the same choice of kernels "
-        "(`kernels.json` of the run folder, which a second run needs a copy of, or `sparsity.kernels` "
-        '"reference") has the same losses and weights, bit for bit. Costs speed on GPUs: slower attention '
-        "gradients, fewer kernels to choose from, new memory filled before use. An operation that torch has no such "
-        "algorithm for ends the run.",
-    )
     compile: bool = Field(
         default=False,
         description="Run each transformer block as one graph compiled by torch.compile, shared by blocks that are "

@@ -216,10 +216,6 @@ def test_a_whole_model_s_step(config: Config) -> None:
     rivals = row["rivals"]
     ends = (rivals["dense"]["ratio"] + rivals[step.DENSE_AGAIN]["ratio"]) / 2
     assert ends == pytest.approx(1) and rivals["derived"]["tokens_per_second"] > 0
-    assert all(rival["mfu"] is None for rival in rivals.values()), "nobody knows the peaks of a processor"
-    # One block, and sequences of the model's own length, for every rival.
-    vocab, length = config.model.vocab_size, config.model.sequence_length
-    assert row["flops_per_token"] == 6 * (4 * 64 * 64 + 2 * 64 * 128 + vocab * 64) + 12 * 64 * length
     spoiled = pytest.MonkeyPatch()
     spoilt(spoiled, "weight_gradient")
     spoiled.setattr(step.timing, "in_turns", lambda rivals, *a: {n: _Timing() for n in rivals})
