@@ -17,6 +17,8 @@ Facts = dict[str, Any]
 
 _X = "x: median of the ratios to dense, round by round, with quartiles; below 1 is faster."
 
+_TRAINING = ("ms", "x", "state GB", "x", "peak GB", "x", "host ms", "eager")
+
 
 def gemm_table(rows: Rows, facts: Facts) -> Table:
     """A line for each product: dense, the dispatcher and each route alone."""
@@ -57,7 +59,7 @@ def block_table(rows: Rows, facts: Facts) -> Table:
         facts,
         f"{_X} state: weights, metadata, transposes, gradients, masters, moments. peak: of a step, measured; - on the "
         "CPU. eager: why torch.compile did not take it.",
-        ("model", "tokens", "", "ms", "x", "state GB", "x", "peak GB", "x", "host ms", "eager"),
+        ("model", "tokens", "", *_TRAINING),
     )
     for row in rows:
         if not _skipped(table, row):

@@ -253,3 +253,15 @@ def test_cuda_is_not_promised_where_there_is_none(
     monkeypatch.setattr(tool.torch.cuda, "is_available", lambda: False)
     assert tool.main(["gemm", "--device", "cuda", "--configs", str(config)]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("mfu", "shown"), [(0.4123, "41.2 %"), (None, "-")], ids=["known", "unknown"])
+def test_mfu_has_a_column(mfu: float | None, shown: str, tool: ModuleType) -> None:
+    rival = dict.fromkeys(("seconds", "host_seconds", "ratio", "state_bytes", "tokens_per_second"), 1.0)
+    rival |= {"peak_bytes": None, "adapter_rank": 0, "why_eager": None, "mfu": mfu}
+    row = {"config": "small", "layers": 1, "layers_of_model": 2, "tokens": 8, "rivals": {"dense": rival}}
+    table = tool.gpu_benchmarks.tables.step_table(
+        [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1}
+    )
+    [column] = [column for column in table.columns if column.header == "MFU"]
+    assert list(column.cells) == [shown] and len(table.columns) == 14

@@ -107,3 +107,15 @@ def test_picture_is_a_png_also_of_rows_without_numbers(folder: RunFolder) -> Non
     assert drawn != empty
     assert list(folder.path.glob(".*partial")) == []
     assert list(folder.path.glob("events.out.tfevents.*"))
+
+
+def test_mfu_is_drawn_where_there_is_one(folder: RunFolder) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    journal = Journal(folder, 0)
+    journal.step(step_row(1))
+    journal.step(step_row(2) | {"mfu": 0.25})
+    journal.close()
+    events = EventAccumulator(str(folder.path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/mfu")] == [(2, 0.25)]
