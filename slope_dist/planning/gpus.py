@@ -34,8 +34,9 @@ def _card(kind: str, memory: int, dense: float, bandwidth: int) -> _Card:
 
 
 # By torch's whole name: a slice of a card, or another card of the same chip, has a longer name and other peaks. GB,
-# dense bf16 TFLOPS with fp32 sums, GB/s. TFLOPS as in NVIDIA's papers on the A100 and H100 architectures, whose own
-# reckoning is SMs x operations a clock x boost clock: 108 x 2048 x 1.41 GHz, 132 x 4096 x 1.83, 114 x 4096 x 1.62.
+# dense bf16 TFLOPS with fp32 sums, GB/s, as others quote NVIDIA's data sheets; the sheets themselves were not at hand.
+# The reckoning SMs x operations a clock x boost clock gives the same TFLOPS within 0.1 %: 108 x 2048 x 1.41 GHz,
+# 132 x 4096 x 1.83, 114 x 4096 x 1.62.
 _CARDS = {
     "NVIDIA A100-SXM4-40GB": _card("a100-40gb", 40, 312, 1555),
     "NVIDIA A100-PCIE-40GB": _card("a100-40gb", 40, 312, 1555),
