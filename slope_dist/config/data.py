@@ -34,7 +34,11 @@ def _mixture_entry(text: str) -> str:
 
 
 _WEIGHT = re.compile(r"\d{1,18}(\.\d{1,18}|/0*[1-9]\d{0,17})?", re.ASCII)
-MixtureEntry = Annotated[str, Field(max_length=4096), AfterValidator(_mixture_entry)]
+# What an editor can tell of an entry, in the regular expressions that JSON Schema and Python share.
+_ENTRY = r"[\s\S]=[0-9]{1,18}(\.[0-9]{1,18}|/0*[1-9][0-9]{0,17})?$"
+MixtureEntry = Annotated[
+    str, Field(max_length=4096, json_schema_extra={"pattern": _ENTRY}), AfterValidator(_mixture_entry)
+]
 
 
 class DataConfig(Section):

@@ -28,7 +28,9 @@ Ranks = Annotated[int, Field(ge=1, le=2**20)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
 PositiveFloat = Annotated[float, Field(gt=0.0, le=1e30)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=1e30)]
-PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_usable_path)]
+PathText = Annotated[
+    str, Field(min_length=1, max_length=4096, json_schema_extra={"pattern": r"\S"}), AfterValidator(_usable_path)
+]
 
 
 class Section(BaseModel):

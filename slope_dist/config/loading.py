@@ -2,6 +2,9 @@
 
 `load_config` is the only way in for a user's file and `--set` overrides; `dump_config` writes what it returns, with
 every default filled in, so that the written file loads to the same run.
+
+The one key that is no part of the run is "$schema" at the top, by which a file names docs/config.schema.json for
+editors; it is checked to be a string, and dropped.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ _MAX_BYTES = 1 << 20
 _MAX_DEPTH = 32
 _MAX_DIGITS = 40
 _MAX_MESSAGE = 1000
+_SCHEMA_KEY = "$schema"
 _TOO_DEEP = f"is nested more than {_MAX_DEPTH} levels deep; sections are objects of plain values"
 
 
@@ -51,6 +55,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         if not isinstance(tree, dict):
             raise _RefusedError(f"holds {shown(tree)}, where a JSON object with the run's sections is expected")
         _check_tree(tree, "", 0)
+        _drop_schema(tree)
         overridden = _apply(tree, overrides)
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -153,6 +158,14 @@ def _check_text(text: str, path: str) -> None:
     # A \ud800 escape in JSON can spell half of a character pair, which no file or terminal can hold.
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise _RefusedError(f"{path}: holds half of a surrogate pair, which is not text: {text[:40]!r}")
+
+
+def _drop_schema(tree: dict[str, Any]) -> None:
+    named = tree.pop(_SCHEMA_KEY, "")
+    if not isinstance(named, str):
+        raise _RefusedError(
+            f"{_SCHEMA_KEY}: must be a string, the path or address of a JSON schema, not {shown(named)}"
+        )
 
 
 def _apply(tree: dict[str, Any], overrides: Iterable[str]) -> set[str]:

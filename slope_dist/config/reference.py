@@ -19,6 +19,10 @@ _HEADER = """\
 One JSON file describes a run; every key below can also be given as `--set section.key=value`. Unknown and duplicate
 keys are errors. A key without a default is required. Steps count from 1.
 
+Editors check a file and complete its keys by [config.schema.json](config.schema.json): name it at the top of the file
+(`"$schema": "../docs/config.schema.json"`, the one key that is no part of the run) or in the editor's settings. It
+knows single values; what must hold between them, only `--dry-run` tells.
+
 This file is generated: `python -m slope_dist.config.reference > docs/config.md`.
 """
 

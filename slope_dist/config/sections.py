@@ -40,7 +40,11 @@ def _layer_pattern(text: str) -> str:
     return text
 
 
-LayerPattern = Annotated[str, Field(max_length=1000), AfterValidator(_layer_pattern)]
+LayerPattern = Annotated[
+    str,
+    Field(max_length=1000, json_schema_extra={"pattern": rf"\S[\s\S]*=({'|'.join(_SPARSE)})$"}),
+    AfterValidator(_layer_pattern),
+]
 
 
 class RunConfig(Section):
@@ -155,6 +159,12 @@ class AdaptersConfig(Section):
     rank: int | float = Field(
         default=0.0156,
         union_mode="left_to_right",
+        json_schema_extra={
+            "anyOf": [
+                {"type": "integer", "minimum": 0},
+                {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+            ]
+        },
         description="A whole number is the rank itself (0: no adapters ever); a number between 0 and 1 is a "
         "fraction of `model.hidden_size`, rounded to a multiple of 16, at least 16.",
     )
