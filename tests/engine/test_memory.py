@@ -113,7 +113,7 @@ class Training:
         yield from self.gradient_buffers()
         yield from self.buckets()
         for weight in self.sparse_weights().values():
-            yield from weight._transpose or ()
+            yield from weight.cached_tensors()
 
     def by_right(self) -> set[tuple[int, int]]:
         """Places (address, bytes) of dense parameters of a pruned size, and of their state and gradients."""
@@ -150,7 +150,7 @@ class Training:
         result = {}
         for name, weight in self.sparse_weights().items():
             held = [getattr(tensor, "ds_tensor", tensor) for tensor in (weight.values, weight.indices)]
-            held += weight._transpose or ()
+            held += weight.cached_tensors()
             pieces = list(self.engine._state.pieces(tensors[id(weight.values)]))
             state = [tensor for piece in pieces for tensor in (piece.exp_avg, piece.exp_avg_sq)]
             state += [piece.truth for piece in pieces if piece.truth.data_ptr() != weight.values.data_ptr()]

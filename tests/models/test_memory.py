@@ -124,7 +124,7 @@ class Training:
         for state in self.optimizer.state.values():
             yield from state.values()
         for weight in self.sparse_weights().values():
-            yield from weight._transpose or ()
+            yield from weight.cached_tensors()
 
 
 def pruned_sizes(training: Training) -> tuple[set[tuple[int, ...]], set[int]]:
@@ -229,7 +229,7 @@ def test_measured_bits_an_element(pattern: Pattern | None, options: dict, expect
     weights = dict(training.model.named_modules())
     for name in names:
         weight = weights[name]
-        cache = (weight._transpose or ()) if isinstance(weight, SparseWeight) else ()
+        cache = (weight.cached_tensors()) if isinstance(weight, SparseWeight) else ()
         measured = {
             "weight": bits_an_element(weight, [*weight.parameters(), *weight.buffers(), *cache]),
             "gradient": bits_an_element(weight, [gradient(weight.values)]),

@@ -1,14 +1,8 @@
-"""Without a GPU the Triton kernels run under its interpreter, which must be chosen before triton is imported."""
-
-import os
+"""What tests of kernels share."""
 
 import pytest
-import torch
 
 from slope_dist.sparse.kernels import primitives
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
