@@ -140,7 +140,7 @@ def refresh_table(rows: Rows, facts: Facts) -> Table:
             continue
         first = (row["config"], str(row["tokens"]))
         for name, rival in row["rivals"].items():
-            count = next((count for shape, count in row["shapes"].items() if name.endswith(shape)), 1)
+            count = next((count for shape, count in row["shapes"].items() if name.endswith(f" {shape}")), 1)
             share = "" if name == refresh.STEP else _ratio(rival, 4)
             table.add_row(*first, name, str(count), f"{rival['seconds'] * 1e3:.3f}", share)
             first = ("", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -81,6 +82,8 @@ def measure(
             "adapter_rank": form.adapter_rank,
         }
         del alone
+        # Its compiled blocks refer to themselves; left there, they would count in what is measured of the next.
+        gc.collect()
     trainers = {form.name: trainer(config, form, tokens, device, dtype) for form in forms(config)}
     timed = timing.in_turns({rival: made.step for rival, made in trainers.items()}, device, seconds)
     for rival, taken in timed.items():

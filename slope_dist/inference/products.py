@@ -30,7 +30,7 @@ def start_products(module: nn.Module, device: torch.device, dtype: torch.dtype) 
     if device.type != "cuda":
         return None
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    store = kernels.ChoiceStore(choices_file())
+    store = kernels.ChoiceStore(choices_file(), hint="SLOPE_DIST_KERNELS names another file")
     deterministic = torch.are_deterministic_algorithms_enabled()
     dispatcher = kernels.Dispatcher(
         device,

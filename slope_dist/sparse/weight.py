@@ -133,7 +133,9 @@ class SparseWeight(Weight):
         )
 
     def product_with_adapter(self, x: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
-        """X (W^R)^T + (scale X down^T) up^T (+ bias), by the dispatcher in use: a whole weight, no gradients."""
+        """X (W^R)^T + (scale X down^T) up^T (+ bias): a whole weight, no gradients."""
+        if kernels.active_on(x.device) is None:
+            return self(x, bias, functional.linear(functional.linear(x, down) * scale, up))
         form, metadata = self._kernel_metadata()
         flat = x.reshape(-1, x.shape[-1])
         y = torch.ops.slope_dist.product_with_adapter(

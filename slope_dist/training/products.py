@@ -1,4 +1,8 @@
-"""Which kernels a run computes its 2:4 products with: measured by one rank, the same on all."""
+"""Which kernels a run computes its 2:4 products with: measured by one rank, the same on all.
+
+That is what a training step asks for. Other numbers of tokens, as of an evaluation's last batch, each rank measures
+when they come up, but not in deterministic mode.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,9 @@ def start_products(config: Config, derived: Derived, folder: Path) -> list[str]:
     device = torch.device("cuda", torch.cuda.current_device())
     dispatcher = make_dispatcher(config, folder, device)
     share_choices(dispatcher, product_uses(config, derived, device))
+    # What measuring took is no part of the run: of its peak, or of what the allocator holds on to on this rank alone.
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     kernels.activate(dispatcher)
     return dispatcher.report()
 

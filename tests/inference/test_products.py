@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slope_dist.errors import UserError
 from slope_dist.inference import InferenceModel
 from slope_dist.inference.products import choices_file, prepare, start_products
 from slope_dist.models import Decoding
@@ -60,3 +61,12 @@ def test_choices_are_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.delenv("SLOPE_DIST_KERNELS", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert choices_file() == tmp_path / "slope_dist" / "kernels.json"
+
+
+def test_where_choices_cannot_be_kept_another_place_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLOPE_DIST_KERNELS", str(tmp_path / "file" / "kernels.json"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    model = InferenceModel(random_stored("opt"))
+    with pytest.raises(UserError, match=r"cannot be read: Not a directory; SLOPE_DIST_KERNELS names another file$"):
+        start_products(model.module, torch.device("cuda"), torch.float32)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,11 +92,29 @@ def candidates(problem: Problem, vendors: Vendors, *, decode: bool) -> Iterator[
     yield EXPAND
     if decode and problem.tokens <= MOST_DECODED_TOKENS:
         yield Candidate("decode", "decode", True, _decoded)
+    for vendor, tiles, algorithms in _algorithms(problem, vendors):
+        if not isinstance(algorithms, str):
+            yield from _of_vendor(vendor, algorithms, tiles)
+
+
+def refusals(problem: Problem, vendors: Vendors) -> dict[str, str]:
+    """Why libraries have no way to compute a problem, by the form that they would want."""
+    asked = _algorithms(problem, vendors)
+    return {_form(vendor, tiles): reason for vendor, tiles, reason in asked if isinstance(reason, str)}
+
+
+def _algorithms(problem: Problem, vendors: Vendors) -> Iterator[tuple[VendorRoute, int, Sequence[Any] | str]]:
+    """Each library, the row tiles that it may be given, and its algorithms for one, or why there are none."""
     for vendor in vendors.routes:
         for tiles in tile_counts(problem.rows, problem.columns):
             tile = Problem(problem.tokens, problem.rows // tiles, problem.columns, problem.dtype, problem.device)
-            if vendor.unsupported(tile) is None:
-                yield from _of_vendor(vendor, tile, tiles)
+            found: Sequence[Any] | str | None = vendor.unsupported(tile)
+            if found is None:
+                try:
+                    found = vendor.algorithms(tile) or f"{vendor.name} names no algorithm for {tile}"
+                except VendorError as error:
+                    found = str(error)
+            yield vendor, tiles, found
 
 
 def input_gradient_candidates(problem: Problem, over_transpose: Candidate) -> Iterator[Candidate]:
@@ -134,9 +152,13 @@ def tile_counts(rows: int, columns: int) -> list[int]:
     return [1, rows // columns] if whole else [1]
 
 
-def _of_vendor(vendor: VendorRoute, tile: Problem, tiles: int) -> Iterator[Candidate]:
-    form = f"{vendor.name}/{tiles}"
-    for algorithm in vendor.algorithms(tile):
+def _form(vendor: VendorRoute, tiles: int) -> str:
+    return f"{vendor.name}/{tiles}"
+
+
+def _of_vendor(vendor: VendorRoute, algorithms: Sequence[Any], tiles: int) -> Iterator[Candidate]:
+    form = _form(vendor, tiles)
+    for algorithm in algorithms:
 
         def run(operands: Operands, algorithm: object = algorithm) -> Tensor:
             metadata = operands.metadata if operands.form == form else None

@@ -22,7 +22,7 @@ from slope_dist.sparse.kernels import measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
-from slope_dist.sparse.kernels.vendor import VendorError
+from slope_dist.sparse.kernels.vendor import VendorError, on
 from slope_dist.sparse.kernels.vendors import Vendors
 
 Kind: TypeAlias = Literal["product", "input gradient"]
@@ -227,6 +227,12 @@ class Dispatcher:
         lines = [f"2:4 products of {self.setting}"]
         lines += [f"{route.name} {route.version}: {route.standing}" for route in self.vendors.routes if route.standing]
         lines += [f"without {name}: {reason}" for name, reason in self.vendors.missing.items()]
+        without_triton = primitives.why_no_triton(self.device.type)
+        if without_triton is not None:
+            lines.append(f"without Triton: {without_triton}; plain torch expands and transposes")
+        problems = [problem for kind, problem in self._choices if kind == "product"]
+        refused = (item for problem in problems for item in ways.refusals(problem, self.vendors).items())
+        lines += dict.fromkeys(f"without {form}: {reason}" for form, reason in refused)
         lines += [f"{kind} {problem}: {c.label}, {c.why}" for (kind, problem), c in self._choices.items()]
         return lines
 
@@ -258,7 +264,9 @@ class Dispatcher:
     def _choice(self, kind: Kind, problem: Problem) -> Choice:
         choice = self._known(kind, problem)
         if choice is None:
-            choice = self._measure(kind, problem)
+            # Events and streams are those of the current device.
+            with on(self.device):
+                choice = self._measure(kind, problem)
             self._keep(kind, problem, choice)
             if self._store is not None:
                 self._store.add(self.setting, {_key(kind, problem): choice.as_data()})
@@ -307,6 +315,9 @@ class Dispatcher:
                 wrong = _why_wrong(kind, candidate, given, expected)
             except VendorError as error:
                 wrong = str(error)
+            except Exception as error:
+                # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left.
+                wrong = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
             if wrong is None:
                 right[candidate.label] = candidate, given
             else:
@@ -380,7 +391,10 @@ def _expand(kind: Kind) -> Candidate:
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with on(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _version(package: str) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slope_dist.sparse.kernels.primitives import why_no_triton
+
 _LONGEST_BLOCK = 512
 """Rows. Orders that do not repeat within it are kept whole."""
 
@@ -64,7 +66,7 @@ class MetadataLayout:
 
 
 def _permute(packed: Tensor, source: Tensor) -> Tensor:
-    if packed.is_cuda:
+    if packed.is_cuda and why_no_triton("cuda") is None:
         from slope_dist.sparse.kernels.jit.permute import permute_nibbles as kernel
 
         return kernel(packed, source)

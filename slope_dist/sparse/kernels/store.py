@@ -20,13 +20,15 @@ class ChoiceStore:
 
     Args:
         path: of the file, which need not exist.
+        hint: what to do where it cannot be read or written.
 
     Raises:
         UserError: if it holds something else.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, hint: str = "") -> None:
         self.path = path
+        self._hint = f"; {hint}" if hint else ""
         self._read()
 
     def choices(self, setting: str) -> dict[str, dict[str, Any]]:
@@ -47,7 +49,9 @@ class ChoiceStore:
             temporary.write_text(json.dumps({"format": FORMAT, "settings": everything}, indent=1) + "\n")
             temporary.replace(self.path)
         except OSError as error:
-            raise UserError(f"{self.path}: choices of kernels cannot be written: {error.strerror or error}") from error
+            raise UserError(
+                f"{self.path}: choices of kernels cannot be written: {error.strerror or error}{self._hint}"
+            ) from error
 
     def _read(self) -> dict[str, dict[str, dict[str, Any]]]:
         try:
@@ -56,17 +60,28 @@ class ChoiceStore:
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise UserError(f"{self.path}: choices of kernels cannot be read: {error.strerror or error}") from error
+            raise UserError(
+                f"{self.path}: choices of kernels cannot be read: {error.strerror or error}{self._hint}"
+            ) from error
         try:
             content = json.loads(data)
             settings = content["settings"]
             good = content["format"] == FORMAT and all(
-                isinstance(choice, dict) and isinstance(choice.get("label"), str)
-                for choices in settings.values()
-                for choice in choices.values()
+                _is_choice(choice) for choices in settings.values() for choice in choices.values()
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             good = False
         if not good:
             raise UserError(f"{self.path} is no file of kernel choices of format {FORMAT}; remove it to measure anew")
         return settings
+
+
+def _is_choice(choice: Any) -> bool:
+    """Whether this is what `Choice.as_data` makes."""
+    times = {**choice["seconds"], "dense": choice["dense_seconds"]}
+    return (
+        isinstance(choice["label"], str)
+        and choice["label"] in choice["seconds"]
+        and all(isinstance(seconds, float | int) and seconds >= 0 for seconds in times.values())
+        and all(isinstance(reason, str) for reason in choice["rejected"].values())
+    )

@@ -8,6 +8,7 @@ Run: pytest tests/sparse/kernels/test_cutlass_build.py
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -160,6 +161,15 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(VendorError, match=r"file/cache: compiled kernels cannot be kept: Not a directory"):
         build.build(tools_of(tmp_path), TILE, DTYPE, tmp_path / "file" / "cache")
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(build.fcntl, "flock", refuse)
+    with pytest.raises(VendorError, match="cache: compiled kernels cannot be kept: No locks available"):
+        build.build(tools_of(tmp_path), TILE, DTYPE, tmp_path / "cache")
 
 
 def test_what_is_no_library_is_refused(tmp_path: Path) -> None:

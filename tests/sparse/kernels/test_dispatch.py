@@ -6,7 +6,8 @@ Run: pytest tests/sparse/kernels/test_dispatch.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import torch
 
 from slope_dist.errors import UserError
 from slope_dist.sparse import codec, kernels
-from slope_dist.sparse.kernels import measuring, primitives
+from slope_dist.sparse.kernels import dispatch, measuring, primitives
 from slope_dist.sparse.kernels.candidates import Operands
 from slope_dist.sparse.kernels.dispatch import Arrangement, Dispatcher, round_tokens
+from slope_dist.sparse.kernels.vendor import VendorError
 from tests.sparse.kernels.vendors import PlainAlgorithm, PlainVendor, preferring, vendors
 
 pytestmark = pytest.mark.usefixtures("plain_primitives")
@@ -82,6 +84,64 @@ def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
     assert choice.algorithm == "right"
     reason = choice.rejected[f"plain/1 {kind}"]
     assert ("not supported" if kind == "failing" else "off the reference") in reason
+
+
+class BrokenVendor(PlainVendor):
+    """Its product fails as a compiler, a driver or an allocator would: not by the contract's own error."""
+
+    def product(self, *args: object, **options: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+
+def test_a_way_that_fails_in_a_way_of_its_own_is_rejected_by_name() -> None:
+    choice = Dispatcher(CPU, vendors(BrokenVendor()), timer=preferring("plain")).product_choice(SQUARE)
+    assert choice.route == "expand"
+    assert choice.rejected == {"plain/1 right": "OutOfMemoryError: CUDA out of memory."}
+
+
+class RefusingVendor(PlainVendor):
+    """Refuses a shape only when it is asked for algorithms."""
+
+    def algorithms(self, problem: kernels.Problem) -> tuple[PlainAlgorithm, ...]:
+        raise VendorError(f"plain refuses {problem}")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "reason"),
+    [
+        (PlainVendor(least_rows=100), "fewer than 100 rows"),
+        (PlainVendor(()), f"plain names no algorithm for {SQUARE}"),
+        (RefusingVendor(), f"plain refuses {SQUARE}"),
+    ],
+    ids=["unsupported", "no algorithm", "refusing"],
+)
+def test_a_library_that_computes_nothing_of_a_problem_is_passed_over_and_the_reason_is_said(
+    vendor: PlainVendor, reason: str
+) -> None:
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain"))
+    assert dispatcher.product_choice(SQUARE).route == "expand"
+    assert dispatcher.report().count(f"without plain/1: {reason}") == 1
+
+
+def test_it_is_said_that_there_is_no_triton() -> None:
+    assert "without Triton: not in this test; plain torch expands and transposes" in Dispatcher(CPU).report()
+
+
+def test_measuring_is_done_with_the_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    def timer(calls: Mapping[str, object], device: torch.device, cold: bool) -> dict[str, float]:
+        assert current == [device]
+        return dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(dispatch, "on", on)
+    Dispatcher(CPU, timer=timer).product_choice(PROBLEM)
 
 
 def test_a_high_weight_may_be_cut_into_square_tiles() -> None:
@@ -185,8 +245,25 @@ def test_a_choice_of_another_setting_is_measured_anew(change: str, tmp_path: Pat
     assert changed.product_choice(PROBLEM).route == "expand"
 
 
+def choice_text(**changed: object) -> str:
+    choice = {"label": "expand", "seconds": {"expand": 1.0}, "dense_seconds": 1.0, "rejected": {}} | changed
+    return json.dumps({"format": 1, "settings": {"a": {"b": choice}}})
+
+
+def test_a_file_of_choices_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text(choice_text())
+    assert kernels.ChoiceStore(path).choices("a").keys() == {"b"}
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 2, "settings": {}}', '{"format": 1, "settings": {"a": {"b": 3}}}', "[" * 10000]
+    "text",
+    [
+        *("", "{", "[]", '{"format": 2, "settings": {}}', '{"format": 1, "settings": {"a": {"b": 3}}}', "[" * 10000),
+        '{"format": 1, "settings": {"a": {"b": {"label": "expand"}}}}',
+        *(choice_text(seconds={}), choice_text(seconds={"expand": "1"}), choice_text(dense_seconds=None)),
+        *(choice_text(dense_seconds=float("nan")), choice_text(rejected=[]), choice_text(rejected={"other": 1})),
+    ],
 )
 def test_a_file_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"

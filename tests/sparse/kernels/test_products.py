@@ -101,6 +101,15 @@ def test_without_gradients(route: str, tokens: int, adapter: bool) -> None:
             torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_on_another_device_than_the_dispatchers_is_computed_by_the_reference() -> None:
+    made, x = layer(), torch.randn(5, IN)
+    elsewhere = Dispatcher(torch.device("cuda", 7))
+    with torch.inference_mode():
+        expected = made(x)
+        with kernels.using(elsewhere):
+            assert made(x).equal(expected)
+
+
 def test_in_place_a_weight_and_its_metadata_are_one_buffer_of_ten_bits_an_element() -> None:
     weight = layer(adapter=False).weight.bfloat16()
     assert isinstance(weight, SparseWeight)

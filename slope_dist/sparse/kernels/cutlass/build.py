@@ -100,14 +100,17 @@ def build(tools: Toolchain, tile: Tile, dtype: torch.dtype, folder: Path) -> Pat
     library = folder / file_name(tools, tile, dtype)
     if library.exists():
         return library
-    with _locked(library.with_suffix(".lock")):
-        if not library.exists():
-            unfinished = library.with_suffix(f".{os.getpid()}.tmp")
-            try:
-                compile_kernel(tools, tile, dtype, unfinished)
-                unfinished.replace(library)
-            finally:
-                unfinished.unlink(missing_ok=True)
+    try:
+        with _locked(library.with_suffix(".lock")):
+            if not library.exists():
+                unfinished = library.with_suffix(f".{os.getpid()}.tmp")
+                try:
+                    compile_kernel(tools, tile, dtype, unfinished)
+                    unfinished.replace(library)
+                finally:
+                    unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_kept(folder, error) from error
     return library
 
 
@@ -135,9 +138,13 @@ def _own(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
     except OSError as error:
-        raise VendorError(f"{folder}: compiled kernels cannot be kept: {error.strerror or error}") from error
+        raise _not_kept(folder, error) from error
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise VendorError(f"{folder}: others may write to it, so what lies there is not run")
+
+
+def _not_kept(folder: Path, error: OSError) -> VendorError:
+    return VendorError(f"{folder}: compiled kernels cannot be kept: {error.strerror or error}")
 
 
 @contextmanager

@@ -9,11 +9,12 @@ nothing is timed. Each kernel is compiled once for each width of entries, and ag
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from slope_dist.sparse.kernels.vendor import on
 
 _WIDTHS = (2, 4)
 """Bytes of an entry that the kernels are written for."""
@@ -22,8 +23,7 @@ _WIDTHS = (2, 4)
 def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Start `programs` programs of a kernel on the device of its first argument, which need not be the current one."""
     if programs:
-        device = args[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with on(args[0].device):
             kernel[(programs,)](*args, **constants)
 
 

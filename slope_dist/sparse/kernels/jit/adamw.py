@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slope_dist.sparse import codec
+from slope_dist.sparse.kernels.vendor import on
 
 ROWS, GROUPS = 16, 16
 """Tiles of a program. 16 tiles are 128 rows: a row of the transpose gets 64 entries, whole lines of the cache."""
@@ -220,34 +221,36 @@ def adamw_step(
     assert all(tensor.is_contiguous() for tensor in (*states, indices, *(transposed or ())))
     assert all(tensor.dtype == torch.float32 for tensor in states[:3])
     on_device = [isinstance(scalar, Tensor) for scalar in (step, grad_scale)]
-    _adamw_kernel[triton.cdiv(rows, 8 * ROWS), triton.cdiv(width * 2, GROUPS)](
-        master,
-        exp_avg,
-        exp_avg_sq,
-        grad,
-        codec.as_integers(values),
-        indices,
-        None if transposed is None else codec.as_integers(transposed[0]),
-        None if transposed is None else transposed[1],
-        column_mask,
-        step if on_device[0] else float(step),
-        grad_scale if on_device[1] else float(grad_scale),
-        lr,
-        1 - lr * weight_decay,
-        eps,
-        rows,
-        width * 4,
-        BETA1=betas[0],
-        BETA2=betas[1],
-        LOG_BETA1=math.log(betas[0]) if betas[0] else -math.inf,
-        LOG_BETA2=math.log(betas[1]) if betas[1] else -math.inf,
-        KIND=str(values.dtype).removeprefix("torch."),
-        ALIASED=values.data_ptr() == master.data_ptr(),
-        TRANSPOSED=transposed is not None,
-        MASKED=column_mask is not None,
-        STEP_LOADED=on_device[0],
-        SCALE_LOADED=on_device[1],
-        ROWS=ROWS,
-        GROUPS=GROUPS,
-        num_warps=8,
-    )
+    # Triton launches on the current device.
+    with on(master.device):
+        _adamw_kernel[triton.cdiv(rows, 8 * ROWS), triton.cdiv(width * 2, GROUPS)](
+            master,
+            exp_avg,
+            exp_avg_sq,
+            grad,
+            codec.as_integers(values),
+            indices,
+            None if transposed is None else codec.as_integers(transposed[0]),
+            None if transposed is None else transposed[1],
+            column_mask,
+            step if on_device[0] else float(step),
+            grad_scale if on_device[1] else float(grad_scale),
+            lr,
+            1 - lr * weight_decay,
+            eps,
+            rows,
+            width * 4,
+            BETA1=betas[0],
+            BETA2=betas[1],
+            LOG_BETA1=math.log(betas[0]) if betas[0] else -math.inf,
+            LOG_BETA2=math.log(betas[1]) if betas[1] else -math.inf,
+            KIND=str(values.dtype).removeprefix("torch."),
+            ALIASED=values.data_ptr() == master.data_ptr(),
+            TRANSPOSED=transposed is not None,
+            MASKED=column_mask is not None,
+            STEP_LOADED=on_device[0],
+            SCALE_LOADED=on_device[1],
+            ROWS=ROWS,
+            GROUPS=GROUPS,
+            num_warps=8,
+        )

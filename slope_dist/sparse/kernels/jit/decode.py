@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slope_dist.sparse.kernels.vendor import on
+
 TOKENS = 32
 """The most tokens of a product."""
 
@@ -272,47 +274,49 @@ def decode(
     partial = out if whole else x.new_empty(splits, tokens, rows, dtype=torch.float32)
     low = x.new_empty(low_splits, tokens, rank, dtype=torch.float32) if rank else None
     wide = x.element_size() == 2 and x.data_ptr() % 8 == 0 and values.data_ptr() % 8 == 0
-    _product_kernel[(low_programs + row_blocks * splits,)](
-        x,
-        x.view(torch.int64) if wide else x,
-        values.view(torch.int64) if wide else values,
-        indices,
-        bias if whole else None,
-        down.contiguous() if down is not None else None,
-        partial,
-        low,
-        tokens,
-        rows,
-        units,
-        rank,
-        triton.cdiv(triton.cdiv(units, units_of_step), splits) * units_of_step,
-        triton.cdiv(triton.cdiv(columns, 128), low_splits) * 128,
-        low_programs,
-        DTYPE=_DTYPES[x.dtype],
-        WIDE=wide,
-        BIASED=whole and bias is not None,
-        RANKED=rank > 0,
-        FEW=few,
-        TOKENS=triton.next_power_of_2(tokens) if few else (16 if tokens <= 16 else 32),
-        ROWS=rows_of_program,
-        UNITS=units_of_step,
-    )
-    if not whole:
-        _finish_kernel[triton.cdiv(rows, 64), tokens](
+    # Triton launches on the current device.
+    with on(x.device):
+        _product_kernel[(low_programs + row_blocks * splits,)](
+            x,
+            x.view(torch.int64) if wide else x,
+            values.view(torch.int64) if wide else values,
+            indices,
+            bias if whole else None,
+            down.contiguous() if down is not None else None,
             partial,
             low,
-            up.contiguous() if up is not None else None,
-            bias,
-            out,
-            scale,
             tokens,
             rows,
+            units,
             rank,
-            splits,
-            low_splits,
-            BIASED=bias is not None,
+            triton.cdiv(triton.cdiv(units, units_of_step), splits) * units_of_step,
+            triton.cdiv(triton.cdiv(columns, 128), low_splits) * 128,
+            low_programs,
+            DTYPE=_DTYPES[x.dtype],
+            WIDE=wide,
+            BIASED=whole and bias is not None,
             RANKED=rank > 0,
-            ROWS=64,
-            RANK=min(64, triton.next_power_of_2(max(1, rank))),
+            FEW=few,
+            TOKENS=triton.next_power_of_2(tokens) if few else (16 if tokens <= 16 else 32),
+            ROWS=rows_of_program,
+            UNITS=units_of_step,
         )
+        if not whole:
+            _finish_kernel[triton.cdiv(rows, 64), tokens](
+                partial,
+                low,
+                up.contiguous() if up is not None else None,
+                bias,
+                out,
+                scale,
+                tokens,
+                rows,
+                rank,
+                splits,
+                low_splits,
+                BIASED=bias is not None,
+                RANKED=rank > 0,
+                ROWS=64,
+                RANK=min(64, triton.next_power_of_2(max(1, rank))),
+            )
     return out
