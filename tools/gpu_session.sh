@@ -35,7 +35,10 @@ for stage in "${wanted[@]}"; do
   [[ " ${all[*]} " == *" $stage "* ]] || { echo "there is no stage \"$stage\"; there are: ${all[*]}" >&2; exit 2; }
 done
 ((${#wanted[@]})) || wanted=("${all[@]}")
-if [[ ! -x $python ]]; then python=$(command -v python3); fi
+if [[ ! -x $python ]]; then
+  [[ $python == "$root/.venv/bin/python" ]] || { echo "--python $python is not a program" >&2; exit 2; }
+  python=$(command -v python3)
+fi
 
 cd "$root"
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -1,7 +1,7 @@
 """Which kernels a run computes its 2:4 products with: measured by one rank, the same on all.
 
-That is what a training step asks for. Other numbers of tokens, as of an evaluation's last batch, each rank measures
-when they come up, but not in deterministic mode.
+That is what a training step asks for. For other numbers of tokens, as of an evaluation's last batch, weights are
+expanded: ranks that measured them on their own could choose differently, beside a model that leaves little memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slope_dist.sparse.kernels.dispatch import Kind
 from slope_dist.training.build import build_share, stages
 
 FILE = "kernels.json"
-"""In the run folder, so that a resumed run computes every product as before, and goes on bit for bit."""
+"""In the run folder, so that a resumed run computes every product as before."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,3 +88,4 @@ def share_choices(dispatcher: kernels.Dispatcher, uses: list[tuple[Kind, kernels
     if setting == dispatcher.setting:
         dispatcher.adopt(choices)
     dispatcher.warm_up(uses)
+    dispatcher.settle()

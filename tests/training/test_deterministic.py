@@ -1,4 +1,6 @@
-"""training.deterministic: torch and cuBLAS are told before anything is computed, for that run alone; twice the same.
+"""training.deterministic: torch and cuBLAS are told before anything is computed, for that run alone.
+
+That a repeated run then has the same bits is for a card to show: on a CPU it has them anyway.
 
 Run: pytest tests/training/test_deterministic.py
 """
@@ -15,7 +17,7 @@ import torch
 from slope_dist.training.entry import Request, pretrain
 from slope_dist.training.trainer import Trainer
 from tests.distributed import end_ranks
-from tests.runs import newest, read_all, same_bits, step_rows, write_config
+from tests.runs import write_config
 
 
 def told(config: str) -> dict[str, Any]:
@@ -45,16 +47,3 @@ def test_who_is_told(deterministic: bool, corpus: Path, tmp_path: Path) -> None:
         "code": 0,
         "after": False,
     }
-
-
-def test_twice_the_same_bits(corpus: Path, tmp_path: Path) -> None:
-    runs = []
-    for name in ("first", "second"):
-        path = write_config(tmp_path / name, corpus, training__deterministic=True)
-        [outcome] = end_ranks(told, 1, str(path), process_group=False)
-        assert outcome.result["code"] == 0, outcome.errors
-        runs.append(tmp_path / name / "run")
-    rows = [[(row["loss"], row["grad_norm"]) for row in step_rows(run)] for run in runs]
-    assert rows[0] == rows[1]
-    first, second = (read_all(newest(run), "master") for run in runs)
-    assert first.keys() == second.keys() and all(same_bits(first[name], second[name]) for name in first)

@@ -36,6 +36,8 @@ WORST_RATIO = 1.02
 
 DENSE = "dense"
 
+NOT_DETERMINISTIC = "not deterministic"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -91,6 +93,15 @@ class Choice:
             text += "; no way that keeps the weight compressed is as fast as dense"
         return text
 
+    @property
+    def failed(self) -> str:
+        """The candidates that were wrong or did not run, in words: how many, and one of them."""
+        reasons = {label: reason for label, reason in self.rejected.items() if reason != NOT_DETERMINISTIC}
+        if not reasons:
+            return ""
+        label, reason = next(iter(reasons.items()))
+        return f"; {len(reasons)} failed, such as {label}: {reason}"
+
     def as_data(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {
@@ -104,8 +115,9 @@ class Choice:
 class Dispatcher:
     """Computes 2:4 products on one device, each in the way that was fastest.
 
-    What was not warmed up is measured when it is first asked for; not while a CUDA graph is being captured, and not in
-    deterministic mode, where a time must not decide what the bits are: the weight is then expanded.
+    What was not warmed up is measured when it is first asked for; not once it is settled, not while a CUDA graph is
+    being captured, and not in deterministic mode, where a time must not decide what the bits are: the weight is then
+    expanded.
 
     Args:
         device: of all operands.
@@ -131,6 +143,7 @@ class Dispatcher:
         self.arrangement = arrangement
         self.deterministic = deterministic
         self._timer = timer
+        self._settled = False
         self._store = store
         self._stored = {} if store is None else store.choices(self.setting)
         self._choices: dict[tuple[Kind, Problem], Choice] = {}
@@ -143,7 +156,7 @@ class Dispatcher:
         card = platform.processor() or platform.machine()
         if self.device.type == "cuda":
             card = torch.cuda.get_device_name(self.device)
-        versions = {"torch": torch.__version__, "triton": _version("triton"), **self.vendors.versions}
+        versions = {name: _version(name) for name in ("slope_dist", "torch", "triton")} | self.vendors.versions
         mode = f"{self.arrangement}{', deterministic' if self.deterministic else ''}"
         return f"{card}; {', '.join(f'{name} {text}' for name, text in versions.items())}; {mode}"
 
@@ -214,6 +227,10 @@ class Dispatcher:
         for kind, problem in uses:
             self._choice(kind, problem)
 
+    def settle(self) -> None:
+        """Measure nothing from now on: for ranks that must choose alike, or have no memory to spare."""
+        self._settled = True
+
     def as_data(self) -> dict[str, dict[str, Any]]:
         """All choices as plain data, for `adopt` on another rank with the same card."""
         return {_key(kind, problem): choice.as_data() for (kind, problem), choice in self._choices.items()}
@@ -233,7 +250,8 @@ class Dispatcher:
         problems = [problem for kind, problem in self._choices if kind == "product"]
         refused = (item for problem in problems for item in ways.refusals(problem, self.vendors).items())
         lines += dict.fromkeys(f"without {form}: {reason}" for form, reason in refused)
-        lines += [f"{kind} {problem}: {c.label}, {c.why}" for (kind, problem), c in self._choices.items()]
+        for (kind, problem), choice in self._choices.items():
+            lines.append(f"{kind} {problem}: {choice.label}, {choice.why}{choice.failed}")
         return lines
 
     def _candidate(self, kind: Kind, operands: Operands) -> Candidate:
@@ -257,7 +275,7 @@ class Dispatcher:
             choice = self._choices.get((kind, known)) if capturing else self._known(kind, known)
             if choice is not None:
                 return choice.candidate
-        if self.deterministic or capturing:
+        if self.deterministic or self._settled or capturing:
             return None
         return self._choice(kind, rounded).candidate
 
@@ -308,15 +326,18 @@ class Dispatcher:
         rejected: dict[str, str] = {}
         for candidate in self.candidates(kind, problem):
             if self.deterministic and not candidate.deterministic:
-                rejected[candidate.label] = "not deterministic"
+                rejected[candidate.label] = NOT_DETERMINISTIC
                 continue
             try:
                 given = self.given(candidate, operands)
                 wrong = _why_wrong(kind, candidate, given, expected)
             except VendorError as error:
                 wrong = str(error)
+            except AssertionError:
+                raise
             except Exception as error:
-                # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left.
+                # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left, and the
+                # report says so.
                 wrong = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
             if wrong is None:
                 right[candidate.label] = candidate, given

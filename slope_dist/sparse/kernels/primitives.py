@@ -25,9 +25,13 @@ def why_no_triton(device_type: str) -> str | None:
     if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on CUDA devices only"
     try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+        from slope_dist.sparse.kernels.jit.permute import permute_nibbles
+
+        # Importing it says nothing of the compilers that it needs.
+        packed = torch.zeros(1, dtype=torch.uint8, device=device_type)
+        permute_nibbles(packed, torch.arange(2, dtype=torch.int32, device=device_type))
+    except Exception as error:
+        return f"Triton compiles no kernel here ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]})"
     return None
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from slope_dist.errors import UserError
 
@@ -45,9 +45,13 @@ class ChoiceStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             everything = self._read()
             everything[setting] = everything.get(setting, {}) | choices
-            temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
-            temporary.write_text(json.dumps({"format": FORMAT, "settings": everything}, indent=1) + "\n")
-            temporary.replace(self.path)
+            # Of a name of its own: processes of other machines may share the folder, and process numbers.
+            temporary = self.path.with_name(f"{self.path.name}.{uuid4().hex}")
+            try:
+                temporary.write_text(json.dumps({"format": FORMAT, "settings": everything}, indent=1) + "\n")
+                temporary.replace(self.path)
+            finally:
+                temporary.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"{self.path}: choices of kernels cannot be written: {error.strerror or error}{self._hint}"

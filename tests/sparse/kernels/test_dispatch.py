@@ -293,6 +293,23 @@ def test_deterministic_mode_neither_measures_in_passing_nor_takes_what_varies() 
     assert vendor.seen
 
 
+def test_once_settled_nothing_is_measured() -> None:
+    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=preferring("plain/1"))
+    dispatcher.warm_up([("product", PROBLEM)])
+    dispatcher.settle()
+    dispatcher._timer = never
+    check_product(dispatcher, PROBLEM)
+    check_product(dispatcher, kernels.Problem(128, 64, 32, torch.float32, CPU))
+    assert len(dispatcher.as_data()) == 1
+
+
+def test_the_report_says_what_failed() -> None:
+    vendor = PlainVendor((PlainAlgorithm("failing"), PlainAlgorithm("wrong"), PlainAlgorithm("right")))
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain/1 right"))
+    dispatcher.warm_up([("product", SQUARE)])
+    assert dispatcher.report()[-1].endswith("; 2 failed, such as plain/1 failing: plain refuses: not supported")
+
+
 def test_the_clock_measures_every_call() -> None:
     counts = {"a": 0, "b": 0}
 

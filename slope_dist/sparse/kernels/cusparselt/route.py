@@ -48,7 +48,8 @@ MOST_ELEMENTS = 2**31 - 1
 
 HOPPER = 9
 
-PLANS = 1024
+PLANS = 4096
+"""A plan for each product with a bias of its own; of 600 such layers with two shapes of batches 1,200."""
 
 
 class CusparseltRoute:
@@ -139,21 +140,7 @@ class CusparseltRoute:
         bias: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> Tensor:
-        """X [T, I] -> Y [T, O] = X W^T (+ bias [O]) (+ addend [T, O]), row-major; autograd sees nothing of it.
-
-        Args:
-            x: [T, I], T > 0.
-            values: [O, K].
-            indices: uint8 [O, I / 8]; read only where metadata is None.
-            metadata: uint8 [O I / 8] in the library's order, or None. With values it makes the operand in place if it
-                begins where they end.
-            algorithm: one that `algorithms` named.
-            bias: added to every row.
-            addend: added to the product; left as it is.
-
-        Raises:
-            VendorError: if the library refuses.
-        """
+        """See `VendorRoute.product`; metadata that begins where the values end makes the operand in place."""
         tokens, columns = x.shape
         rows = values.shape[0]
         assert values.shape[1] * 2 == columns and x.dtype == values.dtype, "the library would read beyond the operands"
@@ -163,8 +150,10 @@ class CusparseltRoute:
         x = _aligned(x, padding)
         if addend is not None:
             addend = _aligned(addend, padding)
+        late_bias = None
         if bias is not None and (bias.data_ptr() % ALIGNMENT or not bias.is_contiguous()):
-            bias = bias.clone(memory_format=torch.contiguous_format)
+            # A copy would lie elsewhere each time, and each place would have a plan of its own.
+            bias, late_bias = None, bias
         operand = values if _is_operand(values, metadata) else self._staged(values, indices, metadata)
         y = x.new_empty(tokens + padding, rows)
         y_pointer = y.data_ptr()
@@ -188,7 +177,9 @@ class CusparseltRoute:
                 None if workspace is None else workspace.data_ptr(),
                 self._stream(),
             )
-        return y[:tokens] if padding else y
+        if padding:
+            y = y[:tokens]
+        return y if late_bias is None else y.add_(late_bias)
 
     def _stream(self) -> ctypes.Array:
         stream = stream_of(self.device)
@@ -227,6 +218,8 @@ class CusparseltRoute:
                     self._layouts[key] = learn_layout(compress, rows, columns, dtype, self.device)
                 except UnknownLayoutError as error:
                     self._layouts[key] = str(error)
+                except torch.OutOfMemoryError as error:
+                    raise VendorError(f"no memory to learn how weights of {rows} x {columns} are ordered") from error
             return self._layouts[key]
 
 

@@ -93,20 +93,7 @@ class CutlassRoute:
         bias: Tensor | None = None,
         addend: Tensor | None = None,
     ) -> Tensor:
-        """X [T, I] -> Y [T, O] = X W^T (+ bias [O]) (+ addend [T, O]), row-major; summed in fp32, rounded once.
-
-        Args:
-            x: [T, I].
-            values: [O, K].
-            indices: uint8 [O, I / 8]; read only where metadata is None.
-            metadata: uint8 [O I / 8] in CUTLASS's order, or None to derive it from `indices` now.
-            algorithm: one that `algorithms` named.
-            bias: added to every row.
-            addend: added to the product; left as it is.
-
-        Raises:
-            VendorError: if the kernel refuses.
-        """
+        """See `VendorRoute.product`; every operand is read where it lies."""
         (tokens, columns), rows = x.shape, values.shape[0]
         assert values.shape[1] * 2 == columns and x.dtype == values.dtype, "the kernel would read beyond the operands"
         assert bias is None or (bias.shape == (rows,) and bias.dtype == x.dtype)

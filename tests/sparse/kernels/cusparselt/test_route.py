@@ -165,6 +165,17 @@ def test_unaligned_and_strided_operands_are_copied(standin: StandIn, way: Callab
         assert close(y, operands.expected(bias=True, addend=True))
 
 
+def test_biases_that_are_not_aligned_share_a_plan(standin: StandIn) -> None:
+    route, operands = standin.route(), Operands(T, O, I, torch.bfloat16)
+    layout_of(route, operands)
+    standin.forget_calls()
+    biases = [shifted(operands.bias) for _ in range(3)]
+    for bias in biases:
+        y = route.product(operands.x, operands.values, operands.indices, None, Algorithm(0), bias=bias)
+        assert close(y, operands.expected(bias=True))
+    assert standin.names.count("MatmulPlanInit") == 1
+
+
 def test_threads_share_a_handle_and_no_scratch(standin: StandIn) -> None:
     route = standin.route()
     problems = [Operands(T, O, I, torch.bfloat16, seed) for seed in range(2)]
