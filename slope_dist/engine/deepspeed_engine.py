@@ -158,7 +158,7 @@ class DeepSpeedEngine:
         self._sparse = [module for module in self.module.modules() if isinstance(module, SparseWeight)]
         if self.stage == 0 and kernels.active() is not None:
             # Whole on this rank, in fp32: nothing else has the new values before the next forward pass.
-            self._adam.write_transposes(w for w in self._sparse if w.resident_transpose and w.adds_in_product())
+            self._adam.write_transposes(w for w in self._sparse if w.resident_transpose)
         self._groups = groups
         position, layout = groups.position, groups.layout
         self._state: ZeroState = zero_state(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slope_dist.parallel.regions import TensorPlace, leave_split, whole_parameter, whole_product
-from slope_dist.sparse import SparseWeight, Weight
+from slope_dist.sparse import DenseWeight, Weight
 
 Split = Literal["column", "row", "whole"]
 """How a layer is cut over tensor ranks: "column" its outputs, "row" its inputs, "whole" (always dense) not at all."""
@@ -82,29 +82,19 @@ class Linear(nn.Module):
         """[..., I] -> [..., O]."""
         # In the stream, under sequence parallelism, each rank sees the gradient of its own tokens.
         own_tokens = self.place.sequence_parallel
-        sums_partial_products = self.split == "row" and self.place.ranks > 1
-        if self.weight.adds_in_product() and not (own_tokens or sums_partial_products):
-            return self._in_one_product(x)
+        # A bias that every tensor rank has whole is added once, to the sum of their products.
+        whole_bias = self.split != "column" and self.place.ranks > 1
+        bias = None if whole_bias else self.bias
+        adapter, weight = self.adapter, self.weight
         if own_tokens and self.split == "whole":
-            y = self.weight(x, partial(whole_product, place=self.place))
-        elif self.weight.adds_in_product():
-            y = self.weight(x, addend=None if self.adapter is None else self.adapter(x))
+            assert isinstance(weight, DenseWeight) and adapter is None
+            y = weight(x, product=partial(whole_product, place=self.place))
+        elif adapter is not None and self.place.ranks == 1 and weight.takes_adapters():
+            y = weight.product_with_adapter(x, bias, adapter.down, adapter.up, adapter.scale)
         else:
-            y = self.weight(x)
-            if self.adapter is not None:
-                y = y + self.adapter(x)
+            y = weight(x, bias, None if adapter is None else adapter(x))
         if self.split == "row":
             y = leave_split(y, self.place)
-        if self.bias is None:
+        if self.bias is None or not whole_bias:
             return y
-        return y + (whole_parameter(self.bias, self.place) if own_tokens and self.split != "column" else self.bias)
-
-    def _in_one_product(self, x: Tensor) -> Tensor:
-        adapter, weight = self.adapter, self.weight
-        if adapter is None:
-            return weight(x, self.bias)
-        assert isinstance(weight, SparseWeight)
-        # What is sharded over data ranks is there while its own module runs, and no longer.
-        if torch.is_grad_enabled() or self.place.ranks > 1 or weight.is_sharded:
-            return weight(x, self.bias, adapter(x))
-        return weight.product_with_adapter(x, self.bias, adapter.down, adapter.up, adapter.scale)
+        return y + (whole_parameter(self.bias, self.place) if own_tokens else self.bias)

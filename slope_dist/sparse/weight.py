@@ -22,15 +22,27 @@ Product = Callable[[Tensor, Tensor], Tensor]
 """X [..., I] and W [O, I] -> X W^T [..., O]."""
 
 
+def _added(y: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
+    y = y if addend is None else y + addend
+    return y if bias is None else y + bias
+
+
 class Weight(nn.Module):
-    """A matrix [O, I] with `forward(x) = x W^T`. `values` is its one trained parameter, whatever the storage."""
+    """A matrix [O, I] with `forward(x, bias, addend) = x W^T + addend + bias`.
+
+    `values` is its one trained parameter, whatever the storage.
+    """
 
     values: nn.Parameter
     shape: tuple[int, int]
 
-    def adds_in_product(self) -> bool:
-        """Whether `forward` takes a bias and an addend, and adds them in the product itself."""
+    def takes_adapters(self) -> bool:
+        """Whether `product_with_adapter` may be called now."""
         return False
+
+    def product_with_adapter(self, x: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """X W^T + (scale X down^T) up^T (+ bias), without gradients: down [R, I], up [O, R]."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Shape for `print(model)`."""
@@ -45,10 +57,16 @@ class DenseWeight(Weight):
         self.shape = (dense.shape[0], dense.shape[1])
         self.values = nn.Parameter(dense)
 
-    def forward(self, x: Tensor, product: Product | None = None) -> Tensor:
-        """[..., I] -> [..., O], by another `product` where each rank has but a part of the weight's gradient."""
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, addend: Tensor | None = None, *, product: Product | None = None
+    ) -> Tensor:
+        """[..., I], [O], [..., O] -> [..., O].
+
+        By another `product` where each rank has but a part of the weight's gradient.
+        """
         # Looked up now: ZeRO 3 puts a product in its place that lets go of a gathered weight.
-        return functional.linear(x, self.values) if product is None else product(x, self.values)
+        y = functional.linear(x, self.values) if product is None else product(x, self.values)
+        return _added(y, bias, addend)
 
 
 class SparseWeight(Weight):
@@ -96,9 +114,9 @@ class SparseWeight(Weight):
             self.refresh_column_mask()
 
     def forward(self, x: Tensor, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
-        """[..., I] -> [..., O] over W^R; backward over W^{R,C}.
+        """[..., I], [O], [..., O] -> [..., O] over W^R; backward over W^{R,C}.
 
-        A bias [O] and an addend [..., O] are added in the product where `adds_in_product`, else after it.
+        What is added, a dispatcher's kernels add in the product itself.
         """
         if self.pattern.is_two_four and kernels.active_on(x.device) is not None:
             if bias is not None and self.is_sharded:
@@ -109,15 +127,15 @@ class SparseWeight(Weight):
         y = sparse_product(
             x, self.values, self.indices, self.pattern, column_mask=self.column_mask, transpose=transpose
         )
-        y = y if addend is None else y + addend
-        return y if bias is None else y + bias
+        return _added(y, bias, addend)
 
-    def adds_in_product(self) -> bool:
-        """Whether a dispatcher is in use for this weight.
+    def takes_adapters(self) -> bool:
+        """Whether a dispatcher is in use, no gradients are wanted, and the weight is whole.
 
         No parameter is looked at: ZeRO 3 would gather it for the module that asks, and not let go.
         """
-        return self.pattern.is_two_four and kernels.active() is not None
+        whole = self.pattern.is_two_four and not self.is_sharded
+        return whole and kernels.active() is not None and not torch.is_grad_enabled()
 
     def _kernel_product(self, x: Tensor, bias: Tensor | None, addend: Tensor | None) -> Tensor:
         form, metadata = self._kernel_metadata()
