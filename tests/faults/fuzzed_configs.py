@@ -293,7 +293,9 @@ def _fits(value: Any, path: str) -> bool:
 
 def _outside(member: Any) -> list[Any]:
     """Values of the right type that are not the member's."""
-    kind, low, high = member
+    kind, low, high, words = member
+    if words:
+        return [["unknown"], [words[0], ""], [words[0].upper()]]
     if get_origin(kind) is not None:
         return ["unknown", "", *(choice.upper() + "x" for choice in get_args(kind))]
     if kind is str:

@@ -14,11 +14,15 @@ _LONGEST_PATH = 4096
 
 
 class Member(NamedTuple):
-    """One thing a key may hold: its type, and the least and the greatest of it (both allowed; None: no limit)."""
+    """One thing a key may hold: its type, and the least and the greatest of it (both allowed; None: no limit).
+
+    Of a list, ``words`` are the ones it may consist of, if not any.
+    """
 
     kind: Any
     low: float | None = None
     high: float | None = None
+    words: tuple[str, ...] = ()
 
 
 def members(path: str) -> list[Member]:
@@ -44,6 +48,8 @@ def _members(annotation: Any, metadata: list[Any]) -> list[Member]:
         return _members(inner, [*metadata, *more])
     if origin is Literal:
         return [Member(annotation)]
+    if origin is tuple and get_origin(get_args(annotation)[0]) is Literal:
+        return [Member(tuple, words=get_args(get_args(annotation)[0]))]
     limits: dict[str, float] = {}
     for entry in metadata:
         # A field's limits come as one FieldInfo inside an alias and one object for each elsewhere.
@@ -57,7 +63,7 @@ def _members(annotation: Any, metadata: list[Any]) -> list[Member]:
 
 def possible(member: Member, draw: random.Random) -> Any:
     """A value of the member's."""
-    kind, low, high = member
+    kind, low, high, words = member
     if get_origin(kind) is Literal:
         return draw.choice(get_args(kind))
     if kind is bool:
@@ -71,7 +77,8 @@ def possible(member: Member, draw: random.Random) -> Any:
     if kind is str:
         return draw.choice(["a", "runs/x y", "/tmp/é", "x" * _LONGEST_PATH, "../..", "\u4e2d\u6587", "a\nb"])
     if kind is tuple:
-        return draw.sample(["decoder.layers.0.*", "*fc1", "*", "[", "é"], draw.randrange(4))
+        words = words or ("decoder.layers.0.*", "*fc1", "*", "[", "é")
+        return draw.sample(words, draw.randrange(min(4, len(words) + 1)))
     assert kind is types.NoneType, f"valid_configs.py does not know how to draw {kind}"
     return None
 
@@ -117,6 +124,7 @@ _RELATED = {
     ),
     *(f"adapters.{key}" for key in ("rank", "learning_rate_policy", "peak_learning_rate", "warmup_steps")),
     *(f"training.{key}" for key in ("global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate")),
+    "training.compile",
     *(f"parallel.{key}" for key in ("engine", "tensor", "pipeline", "data", "zero_stage", "sequence_parallel")),
     *("precision", "checkpoint.interval", "checkpoint.keep_every", "data.folder", "data.mixture", "data.source"),
 }
@@ -184,6 +192,7 @@ def _related(draw: random.Random) -> dict[str, Any]:
         "training.micro_batch_size": micro,
         "training.global_batch_size": micro * (data or 1) * draw.choice([1, 2, 3, 8]),
         "training.learning_rate": rate,
+        "training.compile": draw.choice([None, False, engine == "fsdp" or stage < 3]),
         "training.min_learning_rate": draw.choice([None, 0.0, 0, rate, rate / 3]),
         "parallel.engine": engine,
         "parallel.tensor": tensor if tensor > 1 else maybe(1),
