@@ -2,6 +2,7 @@
 
 `end.json` says how: launchers change exit codes, and a job script has to know whether to go on. It says "running" while
 the run lasts, so that of one that was killed without a word it says so for ever: its lock is gone by then.
+`history.jsonl` keeps every turn: a "running" row at its start, and a row at its end if there was time for one.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ import json
 import os
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from slope_dist.errors import UserError
+from slope_dist.files import read_bounded
 
 END = "end.json"
+HISTORY = "history.jsonl"
 LOCK = ".lock"
 
 How = Literal["running", "finished", "stopped", "failed"]
+
+_MAX_HISTORY_BYTES = 2**26
 
 PATIENCE = 15.0
 """Seconds to wait for a job that is just leaving: a requeued one may be started before the old one is gone."""
@@ -92,7 +98,7 @@ class Turn:
 
 
 def write_end(folder: Path, how: How, **details: Any) -> None:
-    """Replace `end.json`: {"how", "time", "host", "pid", "job", ...details}.
+    """Replace `end.json`, and add to `history.jsonl`: {"how", "time", "host", "pid", "job", ...details}.
 
     As far as the disk allows: that a run cannot say how it ended must not change how it ends.
     """
@@ -104,10 +110,55 @@ def write_end(folder: Path, how: How, **details: Any) -> None:
         "job": os.environ.get("SLURM_JOB_ID"),
         **details,
     }
+    line = json.dumps(content) + "\n"
     with contextlib.suppress(OSError):
         partial = folder / f".{END}.partial"
-        partial.write_text(json.dumps(content) + "\n")
+        partial.write_text(line)
         os.replace(partial, folder / END)
+    with contextlib.suppress(OSError), (folder / HISTORY).open("a+b") as file:
+        # After a line that a full disk cut short.
+        torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
+        file.write(b"\n" * torn + line.encode())
+
+
+@dataclass(frozen=True)
+class Part:
+    """One turn in a run folder.
+
+    Attributes:
+        start: its "running" row, with the step that it went on from.
+        end: how it ended; None if it is under way, or was killed without a word.
+    """
+
+    start: dict[str, Any]
+    end: dict[str, Any] | None
+
+
+def read_history(folder: Path) -> list[Part]:
+    """The turns in a run folder, first to last; none where there is no file. Lines that a kill cut short are left out.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    try:
+        lines = read_bounded(folder / HISTORY, _MAX_HISTORY_BYTES).splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder / HISTORY} cannot be read: {error.strerror or error}") from error
+    parts: list[Part] = []
+    for line in lines:
+        row = None
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            continue
+        if row.get("how") == "running":
+            parts.append(Part(row, None))
+        elif parts and parts[-1].end is None:
+            # When rank 0 is lost, one rank on each machine says so: the first is enough.
+            parts[-1] = Part(parts[-1].start, row)
+    return parts
 
 
 def _job() -> str:

@@ -197,6 +197,7 @@ class _Run:
             checkpoint=None if checkpoint is None else checkpoint.name,
             exit_code=code,
             cause=cause,
+            ranks=self.place.world_size,
         )
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.training import ending
-from slope_dist.training.ending import END, LOCK, Turn, write_end
+from slope_dist.training.ending import END, HISTORY, LOCK, Turn, read_history, write_end
 from tests.distributed import Outcome, end_ranks
 from tests.runs import pretrain, step_rows, watch_engines, write_config
 
@@ -100,8 +100,30 @@ def test_the_end_is_replaced_whole_and_a_full_disk_changes_nothing(
     write_end(tmp_path, "stopped", step=4, checkpoint="step-00000004", exit_code=75, cause="SIGTERM")
     end = json.loads((tmp_path / END).read_text())
     assert end | {"how": "stopped", "step": 4, "job": "77", "pid": os.getpid()} == end
-    assert os.listdir(tmp_path) == [END]
+    assert sorted(os.listdir(tmp_path)) == [END, HISTORY]
     write_end(tmp_path / "none", "failed")
+
+
+def test_the_history_has_every_turn_and_how_it_ended(tmp_path: Path) -> None:
+    assert read_history(tmp_path) == []
+    write_end(tmp_path, "running", step=0)
+    write_end(tmp_path, "running", step=2)
+    # Rank 0 was lost, and the first ranks of two machines say so.
+    write_end(tmp_path, "failed", step=5, cause="rank 0 was lost")
+    write_end(tmp_path, "failed", step=4, cause="rank 0 was lost")
+    write_end(tmp_path, "running", step=4)
+    with (tmp_path / HISTORY).open("a") as file:
+        file.write('not JSON\n[]\n{"how": "running"}\n{"how": "fini')
+    parts = read_history(tmp_path)
+    assert [part.start["step"] for part in parts] == [0, 2, 4]
+    ends = [part.end and (part.end["how"], part.end["step"]) for part in parts]
+    assert ends == [None, ("failed", 5), None]
+
+
+def test_a_history_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / HISTORY).mkdir()
+    with pytest.raises(UserError, match=f"{HISTORY} cannot be read: "):
+        read_history(tmp_path)
 
 
 def first_and_second(config: str) -> None:
