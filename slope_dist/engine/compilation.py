@@ -6,6 +6,8 @@ on a block (of FSDP, of recomputation) stay outside.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
@@ -14,10 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slope_dist.errors import UserError
+
 BACKEND = "inductor"
 
 MOST_GRAPHS = 256
 """Of one engine. A kind of block has one for training and one for evaluation."""
+
+
+def check_compiler() -> None:
+    """Refuse compilation where torch will not find the program that it needs.
+
+    On a CPU it writes C++; on a GPU Triton builds what starts its kernels, in C.
+
+    Raises:
+        UserError: naming the program.
+    """
+    variable, names = ("CC", ("gcc", "clang")) if torch.cuda.is_available() else ("CXX", ("g++",))
+    wanted = os.environ.get(variable)
+    tried = names if wanted is None else (wanted,)
+    if not any(map(shutil.which, tried)):
+        raise UserError(
+            f"training.compile true needs a compiler on this machine, and there is no {' or '.join(tried)} in PATH; "
+            f"install one, name one in {variable}, or use training.compile false"
+        )
 
 
 class BlockCompiler:

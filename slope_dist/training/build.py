@@ -13,7 +13,7 @@ from torch import nn
 from slope_dist.config import Config, Derived, deepspeed_dict
 from slope_dist.config.resolve import zero_stage
 from slope_dist.engine import Engine
-from slope_dist.engine.compilation import BlockCompiler
+from slope_dist.engine.compilation import BlockCompiler, check_compiler
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
@@ -76,6 +76,8 @@ def check_engine(config: Config) -> None:
         from slope_dist.engine.deepspeed_engine import check_precision
 
         check_precision(config.precision)
+    if config.training.compile:
+        check_compiler()
 
 
 def build_engine(config: Config, derived: Derived, groups: Groups, *, adapters: bool, draw: bool = True) -> Engine:

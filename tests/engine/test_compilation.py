@@ -17,9 +17,11 @@ import pytest
 
 from slope_dist.config import load_config
 from slope_dist.engine import compilation
+from slope_dist.errors import UserError
 from slope_dist.parallel.environment import discover
+from slope_dist.training.build import check_engine
 from slope_dist.training.trainer import Trainer
-from tests.runs import SECTIONS, newest, read_all
+from tests.runs import SECTIONS, newest, read_all, write_config
 from tests.same_run import assert_same_run, maker_of_runs
 
 
@@ -70,7 +72,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-SLOW = {"ZeRO 2", "sequence"}
+SLOW = {"ZeRO 1", "ZeRO 2", "sequence", "recomputed"}
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,14 @@ def test_generated_code(expected: Callable, corpus: Path, tmp_path_factory: pyte
     make = maker_of_runs(generated_run, corpus, tmp_path_factory, training__compile=True)
     found, _ = make(1, parallel__zero_stage=0)
     assert_same_run(found, plain)
+
+
+def test_a_machine_without_a_compiler_is_told(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    compilation.check_compiler()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = load_config(write_config(tmp_path, corpus, training__compile=True))
+    with pytest.raises(UserError, match=r"training.compile true needs a compiler.* no no-such-compiler in PATH"):
+        check_engine(config)
