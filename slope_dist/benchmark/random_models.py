@@ -58,6 +58,12 @@ def build_block(
     return block
 
 
+def build_meta_layers(config: Config, form: Form, *, whole: bool) -> list[nn.Module]:
+    """All layers of a config's model, or only its second block, without memory: shapes to reckon with."""
+    made = family(config.model.family).layers(factory(config, form, "meta"), shape_of(config.model))
+    return [make() for make in (made if whole else made[1 + SECOND_BLOCK : 2 + SECOND_BLOCK])]
+
+
 def build_language_model(config: Config, form: Form, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """A config's model, filled, layer by layer."""
 

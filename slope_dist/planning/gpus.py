@@ -56,3 +56,14 @@ def peaks_of(card: str) -> Peaks | None:
     """The peaks of a card by the name that torch has for it; None where they are not known here."""
     found = _CARDS.get(card)
     return None if found is None else found.peaks
+
+
+def peaks_of_kind(kind: str) -> Peaks:
+    """The peaks of a kind that a config can name; of its cards with other clocks, the fastest."""
+    return max((card.peaks for card in _CARDS.values() if card.kind == kind), key=lambda peaks: peaks.dense)
+
+
+def kind_of(card: str) -> str | None:
+    """The kind of a card by the name that torch has for it; None where it is not known here."""
+    found = _CARDS.get(card)
+    return None if found is None else found.kind
