@@ -9,10 +9,12 @@ Which tensors these are follows from nothing but their names and places: whateve
 (name, kind, rectangle, range) is compared. What is sharded is held once, and not hashed. Caches, such as the transposes
 of kept weights, are not compared.
 
-What differs at a comparison is what has gone wrong for good. A bit that flips in a weight of ZeRO 1 or 2 is gone after
-the next step, which gathers all weights anew from their masters; in metadata, in ZeRO 0 and in what tensor ranks hold
-whole it stays. A difference between tensor ranks spreads to whatever they compute whole, so that several tensors may be
-named, of which one was the first.
+A bit that flips in a weight of ZeRO 1 or 2 is gone after the next step, which makes all weights anew from their
+masters; in metadata, in the optimizer's state and in ZeRO 0 it stays until it is found. A difference between tensor
+ranks spreads to whatever they compute whole, so that several tensors may be named, of which one was the first.
+
+Equal bits are a matter of equal arithmetic. On GPUs kernels whose sums have no fixed order may part what tensor ranks
+compute whole, each for itself; `training.deterministic` leaves only those with one.
 """
 
 from __future__ import annotations

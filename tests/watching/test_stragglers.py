@@ -47,8 +47,7 @@ def looks(factor: float, slow_rank: int) -> list[list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("factor", [1.3, 2.0])
-@pytest.mark.parametrize(("ranks", "slow"), [(2, 0), (2, 1), (3, 1)])
+@pytest.mark.parametrize(("ranks", "slow", "factor"), [(2, 0, 1.3), (2, 1, 2.0), (3, 1, 1.3)])
 def test_a_slow_rank_is_found_and_forgiven(ranks: int, slow: int, factor: float) -> None:
     results = run_ranks(looks, ranks, factor, slow)
     assert all(found == results[0] for found in results), "every rank keeps the same book"
