@@ -223,6 +223,10 @@ class DeepSpeedEngine:
             scalars["loss_scale"] = {name: getattr(scaler, name) for name in _SCALER_STATE}
         return self._state.fragments(), scalars
 
+    def held(self) -> Iterable[Fragment]:
+        """Whole weights and metadata below stage 3, shares of them at stage 3; optimizer state as it is exported."""
+        return self._state.held()
+
     @torch.no_grad()
     def load_state(self, source: StateSource, *, new_adapters: bool = False, transfer: Transfer | None = None) -> None:
         """Take over a state. Collective."""

@@ -215,6 +215,10 @@ class FSDPEngine:
         """Live fragments of this rank, and step counters by parameter group."""
         return self._fragments(), {"optimizer_steps": saved_steps(self._adam, self.optimizer_parameters())}
 
+    def held(self) -> Iterable[Fragment]:
+        """This rank's rows: the masters, not the weights that are made of them."""
+        return self._fragments(derived=False)
+
     def load_state(self, source: StateSource, *, new_adapters: bool = False, transfer: Transfer | None = None) -> None:
         """Take over a state. Collective."""
         adapters = {shard.tensor.name for shard in self._shards if shard.tensor.adapter}

@@ -58,6 +58,13 @@ class Engine(Protocol):
     def export_state(self) -> tuple[Iterable[Fragment], dict[str, Any]]:
         """This rank's fragments of the logical state, live, and what is not a tensor."""
 
+    def held(self) -> Iterable[Fragment]:
+        """All of the state that this rank holds, live and in its largest pieces, each key once.
+
+        Unlike `export_state` it has whole what is whole on every rank, and nothing that is made for its reader. Pieces
+        of the same name, kind, rectangle and range on several ranks are equal in every bit.
+        """
+
     def load_state(self, source: StateSource, *, new_adapters: bool = False, transfer: Transfer | None = None) -> None:
         """Take over a state, of any layout.
 

@@ -89,6 +89,14 @@ class ZeroState(ABC):
                     derived = memory is piece.model and piece.model.dtype != torch.float32
                     yield self._fragment(tensor, kind, piece.start, piece.stop, memory, piece.write, derived)
 
+    def held(self) -> Iterator[Fragment]:
+        """See `Engine.held`: weights and metadata are whole on this rank, the rest is as in `fragments`."""
+        for tensor in self.tensors:
+            size = rectangle_size(tensor.rectangle)
+            memory = tensor.tensor.data.view(-1)[:size]
+            yield self._fragment(tensor, "weight" if tensor.trained else "metadata", 0, size, memory, tensor.owned)
+        yield from (fragment for fragment in self.fragments() if fragment.kind not in ("weight", "metadata"))
+
     @staticmethod
     def _fragment(
         tensor: LogicalTensor, kind: Kind, start: int, stop: int, memory: Tensor, write: bool, derived: bool = False
@@ -175,6 +183,7 @@ class ShardedState(ZeroState):
             for parameter in group:
                 self.places[id(parameter)] = (partition, offset)
                 offset += parameter.ds_tensor.ds_numel
+        self.by_parameter = {id(tensor.tensor): tensor for tensor in self.tensors}
 
     def flat_parameters(self) -> dict[str, list[Tensor]]:
         """The flat sub-group partitions of each group."""
@@ -205,6 +214,16 @@ class ShardedState(ZeroState):
         """This rank's share of the sharded metadata."""
         start, stop = self._range(tensor)
         yield start, stop, tensor.tensor.ds_tensor.data.view(-1)[: stop - start], True  # type: ignore[attr-defined]
+
+    def held(self) -> Iterator[Fragment]:
+        """Shares, and of several ranks also the small parameters that are kept whole."""
+        yield from self.fragments()
+        for parameter in self.optimizer.persistent_parameters if self.data_ranks > 1 else ():
+            tensor = self.by_parameter.get(id(parameter))
+            size = 0 if tensor is None else rectangle_size(tensor.rectangle)
+            if tensor is not None and parameter.numel() >= size:
+                memory = parameter.data.view(-1)[:size]
+                yield self._fragment(tensor, "weight" if tensor.trained else "metadata", 0, size, memory, False)
 
     def sync(self) -> None:
         """Cast each partition into the parameters' shards, and gather anew the small ones that are kept whole."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from math import isfinite
 from typing import Any
 
@@ -12,6 +13,7 @@ from slope_dist.errors import UserError
 from slope_dist.training.evaluation import Evaluation
 from slope_dist.training.folder import RunFolder, read_rows
 from slope_dist.training.plot import plot_losses
+from slope_dist.watching.finding import Finding
 
 
 class Journal:
@@ -51,7 +53,7 @@ class Journal:
         values = _values(result)
         each = {name: _values(part) for name, part in result.corpora.items()}
         row = {"step": step} | values | ({"corpora": each} if each else {})
-        if row in self.rows:
+        if any(row == {key: value for key, value in other.items() if key != "time"} for other in self.rows):
             return  # Done again, because a kill came between this row and the picture.
         self._write(row)
         for group, numbers in {"valid": values, **{f"valid {name}": part for name, part in each.items()}}.items():
@@ -73,6 +75,16 @@ class Journal:
         for name in ("stall_seconds", "save_seconds"):
             self._board.add_scalar(f"save/{name}", row[name], outcome.step)
 
+    def problem(self, step: int, text: str) -> None:
+        """What went wrong with a save, or with the removal of old checkpoints."""
+        self._write({"step": step, "save_problem": text})
+
+    def finding(self, step: int, finding: Finding) -> None:
+        """What the watch has found after `step`."""
+        self._write({"step": step, **finding.row})
+        for name, value in finding.scalars.items():
+            self._board.add_scalar(name, value, step)
+
     def draw(self, title: str) -> None:
         """Write loss.png."""
         plot_losses(self.rows, self.folder.picture, title)
@@ -83,6 +95,7 @@ class Journal:
         self._board.close()
 
     def _write(self, row: dict[str, Any]) -> None:
+        row = {**row, "time": round(time.time(), 3)}
         self.rows.append(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
 

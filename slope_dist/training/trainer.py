@@ -36,6 +36,7 @@ from slope_dist.training.state import state_of
 from slope_dist.training.stopping import Stopper
 from slope_dist.training.utilization import find_utilization
 from slope_dist.transfer import Transfer, duration_text, size_text
+from slope_dist.watching.watch import Watch
 
 LAST_WAIT, SHORT_WAIT = 600.0, 2.0
 """Seconds that a run which fails leaves to the save under way: where all ranks end together, and where one does."""
@@ -119,6 +120,7 @@ class Trainer:
         self._engine: Engine | None = None
         self.saver: Saver | None = None
         self.journal: Journal | None = None
+        self.watch = Watch(config.watch, config.training.steps)
         self.progress = ProgressLine(
             first_step=self.step + 1,
             steps=config.training.steps,
@@ -151,6 +153,7 @@ class Trainer:
                 speed = self.progress.step(step, result.loss, self.phase, result.skipped)
                 self._record(step, result.loss, result.grad_norm, rates, speed, result.skipped)
                 self.guard.check(step, result, self._samples(step))
+                self._watch()
                 if self._due(self.config.checkpoint.interval):
                     self._save()
                 if self._due(self.config.evaluation.interval):
@@ -255,16 +258,17 @@ class Trainer:
     def _micro_batches(self, step: int) -> Sequence[MicroBatch]:
         training = self.config.training
         batches = []
-        for index in range(self.derived.accumulation_steps):
-            positions = rank_positions(
-                global_batch_size=training.global_batch_size,
-                micro_batch_size=training.micro_batch_size,
-                data_ranks=self.derived.data_ranks,
-                data_rank=self.groups.position.data,
-                micro_index=index,
-            )
-            batch = self.reader.batch(step, positions)
-            batches.append((batch.tokens, batch.labels))
+        with self.watch.loading():
+            for index in range(self.derived.accumulation_steps):
+                positions = rank_positions(
+                    global_batch_size=training.global_batch_size,
+                    micro_batch_size=training.micro_batch_size,
+                    data_ranks=self.derived.data_ranks,
+                    data_rank=self.groups.position.data,
+                    micro_index=index,
+                )
+                batch = self.reader.batch(step, positions)
+                batches.append((batch.tokens, batch.labels))
         return batches
 
     def _samples(self, step: int) -> tuple[int, int]:
@@ -298,6 +302,22 @@ class Trainer:
             row["skipped"] = skipped
         self.journal.step(row | self._switch_cost)
         self._switch_cost = {}
+
+    def _watch(self) -> None:
+        """Look for slow ranks and differing copies; before a save, which would make the difference last.
+
+        Raises:
+            RunFailedError: if copies differ and the config says that the run is to stop then.
+        """
+        findings = self.watch.look(self.step, self.engine)
+        for finding in findings:
+            self.progress.say(finding.line)
+            if self.journal is not None:
+                self.journal.finding(self.step, finding)
+        if self.config.watch.on_drift == "stop":
+            for finding in findings:
+                if finding.damage:
+                    raise RunFailedError(finding.line.removeprefix("warning: "))
 
     def _switch_to_adapters(self, step: int) -> None:
         """Rule R6: export the state, release the engine, build one with adapters, load. Nothing else changes."""
@@ -348,6 +368,8 @@ class Trainer:
         for outcome in self.saver.outcomes():
             for problem in outcome.problems:
                 self.progress.say(f"warning: {problem}")
+                if self.journal is not None:
+                    self.journal.problem(outcome.step, problem)
             if outcome.path is not None:
                 self.last_checkpoint = outcome.path
                 self._record_save(outcome)

@@ -17,7 +17,17 @@ from slope_dist.config import load_config
 from slope_dist.parallel.environment import discover
 from tests.distributed import run_ranks
 from tests.layouts.cases import CLIPPING, FAMILIES, Case
-from tests.runs import STEPS, distance, evaluation_rows, read_all, relative, step_rows, watch_batches, write_config
+from tests.runs import (
+    STEPS,
+    distance,
+    evaluation_rows,
+    read_all,
+    relative,
+    rows_of,
+    step_rows,
+    watch_batches,
+    write_config,
+)
 
 State = dict[str, Tensor]
 
@@ -85,12 +95,15 @@ def run_case(case: Case, folder: Path, corpus: Path, **changes: Any) -> Run:
     """Run a case in `folder`, with `changes` to its config beside its own.
 
     Raises:
-        AssertionError: if a rank fails, hangs, or ranks that share a data rank read different samples.
+        AssertionError: if a rank fails, hangs, ranks that share a data rank read different samples, or copies differ
+            after a step.
     """
-    config = write_config(folder, corpus, **(case.changes | changes))
+    config = write_config(folder, corpus, **({"watch__drift_interval": 1} | case.changes | changes))
     ranks = case.layout.world_size
     seen = run_ranks(observed_run, ranks, str(config), timeout=90.0 + 30.0 * ranks)
     run = folder / "run"
+    drift = [row for row in rows_of(run) if "drift" in row]
+    assert not drift, f"what several ranks hold differs: {drift[0]}"
     checkpoints = {step: Checkpoint.open(run / "checkpoints" / f"step-{step:08d}") for step in (1, STEPS)}
     gradients = read_all(checkpoints[1], "exp_avg")
     last_moments = read_all(checkpoints[STEPS], "exp_avg")

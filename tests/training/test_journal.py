@@ -6,6 +6,7 @@ Run: pytest tests/training/test_journal.py
 from __future__ import annotations
 
 import json
+import time
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,8 @@ def test_what_is_not_finite_becomes_null(folder: RunFolder) -> None:
     assert rows[0]["loss"] is None
     numbers = {"eval_loss": None, "perplexity": None, "bits_per_byte": None}
     alone = {"eval_loss": 4.0, "perplexity": pytest.approx(54.598150), "bits_per_byte": None}
+    written = rows[1].pop("time")
+    assert time.time() - 60 < written <= time.time()
     assert rows[1] == {"step": 1, **numbers, "corpora": {"a": alone}}
 
 

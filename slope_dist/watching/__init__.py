@@ -1,0 +1,1 @@
+"""Watching a run from inside: slow ranks, copies that drift apart."""
