@@ -17,11 +17,11 @@ class WatchConfig(Section):
         description="Steps between two measurements of every rank's own speed, of some milliseconds each; 0: none.",
     )
     straggler_threshold: float = Field(
-        default=0.85,
+        default=0.75,
         gt=0.0,
         lt=1.0,
         description="A rank is reported as slow where its score, its speed as a share of the median rank's, stays "
-        "below this: 0.85 reports what takes 1.18 times as long as elsewhere.",
+        "below this: 0.75 reports what takes a third longer than elsewhere, 0.85 what takes a sixth longer.",
     )
     drift_interval: CountOrZero = Field(
         default=500,

@@ -9,11 +9,11 @@ from math import isfinite
 from typing import Any
 
 from slope_dist.checkpoint import Outcome
+from slope_dist.comparing.finding import Finding
 from slope_dist.errors import UserError
 from slope_dist.training.evaluation import Evaluation
 from slope_dist.training.folder import RunFolder, read_rows
 from slope_dist.training.plot import plot_losses
-from slope_dist.watching.finding import Finding
 
 
 class Journal:

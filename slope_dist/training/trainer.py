@@ -10,6 +10,7 @@ from typing import Any
 
 from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
 from slope_dist.checkpoint.format import folder_name
+from slope_dist.comparing.ranks import RankComparison
 from slope_dist.config import Config, Derived, derive
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.sampling import BatchReader, rank_positions
@@ -36,7 +37,6 @@ from slope_dist.training.state import state_of
 from slope_dist.training.stopping import Stopper
 from slope_dist.training.utilization import find_utilization
 from slope_dist.transfer import Transfer, duration_text, size_text
-from slope_dist.watching.watch import Watch
 
 LAST_WAIT, SHORT_WAIT = 600.0, 2.0
 """Seconds that a run which fails leaves to the save under way: where all ranks end together, and where one does."""
@@ -120,7 +120,7 @@ class Trainer:
         self._engine: Engine | None = None
         self.saver: Saver | None = None
         self.journal: Journal | None = None
-        self.watch = Watch(config.watch, config.training.steps)
+        self.ranks = RankComparison(config.watch, config.training.steps)
         self.progress = ProgressLine(
             first_step=self.step + 1,
             steps=config.training.steps,
@@ -153,7 +153,7 @@ class Trainer:
                 speed = self.progress.step(step, result.loss, self.phase, result.skipped)
                 self._record(step, result.loss, result.grad_norm, rates, speed, result.skipped)
                 self.guard.check(step, result, self._samples(step))
-                self._watch()
+                self._compare_ranks()
                 if self._due(self.config.checkpoint.interval):
                     self._save()
                 if self._due(self.config.evaluation.interval):
@@ -258,7 +258,7 @@ class Trainer:
     def _micro_batches(self, step: int) -> Sequence[MicroBatch]:
         training = self.config.training
         batches = []
-        with self.watch.loading():
+        with self.ranks.loading():
             for index in range(self.derived.accumulation_steps):
                 positions = rank_positions(
                     global_batch_size=training.global_batch_size,
@@ -303,13 +303,13 @@ class Trainer:
         self.journal.step(row | self._switch_cost)
         self._switch_cost = {}
 
-    def _watch(self) -> None:
+    def _compare_ranks(self) -> None:
         """Look for slow ranks and differing copies; before a save, which would make the difference last.
 
         Raises:
             RunFailedError: if copies differ and the config says that the run is to stop then.
         """
-        findings = self.watch.look(self.step, self.engine)
+        findings = self.ranks.look(self.step, self.engine)
         for finding in findings:
             self.progress.say(finding.line)
             if self.journal is not None:

@@ -3,7 +3,7 @@
 Runs of the real trainer with the adapter switch in their middle compare after each step. Most layouts are marked
 slow here; those of tests/layouts compare too.
 
-Run: pytest tests/watching/test_drift.py
+Run: pytest tests/comparing/test_drift.py
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from slope_dist.comparing import drift
+from slope_dist.comparing.drift import CHUNK, Comparison, content_hash
 from slope_dist.parallel.fragments import Fragment, whole
 from slope_dist.training.guards import RunFailedError
-from slope_dist.watching import drift
-from slope_dist.watching.drift import CHUNK, Comparison, content_hash
 from tests.distributed import run_ranks
 from tests.runs import rows_of, train, watch_engines, write_config
 

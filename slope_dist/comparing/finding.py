@@ -1,4 +1,4 @@
-"""What the watch finds."""
+"""What the comparison of ranks finds."""
 
 from __future__ import annotations
 

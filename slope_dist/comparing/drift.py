@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slope_dist.comparing.finding import Finding, Hosts
 from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment
-from slope_dist.watching.finding import Finding, Hosts
 
 CHUNK = 2**20
 _MOST_NAMED = 8

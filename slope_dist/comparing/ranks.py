@@ -1,17 +1,17 @@
-"""All that is watched beside training, behind one call a step."""
+"""All comparisons of ranks, behind one call a step."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+from slope_dist.comparing.drift import Drift
+from slope_dist.comparing.finding import Finding, Hosts
+from slope_dist.comparing.stragglers import Stragglers
 from slope_dist.config.watch import WatchConfig
 from slope_dist.engine import Engine
-from slope_dist.watching.drift import Drift
-from slope_dist.watching.finding import Finding, Hosts
-from slope_dist.watching.stragglers import Stragglers
 
 
-class Watch:
+class RankComparison:
     """Every rank makes one when the process group exists, and calls `look` after every step.
 
     Args:

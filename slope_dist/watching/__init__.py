@@ -1,1 +1,0 @@
-"""Watching a run from inside: slow ranks, copies that drift apart."""

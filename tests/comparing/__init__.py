@@ -1,0 +1,1 @@
+"""Tests of slope_dist/comparing."""

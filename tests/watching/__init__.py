@@ -1,1 +1,0 @@
-"""Tests of slope_dist/watching."""
