@@ -107,8 +107,9 @@ def why_so_few(environment: Environment, variables: Mapping[str, str] | None = N
     seen = int(counts[0]) if counts else environment.world_size // environment.local_world_size
     allocated = env.get("SLURM_JOB_NUM_NODES", "")
     more = allocated.isdecimal() and int(allocated) > seen
-    # Without a hostfile deepspeed takes the machine it was started on.
-    if not more and not (seen == 1 and "CROSS_SIZE" in env and environment.launcher == "deepspeed or torchrun"):
+    # Without a hostfile deepspeed takes the machine it was started on, which may be all of the allocation.
+    alone = seen == 1 and "CROSS_SIZE" in env and environment.launcher == "deepspeed or torchrun"
+    if not more and (not alone or allocated.isdecimal()):
         return ""
     nodes = "one node" if seen == 1 else f"{seen} nodes"
     of_all = f" of the {allocated} in the SLURM allocation" if more else ""

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from slope_dist.command_line import EXIT_INTERRUPTED
-from slope_dist.config import Config, Derived, derive, dump_config, load_config
-from slope_dist.config.resolve import threads_per_process, world_size
+from slope_dist.config import Config, derive, dump_config, load_config
+from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from slope_dist.parallel import environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
-from slope_dist.training.describe import corpus_warning, describe
+from slope_dist.training.describe import corpus_warning, describe, describe_alternatives
 from slope_dist.training.ending import How, write_end
 from slope_dist.training.folder import Resume
 from slope_dist.training.guards import RunFailedError
@@ -52,7 +52,12 @@ def dry_run(request: Request) -> int:
         # A launcher may have started several processes; one of them speaks.
         place = environment.discover()
         config = load_config(request.config, request.changes)
-        lines = [dump_config(config).rstrip(), *describe(config, derive(config)), corpus_warning(config)]
+        lines = [
+            dump_config(config).rstrip(),
+            *describe(config, derive(config)),
+            *describe_alternatives(config),
+            corpus_warning(config),
+        ]
     except UserError as error:
         return _refused(error, None)
     if place.is_first:
@@ -72,7 +77,8 @@ def pretrain(request: Request) -> int:
         stopper = Stopper(place)
         stopper.listen()
         config = load_config(request.config, request.changes)
-        summary = describe(config, _derive(config, place))
+        config, chosen = _fit(config, place)
+        summary = [*chosen, *describe(config, derive(config, place.world_size))]
         try:
             environment.start(
                 place,
@@ -201,13 +207,14 @@ class _Run:
         )
 
 
-def _derive(config: Config, place: Environment) -> Derived:
-    """What follows from the config for the ranks that are there; a refusal for want of ranks says why there are few."""
+def _fit(config: Config, place: Environment) -> tuple[Config, list[str]]:
+    """The config in the layout that the ranks fit, and what to say of it; for want of ranks also why there are few."""
+    cause = environment.why_so_few(place) if place.world_size < world_size(config) else ""
     try:
-        return derive(config, place.world_size)
+        config, chosen = fit(config, place.world_size)
     except UserError as error:
-        cause = environment.why_so_few(place) if place.world_size < world_size(config) else ""
         raise UserError(f"{error}; {cause}" if cause else str(error)) from error
+    return config, [chosen, *([f"warning: {cause}"] if cause else [])] if chosen else []
 
 
 def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) -> str:

@@ -125,6 +125,8 @@ ONE_NODE = "the usual cause: the launcher saw one node"
     [
         (DEEPSPEED | {"CROSS_SIZE": "1"}, f"{ONE_NODE}; give deepspeed a --hostfile, or start with srun"),
         (DEEPSPEED | {"CROSS_SIZE": "2"}, ""),
+        # `srun deepspeed`, on all the nodes that there are.
+        (DEEPSPEED | {"CROSS_SIZE": "1", "SLURM_JOB_NUM_NODES": "1"}, ""),
         (DEEPSPEED | {"CROSS_SIZE": "1", "SLURM_JOB_NUM_NODES": "4"}, f"{ONE_NODE} of the 4 in the SLURM allocation;"),
         (TORCHRUN | {"GROUP_WORLD_SIZE": "2"}, ""),
         (TORCHRUN | {"SLURM_JOB_NUM_NODES": "3"}, "the launcher saw 2 nodes of the 3 in the SLURM allocation;"),
