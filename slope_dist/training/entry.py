@@ -7,6 +7,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from slope_dist.command_line import EXIT_INTERRUPTED
 from slope_dist.config import Config, derive, dump_config, load_config
 from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
-from slope_dist.parallel import environment
+from slope_dist.parallel import collectives, environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
 from slope_dist.training.describe import corpus_warning, describe, describe_alternatives
@@ -95,9 +96,14 @@ def pretrain(request: Request) -> int:
         assert place is not None
         print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    except (KeyboardInterrupt, StopNow) as error:
+    except KeyboardInterrupt:
         environment.stop()
-        return EXIT_STOPPED if isinstance(error, StopNow) else EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
+    except StopNow as error:
+        # Whichever ranks the signal has reached.
+        write_end(None, "stopped", step=0, checkpoint=None, exit_code=EXIT_STOPPED, cause=str(error))
+        environment.stop()
+        return EXIT_STOPPED
     run = _Run(request, place, stopper)
     try:
         run.train(config, summary)
@@ -146,6 +152,10 @@ class _Run:
             _say(self.place, self._how_to_go_on())
         if self.place.is_first:
             self._write_end("stopped" if stopped else "finished", code, stopped or None)
+        if stopped:
+            # Launchers kill the others when the first rank leaves with this code, so not before that is written.
+            with suppress(RuntimeError):
+                collectives.agree(None)
         if self.peers is not None:
             self.peers.part()
         environment.stop()
@@ -192,14 +202,13 @@ class _Run:
         return how_to_go_on(self.trainer.folder.newest_complete(), self.request, self.place)
 
     def _write_end(self, how: How, code: int | None, cause: str | None) -> None:
-        """Nothing before the trainer stands: the folder may be another run's."""
-        if self.trainer is None:
-            return
-        checkpoint = self.trainer.folder.newest_complete()
+        """In the job's own file alone before the trainer stands: the folder may be another run's."""
+        folder = None if self.trainer is None else self.trainer.folder
+        checkpoint = None if folder is None else folder.newest_complete()
         write_end(
-            self.trainer.folder.path,
+            None if folder is None else folder.path,
             how,
-            step=self.trainer.step,
+            step=0 if self.trainer is None else self.trainer.step,
             checkpoint=None if checkpoint is None else checkpoint.name,
             exit_code=code,
             cause=cause,
@@ -240,14 +249,11 @@ def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) 
 
 
 def _refused(error: UserError, place: Environment | None) -> int:
-    _complain(place, f"error: {error}")
-    return EXIT_BAD_INPUT
-
-
-def _complain(place: Environment | None, text: str) -> None:
     # Before the rank is known, or where reading it failed, every process speaks for itself.
     if place is None or place.is_first:
-        print(text, file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        write_end(None, "failed", step=0, checkpoint=None, exit_code=EXIT_BAD_INPUT, cause=str(error))
+    return EXIT_BAD_INPUT
 
 
 def _say(place: Environment, *lines: str) -> None:
