@@ -227,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
         if options.question == "before":
-            part = before(options.journal, options.rest)
+            part = before(options.journal, options.rest[options.rest[:1] == ["--"] :])
             if part is None:
                 return EXIT_CODES["go on"]
         else:

@@ -18,7 +18,7 @@ from tests.distributed import ROOT
 
 NODES = ("n0", "n1")
 PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
-STARTING, LASTING = 60.0, 180.0
+STARTING, LASTING = 60.0, 300.0
 """Seconds for the daemons to be ready, and for whatever a test waits for on a busy machine."""
 
 _CONF = """\
