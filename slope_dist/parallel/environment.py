@@ -98,6 +98,16 @@ def _srun_tasks_here(env: Mapping[str, str]) -> int:
     return 1
 
 
+def ranks_on_these_cores(environment: Environment, variables: Mapping[str, str] | None = None) -> int:
+    """How many local ranks share the cores that this process may use: one, where srun has bound it to its own."""
+    env = os.environ if variables is None else variables
+    own = env.get("SLURM_CPUS_PER_TASK", "")
+    if environment.launcher == "srun" and own.isdecimal() and hasattr(os, "sched_getaffinity"):
+        bound = len(os.sched_getaffinity(0)) <= int(own)
+        return 1 if bound else environment.local_world_size
+    return environment.local_world_size
+
+
 def why_so_few(environment: Environment, variables: Mapping[str, str] | None = None) -> str:
     """The usual reason for fewer ranks than a run wants, where the variables speak for it; else ""."""
     env = os.environ if variables is None else variables

@@ -83,7 +83,7 @@ def pretrain(request: Request) -> int:
         try:
             environment.start(
                 place,
-                threads_per_process(config, place.local_world_size),
+                threads_per_process(config, environment.ranks_on_these_cores(place)),
                 deterministic=config.training.deterministic,
             )
         except UserError as error:

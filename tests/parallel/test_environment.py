@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 from slope_dist.errors import UserError
-from slope_dist.parallel.environment import Environment, discover, meeting_point, start, why_so_few
+from slope_dist.parallel.environment import (
+    Environment,
+    discover,
+    meeting_point,
+    ranks_on_these_cores,
+    start,
+    why_so_few,
+)
 from tests.distributed import end_ranks
 from tests.runs import pretrain, write_config
 
@@ -115,6 +122,15 @@ def test_where_ranks_meet_is_not_guessed() -> None:
     assert "MASTER_ADDR" not in meeting_point(STEP | {"SLURM_DISTRIBUTION": "arbitrary"})
     assert "MASTER_ADDR" not in meeting_point(STEP | {"SLURM_STEP_NODELIST": "gpu[003"})
     assert meeting_point(SRUN) == {}
+
+
+def test_cores_are_divided_among_the_ranks_that_share_them() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert ranks_on_these_cores(discover(TORCHRUN), {"SLURM_CPUS_PER_TASK": str(cores)}) == 4
+    assert ranks_on_these_cores(discover(SRUN), {}) == 4
+    # Bound to its own cores, and not bound: it may use more than it asked for.
+    assert ranks_on_these_cores(discover(SRUN), {"SLURM_CPUS_PER_TASK": str(cores)}) == 1
+    assert ranks_on_these_cores(discover(SRUN), {"SLURM_CPUS_PER_TASK": str(cores - 1)}) == 4
 
 
 ONE_NODE = "the usual cause: the launcher saw one node"
