@@ -188,7 +188,9 @@ def test_a_job_fails_at_most_as_often_as_it_may_and_the_hostfile_names_the_nodes
 def test_an_array_is_a_chain_of_parts(submit: Submit, straight: Job, tmp_path: Path) -> None:
     job = submit(tmp_path, "--nodes=2", "--array=1-3%1")
     job.reached(30)
-    job.slurm.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    # An element's own number, by which its script can be reached.
+    element = job.slurm.run("squeue", "-h", "--jobs", f"{job.number}_1", "-o", "%A").strip()
+    job.slurm.run("scancel", "--batch", "--signal=USR1", element)
     part = job.decided(1)
     job.ended()
     assert len(job.state.split()) == 3
