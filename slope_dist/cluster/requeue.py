@@ -1,10 +1,12 @@
 """Whether a job goes on: asked by launch/slurm/pretrain.sbatch before and after each part of a run.
 
     python -m slope_dist.cluster.requeue before --journal FILE -- --config configs/tiny.json ...
+    python -m slope_dist.cluster.requeue nodes --nodes 13 --ranks 8 -- --config configs/tiny.json ...
     python -m slope_dist.cluster.requeue after --journal FILE --end FILE --code 1 --job running --most 5
 
-Each prints one line, the reason, and says the rest by its exit code: 0 start, or go on (requeue); 3 there is nothing
-more to do; 4 give up; 5 somebody has asked for the end. Any other is an error, after which nothing is started.
+The first and the last print one line, the reason, and say the rest by their exit codes: 0 start, or go on (requeue); 3
+there is nothing more to do; 4 give up; 5 somebody has asked for the end. Any other is an error, after which nothing is
+started. The second prints how many of the nodes to use.
 
 What counts is what the run has written into the end file, not the exit codes of launchers. A part that was asked to
 make room (the early signal, preemption) goes on, however often. A part that failed goes on at most `most` times, and
@@ -26,7 +28,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slope_dist.command_line import Parser, visible
-from slope_dist.config import load_config, run_folder
+from slope_dist.config import Config, load_config, run_folder
+from slope_dist.config.resolve import fit
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.files import read_bounded
 
@@ -154,20 +157,46 @@ def before(journal: Path, arguments: Sequence[str]) -> Part | None:
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
         return Part(verdict=parts[-1].verdict, reason=f"an earlier part has ended the chain: {parts[-1].reason}")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    parser.add_argument("--set", action="append", default=[])
-    options, _ = parser.parse_known_args(arguments)
-    if options.config is None:
-        # That, and what else is wrong with them, launch/pretrain.py says.
+    config = _config(arguments)
+    if config is None:
         return None
-    config = load_config(options.config, options.set)
     folder = Path(run_folder(config))
     end = _read_object(folder / "end.json") or {}
     step = end.get("step")
     if end.get("how") == "finished" and isinstance(step, int) and step >= config.training.steps:
         return Part(verdict="done", reason=f"the run in {folder} is finished after step {step}")
     return None
+
+
+def nodes_to_use(nodes: int, ranks: int, arguments: Sequence[str]) -> int:
+    """Return the most nodes, of those that are there, whose ranks fit some layout of the run.
+
+    All of them where the config has no `parallel.alternatives`, or where none fits: the run then says why not.
+
+    Args:
+        nodes: of the job.
+        ranks: on each of them.
+        arguments: of launch/pretrain.py.
+
+    Raises:
+        UserError: if the config cannot be a run.
+    """
+    config = _config(arguments)
+    if config is not None and config.parallel.alternatives:
+        for some in range(nodes, 0, -1):
+            with contextlib.suppress(UserError):
+                fit(config, some * ranks)
+                return some
+    return nodes
+
+
+def _config(arguments: Sequence[str]) -> Config | None:
+    """The config that a run is given; None if it is given none, which launch/pretrain.py says."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--set", action="append", default=[])
+    options, _ = parser.parse_known_args(arguments)
+    return None if options.config is None else load_config(options.config, options.set)
 
 
 def read_journal(path: Path) -> list[Part]:
@@ -218,6 +247,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = questions.add_parser("before", help="before a part: is there anything to do?")
     first.add_argument("--journal", type=Path, required=True)
     first.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of launch/pretrain.py")
+    between = questions.add_parser("nodes", help="how many of the job's nodes fit a layout of the run?")
+    between.add_argument("--nodes", type=int, required=True)
+    between.add_argument("--ranks", type=int, required=True, help="on each node")
+    between.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of launch/pretrain.py")
     second = questions.add_parser("after", help="after a part: does the job go on?")
     second.add_argument("--journal", type=Path, required=True)
     second.add_argument("--end", type=Path, required=True, help="what the run has written to SLOPE_END_FILE")
@@ -226,8 +259,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     second.add_argument("--most", type=int, default=5, help="failures after which the run still goes on")
     try:
         options = parser.parse_args(arguments)
+        rest = getattr(options, "rest", [])
+        rest = rest[1:] if rest[:1] == ["--"] else rest
+        if options.question == "nodes":
+            print(nodes_to_use(options.nodes, options.ranks, rest), flush=True)
+            return 0
         if options.question == "before":
-            part = before(options.journal, options.rest[options.rest[:1] == ["--"] :])
+            part = before(options.journal, rest)
             if part is None:
                 return EXIT_CODES["go on"]
         else:

@@ -69,8 +69,8 @@ def describe_alternatives(config: Config) -> list[str]:
         )
         ranks = f"{derived.world_size}" if candidate.parallel.data else f"a multiple of {derived.world_size}"
         lines.append(
-            f"alternative [{index}]: {layout_text(candidate)}; ranks: {ranks}; model state a rank: at most "
-            f"{size_text(state)}"
+            f"alternative [{index}]: {layout_text(candidate)}; ranks: {ranks}; model state a rank: "
+            f"{size_text(state)}{'' if candidate.parallel.data else ', less with more data ranks'}"
         )
     return lines
 

@@ -175,6 +175,27 @@ def test_before_a_part(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("alternatives", "nodes", "used"),
+    [
+        ([], 3, 3),
+        ([{"data": 1}], 8, 4),
+        ([{"data": 1}], 3, 2),
+        ([{"tensor": 2, "data": 1}], 3, 1),
+        # None fits, which the run says.
+        ([{"data": 1}], 1, 1),
+    ],
+)
+def test_nodes_that_fit_a_layout(
+    alternatives: list[Any], nodes: int, used: int, job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((job / "config.json").read_text())
+    config["parallel"] = {"tensor": 4, "data": 2, "alternatives": alternatives}
+    (job / "config.json").write_text(json.dumps(config))
+    assert main(["nodes", f"--nodes={nodes}", "--ranks=2", "--", "--config", str(job / "config.json")]) == 0
+    assert capsys.readouterr().out == f"{used}\n"
+
+
+@pytest.mark.parametrize(
     ("ended", "code"), [(end("failed", None, "no", 2), 4), (end("stopped", 5, "the file stop", 75), 5)]
 )
 def test_a_chain_that_has_ended_does_not_begin_again(job: Path, ended: dict[str, Any], code: int) -> None:

@@ -151,6 +151,14 @@ def test_the_number_of_nodes_changes_between_parts(submit: Submit, straight: Job
     assert max(relative(loss, straight.losses[step]) for step, loss in job.losses.items()) < 1e-5
 
 
+def test_nodes_that_fit_no_layout_stay_idle(submit: Submit, tmp_path: Path) -> None:
+    layout = {"tensor": 2, "data": 2, "alternatives": [{"tensor": 1, "data": 1}]}
+    job = submit(tmp_path, "--nodes=2", parallel=layout, training__steps=4)
+    job.ended()
+    assert "no layout of the run fits 2 nodes x 1 ranks; it uses 1 of them, the others stay idle" in job.log
+    assert "layout: parallel.alternatives[0], tensor 1 x pipeline 1 x data 1" in job.log and len(job.losses) == 4
+
+
 def test_a_config_that_cannot_be_is_refused_before_anything_is_started(submit: Submit, tmp_path: Path) -> None:
     job = submit(tmp_path, "--nodes=2", arguments=("--set", "training.steps=0"))
     job.ended("FAILED")
