@@ -3,6 +3,7 @@
 # make test-layouts   many layouts of up to eight ranks against one process; goes on where it was stopped
 # make test-faults    thousands of kills, bad disks, signals, hostile files and configs; goes on where it was stopped
 # make test-gpu   on a machine with a GPU: kernels and libraries against the reference
+# make test-slurm     the SLURM job script in a private SLURM of two nodes; needs root and Debian's slurm-wlm and munge
 # make check-cuda without one: CUTLASS kernels compiled for A100 and Hopper
 # make check      lint, format, types
 PYTHON ?= python3
@@ -11,14 +12,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test test-gpu check-cuda test-slow test-layouts test-faults check style clean
+.PHONY: pretrain test test-gpu check-cuda test-slow test-layouts test-faults test-slurm check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
 	@echo "the picture of the loss: $(RUN)/loss.png"
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow and not slurm" -n 2 --dist loadfile --no-loadscope-reorder
 
 # On a machine with a GPU: every kernel and library against the reference. One process: the tests share the card.
 test-gpu: $(INSTALLED)
@@ -29,6 +30,10 @@ check-cuda: $(INSTALLED)
 	@# Without what it depends on, which its headers do not need.
 	$(BIN)/python -c 'import cutlass_library' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
 	$(BIN)/python -m slope_dist.sparse.kernels.cutlass.build --arch sm_80 sm_90a --compile-only
+
+# Minutes: trainings under a real SLURM on this machine. Skipped, with the reason, where it cannot be.
+test-slurm: $(INSTALLED)
+	$(BIN)/pytest -m slurm tests/slurm -rs
 
 # What takes minutes, such as `make pretrain` itself in a fresh clone.
 test-slow: $(INSTALLED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -43,12 +43,26 @@ def field_at(names: Sequence[str | int]) -> type[Section] | FieldInfo | None:
     """Return the section class or the field that the path `names` leads to, None where there is none."""
     found: type[Section] | FieldInfo = Config
     for name in names:
+        if isinstance(name, int) and isinstance(found, FieldInfo):
+            member = section_of_list(found)
+            if member is None:
+                return None
+            found = member
+            continue
         if not isinstance(found, type) or name not in found.model_fields:
             return None
         field = found.model_fields[str(name)]
         kind = field.annotation
         found = kind if isinstance(kind, type) and issubclass(kind, Section) else field
     return found
+
+
+def section_of_list(field: FieldInfo) -> type[Section] | None:
+    """Return the class of the objects that a field is a list of; None for any other field."""
+    if get_origin(field.annotation) is not tuple:
+        return None
+    member = get_args(field.annotation)[0]
+    return member if isinstance(member, type) and issubclass(member, Section) else None
 
 
 def field_paths() -> list[str]:
@@ -67,36 +81,38 @@ def close_names(name: str, candidates: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, list(candidates), n=3, cutoff=0.6)
 
 
-def nearest_paths(names: Sequence[str]) -> list[str]:
+def nearest_paths(names: Sequence[str | int]) -> list[str]:
     """Return the dotted paths a user most likely meant by `names`, which lead nowhere; empty where none is near."""
-    last = names[-1]
+    last = str(names[-1])
     paths = field_paths()
+    section = field_at(names[:-1])
+    if isinstance(section, type) and any(isinstance(name, int) for name in names):
+        return [_dotted([*names[:-1], near]) for near in close_names(last, section.model_fields)[:1]]
     # A right key in the wrong section ("training.zero_stage") beats a similar key of that section.
     elsewhere = [path for path in paths if path.rpartition(".")[2] == last]
     if elsewhere:
         return elsewhere
-    section = field_at(names[:-1])
     if isinstance(section, type):
         near = close_names(last, section.model_fields)
         if near:
-            return [".".join([*names[:-1], near[0]])]
+            return [_dotted([*names[:-1], near[0]])]
     else:
-        near = close_names(".".join(names), paths)
+        near = close_names(_dotted(names), paths)
         if near:
             return near[:1]
     keys = {path.rpartition(".")[2]: path for path in paths}
     return [keys[key] for key in close_names(last, keys)[:1]]
 
 
-def unknown_key(names: Sequence[str]) -> str:
+def unknown_key(names: Sequence[str | int]) -> str:
     """Say that the path `names` leads nowhere, and what is nearest to it or what there is instead."""
-    path = ".".join(names)
+    path = _dotted(names)
     near = nearest_paths(names)
     if near:
         return f"{path}: unknown key; did you mean {' or '.join(near)}?"
     section = field_at(names[:-1])
     if isinstance(section, type) and len(names) > 1:
-        return f"{path}: unknown key; {'.'.join(names[:-1])} has {', '.join(section.model_fields)}"
+        return f"{path}: unknown key; {_dotted(names[:-1])} has {', '.join(section.model_fields)}"
     return f"{path}: unknown key; the sections are {', '.join(Config.model_fields)}"
 
 
@@ -121,7 +137,7 @@ def explain(error: ValidationError, overridden: Collection[str]) -> str:
         location = _within_schema(details["loc"])
         path = _dotted(location)
         if details["type"] == "extra_forbidden":
-            names = [str(name) for name in details["loc"]]
+            names = details["loc"]
             unknown[path] = unknown_key(names)
             suggested.update(nearest_paths(names))
         elif details["type"] == "missing":
@@ -140,7 +156,7 @@ def explain(error: ValidationError, overridden: Collection[str]) -> str:
 def _within_schema(location: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """Cut off what pydantic adds behind the field: the members of a union it tried."""
     for length in range(len(location) + 1):
-        if isinstance(field_at(location[:length]), FieldInfo):
+        if isinstance(field_at(location[:length]), FieldInfo) and field_at(location[: length + 1]) is None:
             inner = location[length : length + 1]
             return location[:length] + (inner if inner and isinstance(inner[0], int) else ())
     return location

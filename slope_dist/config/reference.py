@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from slope_dist.config.fields import Section
+from slope_dist.config.messages import section_of_list
 from slope_dist.config.schema import Config
 
 _NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
@@ -35,6 +36,11 @@ def render() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             parts.append(f"\n## {name}\n\n{_summary(kind)}\n\n{_table(kind.model_fields, f'{name}.')}")
+            for key, inner in kind.model_fields.items():
+                member = section_of_list(inner)
+                if member is not None:
+                    table = _table(member.model_fields, f"{name}.{key}[].")
+                    parts.append(f"\n### {name}.{key}\n\n{_summary(member)}\n\n{table}")
         else:
             top[name] = field
     parts.insert(1, f"\n## Outside the sections\n\n{_table(top, '')}")
@@ -61,7 +67,9 @@ def _type(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(_type(member) for member in get_args(kind))
     if origin is tuple:
-        return f"list of {_type(get_args(kind)[0])}"
+        member = get_args(kind)[0]
+        inside = isinstance(member, type) and issubclass(member, Section)
+        return f"list of {'objects' if inside else _type(member)}"
     if hasattr(kind, "__metadata__"):
         return _type(get_args(kind)[0]) + _bounds(kind.__metadata__[0].metadata)
     return _NAMES[kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +44,44 @@ def derive(config: Config, ranks: int | None = None) -> Derived:
     )
 
 
+def fit(config: Config, ranks: int) -> tuple[Config, str]:
+    """Return the config in the first of its layouts that `ranks` processes fit, and a line on it; "" for its own.
+
+    Raises `UserError`, which names all that was tried, where none fits.
+    """
+    try:
+        derive(config, ranks)
+        return config, ""
+    except UserError as error:
+        reason = str(error)
+    for index, alternative in enumerate(config.parallel.alternatives):
+        candidate = config.in_layout(alternative)
+        with suppress(UserError):
+            found = f"{layout_text(candidate, derive(candidate, ranks).data_ranks)}, because {reason}"
+            return candidate, f"layout: parallel.alternatives[{index}], {found}"
+    tried = "; ".join(
+        f"[{index}] {layout_text(config.in_layout(alternative))}"
+        for index, alternative in enumerate(config.parallel.alternatives)
+    )
+    others = f"; nor does any of parallel.alternatives fit {_counted(ranks)}: {tried}" if tried else ""
+    raise UserError(f"{reason}{others}")
+
+
+def layout_text(config: Config, data_ranks: int | None = None) -> str:
+    """Return a layout in a few words; `data_ranks` are those there are, None: as the config says."""
+    parallel = config.parallel
+    data = data_ranks or parallel.data or "any"
+    engine = parallel.engine if parallel.engine == "fsdp" else f"{parallel.engine} ZeRO {zero_stage(config)}"
+    return (
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}, {engine}, micro-batch "
+        f"{config.training.micro_batch_size}"
+    )
+
+
+def _counted(ranks: int) -> str:
+    return f"{ranks} {'rank' if ranks == 1 else 'ranks'}"
+
+
 def run_folder(config: Config) -> str:
     """Return `run.folder`, which `load_config` has filled in."""
     assert config.run.folder is not None, "the config did not come from load_config"
@@ -71,7 +110,7 @@ def data_ranks(config: Config, ranks: int) -> int:
     if ranks % model_ranks:
         below, above = ranks // model_ranks * model_ranks, -(-ranks // model_ranks) * model_ranks
         raise UserError(
-            f"{product} = {model_ranks} does not divide the {ranks} {'rank' if ranks == 1 else 'ranks'} launched; "
+            f"{product} = {model_ranks} does not divide the {_counted(ranks)} launched; "
             f"launch {f'{below} or {above}' if below else above}, or change one of them"
         )
     return ranks // model_ranks
@@ -183,6 +222,12 @@ def without_effect(config: Config) -> list[str]:
     if (fsdp or config.parallel.zero_stage != 3) and threshold != ParallelConfig().zero3_persistence_threshold:
         here = 'parallel.engine is "fsdp"' if fsdp else f"parallel.zero_stage is {config.parallel.zero_stage}"
         lines.append(f"parallel.zero3_persistence_threshold {threshold} is used at DeepSpeed's ZeRO 3 only; {here}")
+    tried = {layout_text(config): "parallel"}
+    for index, alternative in enumerate(config.parallel.alternatives):
+        name, layout = f"parallel.alternatives[{index}]", layout_text(config.in_layout(alternative))
+        if layout in tried:
+            lines.append(f"{name} is never taken: {tried[layout]} is the same layout, and tried before it")
+        tried.setdefault(layout, name)
     if config.sparsity.group is None:
         if config.adapters.rank:
             lines.append('no adapters are added: sparsity.pattern is "dense", and adapters stand beside sparse layers')

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from slope_dist.config.data import DataConfig
 from slope_dist.config.fields import DIMENSION_MULTIPLE, Section, neighbours
 from slope_dist.config.model import ModelConfig
 from slope_dist.config.sections import (
     AdaptersConfig,
+    AlternativeConfig,
     CheckpointConfig,
     EvaluationConfig,
     LossScaleConfig,
@@ -56,6 +57,18 @@ class Config(Section):
         if self.adapter_rank == 0:
             return 0
         return max(1, int(self.adapters.fraction * self.training.steps + 0.5))
+
+    def in_layout(self, alternative: AlternativeConfig) -> Config:
+        """This run in one of its other layouts, and without a choice of more.
+
+        Raises pydantic's `ValidationError` where the run is not possible in it; never for one of its own.
+        """
+        tree = self.model_dump(exclude_unset=True)
+        changes = alternative.model_dump(exclude_none=True)
+        if "micro_batch_size" in changes:
+            tree["training"]["micro_batch_size"] = changes.pop("micro_batch_size")
+        kept = {key: value for key, value in tree["parallel"].items() if key not in ("alternatives", "data")}
+        return Config.model_validate(tree | {"parallel": kept | changes})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -99,6 +112,12 @@ class Config(Section):
                 f"{self.model.num_layers}, and every stage needs a layer; parallel.pipeline {self.model.num_layers} "
                 "is the most"
             )
+        for index, alternative in enumerate(self.parallel.alternatives):
+            try:
+                self.in_layout(alternative)
+            except ValidationError as error:
+                # Each value has been checked, so what is left are checks between values.
+                raise ValueError(f"parallel.alternatives[{index}]: {error.errors()[0]['ctx']['error']}") from None
         return self
 
     def _check_tensor_ranks(self) -> None:

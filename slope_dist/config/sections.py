@@ -24,12 +24,14 @@ from slope_dist.config.fields import (
 
 ADAPTER_RANK_MULTIPLE = 16
 MOST_LAYER_PATTERNS = 200
+MOST_ALTERNATIVES = 100
 
 Pattern = Literal["dense", "1:2", "2:4", "2:8", "4:8"]
 _SPARSE = get_args(Pattern)[1:]
 Vendor = Literal["cusparselt", "cutlass"]
 BackwardWeight = Literal["auto", "derived", "resident"]
 Precision = Literal["bf16", "fp16", "fp32"]
+Engine = Literal["deepspeed", "fsdp"]
 GPU = Literal["a100-40gb", "a100-80gb", "h100-80gb", "h200-141gb"]
 
 
@@ -304,10 +306,25 @@ class LossScaleConfig(Section):
         return self
 
 
+class AlternativeConfig(Section):
+    """A layout to fall back on: what is other than in `parallel`. Null or absent keys are as there, except `data`."""
+
+    engine: Engine | None = Field(default=None, description="Training engine.")
+    tensor: Ranks | None = Field(default=None, description="Ranks that share each layer.")
+    pipeline: Ranks | None = Field(default=None, description="Stages the blocks are spread over.")
+    data: Ranks | None = Field(
+        default=None, description="Data-parallel ranks; null: all ranks divided by `tensor` x `pipeline`."
+    )
+    zero_stage: int | None = Field(default=None, ge=0, le=3, description="ZeRO stage.")
+    micro_batch_size: Samples | None = Field(
+        default=None, description="Replaces `training.micro_batch_size`; the global batch stays as it is."
+    )
+
+
 class ParallelConfig(Section):
     """The engine, and how the run is laid out over ranks."""
 
-    engine: Literal["deepspeed", "fsdp"] = Field(
+    engine: Engine = Field(
         default="deepspeed",
         description='Training engine: "deepspeed", or "fsdp" for torch\'s FSDP2 (no pipeline, no fp16).',
     )
@@ -344,6 +361,14 @@ class ParallelConfig(Section):
     zero3_persistence_threshold: CountOrZero = Field(
         default=100_000,
         description="ZeRO 3 keeps parameters of fewer elements than this whole on every rank.",
+    )
+    alternatives: tuple[AlternativeConfig, ...] = Field(
+        default=(),
+        strict=False,
+        max_length=MOST_ALTERNATIVES,
+        description="Other layouts, tried in this order where the ranks that are there do not fit the one above, such "
+        "as after a machine was lost: a list of objects with the keys below. The global batch and the losses stay; "
+        "`config.json` of the run folder has the layout that was taken.",
     )
     gpu: GPU | None = Field(
         default=None,

@@ -98,6 +98,16 @@ def _srun_tasks_here(env: Mapping[str, str]) -> int:
     return 1
 
 
+def ranks_on_these_cores(environment: Environment, variables: Mapping[str, str] | None = None) -> int:
+    """How many local ranks share the cores that this process may use: one, where srun has bound it to its own."""
+    env = os.environ if variables is None else variables
+    own = env.get("SLURM_CPUS_PER_TASK", "")
+    if environment.launcher == "srun" and own.isdecimal() and hasattr(os, "sched_getaffinity"):
+        bound = len(os.sched_getaffinity(0)) <= int(own)
+        return 1 if bound else environment.local_world_size
+    return environment.local_world_size
+
+
 def why_so_few(environment: Environment, variables: Mapping[str, str] | None = None) -> str:
     """The usual reason for fewer ranks than a run wants, where the variables speak for it; else ""."""
     env = os.environ if variables is None else variables
@@ -107,8 +117,9 @@ def why_so_few(environment: Environment, variables: Mapping[str, str] | None = N
     seen = int(counts[0]) if counts else environment.world_size // environment.local_world_size
     allocated = env.get("SLURM_JOB_NUM_NODES", "")
     more = allocated.isdecimal() and int(allocated) > seen
-    # Without a hostfile deepspeed takes the machine it was started on.
-    if not more and not (seen == 1 and "CROSS_SIZE" in env and environment.launcher == "deepspeed or torchrun"):
+    # Without a hostfile deepspeed takes the machine it was started on, which may be all of the allocation.
+    alone = seen == 1 and "CROSS_SIZE" in env and environment.launcher == "deepspeed or torchrun"
+    if not more and (not alone or allocated.isdecimal()):
         return ""
     nodes = "one node" if seen == 1 else f"{seen} nodes"
     of_all = f" of the {allocated} in the SLURM allocation" if more else ""

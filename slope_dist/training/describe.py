@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from slope_dist.config import Config, Derived, run_folder
-from slope_dist.config.resolve import backward_weight_reason, without_effect, zero_stage
+from slope_dist.config import Config, Derived, derive, run_folder
+from slope_dist.config.resolve import backward_weight_reason, layout_text, without_effect, zero_stage
 from slope_dist.data.corpus import token_file
 from slope_dist.errors import UserError
 from slope_dist.training.build import StateCount, count_state, stages
@@ -54,6 +54,24 @@ def describe(config: Config, derived: Derived) -> list[str]:
     lines.append(f"checkpoints {beside if copy else 'are waited for'}")
     lines.append(f"output: {run_folder(config)}")
     lines += [f"note: {line}" for line in without_effect(config)]
+    return lines
+
+
+def describe_alternatives(config: Config) -> list[str]:
+    """A line for each of `parallel.alternatives`: the layout, for which ranks, and the model state of the heaviest."""
+    lines = []
+    for index, alternative in enumerate(config.parallel.alternatives):
+        candidate = config.in_layout(alternative)
+        derived = derive(candidate)
+        state = max(
+            count_state(candidate, derived, adapters=adapters).heaviest.bytes
+            for adapters in {False, derived.adapter_steps > 0}
+        )
+        ranks = f"{derived.world_size}" if candidate.parallel.data else f"a multiple of {derived.world_size}"
+        lines.append(
+            f"alternative [{index}]: {layout_text(candidate)}; ranks: {ranks}; model state a rank: "
+            f"{size_text(state)}{'' if candidate.parallel.data else ', less with more data ranks'}"
+        )
     return lines
 
 

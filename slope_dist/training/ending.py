@@ -2,6 +2,8 @@
 
 `end.json` says how: launchers change exit codes, and a job script has to know whether to go on. It says "running" while
 the run lasts, so that of one that was killed without a word it says so for ever: its lock is gone by then.
+A job may name a file of its own for the same (`SLOPE_END_FILE`). There a run also says that it was refused before its
+folder was known to be its own, and nothing in it is another job's.
 `history.jsonl` keeps every turn: a "running" row at its start, and a row at its end if there was time for one.
 """
 
@@ -22,6 +24,7 @@ from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 
 END = "end.json"
+END_FILE = "SLOPE_END_FILE"
 HISTORY = "history.jsonl"
 LOCK = ".lock"
 
@@ -97,10 +100,15 @@ class Turn:
             self._lock = None
 
 
-def write_end(folder: Path, how: How, **details: Any) -> None:
+def write_end(folder: Path | None, how: How, **details: Any) -> None:
     """Replace `end.json`, and add to `history.jsonl`: {"how", "time", "host", "pid", "job", ...details}.
 
     As far as the disk allows: that a run cannot say how it ended must not change how it ends.
+
+    Args:
+        folder: the run folder; None where it may be another run's: then only the job's own file is written.
+        how: how the run ends, or that it runs.
+        details: what else to say.
     """
     content = {
         "how": how,
@@ -111,14 +119,24 @@ def write_end(folder: Path, how: How, **details: Any) -> None:
         **details,
     }
     line = json.dumps(content) + "\n"
-    with contextlib.suppress(OSError):
-        partial = folder / f".{END}.partial"
-        partial.write_text(line)
-        os.replace(partial, folder / END)
+    if os.environ.get(END_FILE):
+        # Where the job's script, in another working directory, finds the checkpoints.
+        whose = {"folder": None if folder is None else str(folder.absolute())}
+        _replace(Path(os.environ[END_FILE]), json.dumps(content | whose) + "\n")
+    if folder is None:
+        return
+    _replace(folder / END, line)
     with contextlib.suppress(OSError), (folder / HISTORY).open("a+b") as file:
         # After a line that a full disk cut short.
         torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"
         file.write(b"\n" * torn + line.encode())
+
+
+def _replace(path: Path, text: str) -> None:
+    with contextlib.suppress(OSError):
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(text)
+        os.replace(partial, path)
 
 
 @dataclass(frozen=True)

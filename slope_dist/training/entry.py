@@ -7,17 +7,18 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from slope_dist.command_line import EXIT_INTERRUPTED
-from slope_dist.config import Config, Derived, derive, dump_config, load_config
-from slope_dist.config.resolve import threads_per_process, world_size
+from slope_dist.config import Config, derive, dump_config, load_config
+from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
-from slope_dist.parallel import environment
+from slope_dist.parallel import collectives, environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
-from slope_dist.training.describe import corpus_warning, describe
+from slope_dist.training.describe import corpus_warning, describe, describe_alternatives
 from slope_dist.training.ending import How, write_end
 from slope_dist.training.folder import Resume
 from slope_dist.training.guards import RunFailedError
@@ -52,7 +53,12 @@ def dry_run(request: Request) -> int:
         # A launcher may have started several processes; one of them speaks.
         place = environment.discover()
         config = load_config(request.config, request.changes)
-        lines = [dump_config(config).rstrip(), *describe(config, derive(config)), corpus_warning(config)]
+        lines = [
+            dump_config(config).rstrip(),
+            *describe(config, derive(config)),
+            *describe_alternatives(config),
+            corpus_warning(config),
+        ]
     except UserError as error:
         return _refused(error, None)
     if place.is_first:
@@ -72,11 +78,12 @@ def pretrain(request: Request) -> int:
         stopper = Stopper(place)
         stopper.listen()
         config = load_config(request.config, request.changes)
-        summary = describe(config, _derive(config, place))
+        config, chosen = _fit(config, place)
+        summary = [*chosen, *describe(config, derive(config, place.world_size))]
         try:
             environment.start(
                 place,
-                threads_per_process(config, place.local_world_size),
+                threads_per_process(config, environment.ranks_on_these_cores(place)),
                 deterministic=config.training.deterministic,
             )
         except UserError as error:
@@ -89,9 +96,14 @@ def pretrain(request: Request) -> int:
         assert place is not None
         print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    except (KeyboardInterrupt, StopNow) as error:
+    except KeyboardInterrupt:
         environment.stop()
-        return EXIT_STOPPED if isinstance(error, StopNow) else EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
+    except StopNow as error:
+        # Whichever ranks the signal has reached.
+        write_end(None, "stopped", step=0, checkpoint=None, exit_code=EXIT_STOPPED, cause=str(error))
+        environment.stop()
+        return EXIT_STOPPED
     run = _Run(request, place, stopper)
     try:
         run.train(config, summary)
@@ -140,6 +152,10 @@ class _Run:
             _say(self.place, self._how_to_go_on())
         if self.place.is_first:
             self._write_end("stopped" if stopped else "finished", code, stopped or None)
+        if stopped:
+            # Launchers kill the others when the first rank leaves with this code, so not before that is written.
+            with suppress(RuntimeError):
+                collectives.agree(None)
         if self.peers is not None:
             self.peers.part()
         environment.stop()
@@ -186,14 +202,13 @@ class _Run:
         return how_to_go_on(self.trainer.folder.newest_complete(), self.request, self.place)
 
     def _write_end(self, how: How, code: int | None, cause: str | None) -> None:
-        """Nothing before the trainer stands: the folder may be another run's."""
-        if self.trainer is None:
-            return
-        checkpoint = self.trainer.folder.newest_complete()
+        """In the job's own file alone before the trainer stands: the folder may be another run's."""
+        folder = None if self.trainer is None else self.trainer.folder
+        checkpoint = None if folder is None else folder.newest_complete()
         write_end(
-            self.trainer.folder.path,
+            None if folder is None else folder.path,
             how,
-            step=self.trainer.step,
+            step=0 if self.trainer is None else self.trainer.step,
             checkpoint=None if checkpoint is None else checkpoint.name,
             exit_code=code,
             cause=cause,
@@ -201,13 +216,14 @@ class _Run:
         )
 
 
-def _derive(config: Config, place: Environment) -> Derived:
-    """What follows from the config for the ranks that are there; a refusal for want of ranks says why there are few."""
+def _fit(config: Config, place: Environment) -> tuple[Config, list[str]]:
+    """The config in the layout that the ranks fit, and what to say of it; for want of ranks also why there are few."""
+    cause = environment.why_so_few(place) if place.world_size < world_size(config) else ""
     try:
-        return derive(config, place.world_size)
+        config, chosen = fit(config, place.world_size)
     except UserError as error:
-        cause = environment.why_so_few(place) if place.world_size < world_size(config) else ""
         raise UserError(f"{error}; {cause}" if cause else str(error)) from error
+    return config, [chosen, *([f"warning: {cause}"] if cause else [])] if chosen else []
 
 
 def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) -> str:
@@ -233,14 +249,11 @@ def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) 
 
 
 def _refused(error: UserError, place: Environment | None) -> int:
-    _complain(place, f"error: {error}")
-    return EXIT_BAD_INPUT
-
-
-def _complain(place: Environment | None, text: str) -> None:
     # Before the rank is known, or where reading it failed, every process speaks for itself.
     if place is None or place.is_first:
-        print(text, file=sys.stderr, flush=True)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        write_end(None, "failed", step=0, checkpoint=None, exit_code=EXIT_BAD_INPUT, cause=str(error))
+    return EXIT_BAD_INPUT
 
 
 def _say(place: Environment, *lines: str) -> None:

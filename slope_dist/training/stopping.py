@@ -7,6 +7,7 @@ rank leaves. Before the first step, when there is nothing to save, a signal ends
     SIGTERM, SIGUSR1     a scheduler's early warning, `scancel`, `kill`
     SIGINT               Ctrl-C; a second one ends the process at once
     <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when it has been obeyed
+    $SLOPE_STOP_FILE     the same by a job's script, whose launcher passes no signals on; it stays
     launcher gone        deepspeed, torchrun or srun died without ending its ranks
 
 Not SIGUSR2, which some debuggers and NCCL's own tools use.
@@ -30,11 +31,12 @@ from slope_dist.parallel import collectives
 from slope_dist.parallel.environment import Environment
 
 STOP_FILE = "stop"
+JOB_STOP_FILE = "SLOPE_STOP_FILE"
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks for the stop file and the launcher: on network file systems a look takes milliseconds."""
 
-REASONS = ("", "the end of its launcher", f"the file {STOP_FILE}", "SIGINT", "SIGUSR1", "SIGTERM")
+REASONS = ("", "the end of its launcher", f"the file {STOP_FILE}", "its job script", "SIGINT", "SIGUSR1", "SIGTERM")
 """Why a run is asked to stop. Ranks with different reasons take the last of them."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -57,6 +59,7 @@ class Stopper:
         self._launcher = os.getppid() if environment.launcher != "none" else None
         self._above = None if self._launcher is None else _deepspeed_above(self._launcher)
         self._folder: Path | None = None
+        self._job_file = Path(os.environ[JOB_STOP_FILE]) if os.environ.get(JOB_STOP_FILE) else None
         self._code = 0
         self._deferred = False
         self._looked = 0.0
@@ -109,6 +112,8 @@ class Stopper:
             self._note("the end of its launcher")
         if self._environment.is_first and self._folder is not None and (self._folder / STOP_FILE).exists():
             self._note(f"the file {STOP_FILE}")
+        if self._environment.is_first and self._job_file is not None and self._job_file.exists():
+            self._note("its job script")
 
     def _note(self, reason: str) -> None:
         self._code = max(self._code, REASONS.index(reason))

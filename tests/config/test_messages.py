@@ -111,3 +111,25 @@ def test_at_most_three_faults_the_unknown_keys_first(minimal, refusal):
 def test_a_file_of_nothing_but_faults_stays_one_short_line(refusal):
     message = refusal({f"k{index}" * 200: index for index in range(3000)})
     assert len(message) < 1100
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "expected"),
+    [
+        (3, "parallel.alternatives: must be a list, not 3"),
+        ([{}, 3], "parallel.alternatives[1]: must be an object of keys, not 3"),
+        ([{"tensr": 2}], "parallel.alternatives[0].tensr: unknown key; did you mean parallel.alternatives[0].tensor?"),
+        ([{"gpu": 2}], "parallel.alternatives[0].gpu: unknown key; parallel.alternatives[0] has engine, tensor, "),
+        ([{"tensor": "2"}], "parallel.alternatives[0].tensor: must be a whole number, or null, not "),
+        ([{"tensor": 0}], "parallel.alternatives[0].tensor: must be at least 1, or null, not 0"),
+        ([{}, {"tensor": 3}], "parallel.alternatives[1]: model.num_heads 4 does not divide over parallel.tensor 3; "),
+        ([{"pipeline": 3}], "parallel.alternatives[0]: parallel.pipeline 3 stages are more than model.num_layers 2"),
+        ([{"pipeline": 2, "zero_stage": 2}], "parallel.alternatives[0]: parallel.zero_stage 2 does not work with "),
+        ([{"engine": "fsdp", "pipeline": 2}], "parallel.alternatives[0]: parallel.pipeline 2 does not work with "),
+        ([{"micro_batch_size": 3}], "parallel.alternatives[0]: training.global_batch_size 8 is not a multiple of "),
+        ([{"data": 3}], "parallel.alternatives[0]: training.global_batch_size 8 is not a multiple of "),
+    ],
+)
+def test_an_alternative_layout_that_is_impossible_is_refused_at_once(minimal, refusal, alternatives, expected):
+    minimal["parallel"] = {"alternatives": alternatives}
+    assert refusal(minimal).startswith(expected)

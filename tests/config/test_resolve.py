@@ -5,9 +5,11 @@ Run alone: pytest tests/config/test_resolve.py
 
 import pytest
 
-from slope_dist.config import derive, run_folder
+from slope_dist.config import derive, dump_config, run_folder
 from slope_dist.config.resolve import (
     backward_weight_reason,
+    fit,
+    layout_text,
     threads_per_process,
     without_effect,
     world_size,
@@ -173,3 +175,53 @@ def test_what_fsdp_does_not_read_is_named_once(minimal, load, changes, expected)
     minimal["parallel"] = {"engine": "fsdp", **changes}
     lines = without_effect(load(minimal))
     assert [line.startswith(start) for line, start in zip(lines, expected, strict=True)] == [True] * len(expected)
+
+
+SHRINKING = {
+    "tensor": 2,
+    "data": 2,
+    "alternatives": [{"data": 1}, {"tensor": 1, "pipeline": 2, "micro_batch_size": 2}, {"tensor": 1, "engine": "fsdp"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "index", "layout"),
+    [
+        (4, None, "tensor 2 x pipeline 1 x data 2, deepspeed ZeRO 1, micro-batch 4"),
+        (2, 0, "tensor 2 x pipeline 1 x data 1, deepspeed ZeRO 1, micro-batch 4"),
+        (8, 1, "tensor 1 x pipeline 2 x data 4, deepspeed ZeRO 1, micro-batch 2"),
+        (1, 2, "tensor 1 x pipeline 1 x data 1, fsdp, micro-batch 4"),
+    ],
+)
+def test_the_first_layout_that_fits_is_taken(minimal, load, ranks, index, layout):
+    config = load(minimal | {"parallel": SHRINKING})
+    taken, line = fit(config, ranks)
+    if index is None:
+        assert (taken, line) == (config, "")
+    else:
+        assert line.startswith(f"layout: parallel.alternatives[{index}], {layout}, because parallel.tensor 2 x ")
+        assert taken.parallel.alternatives == ()
+        # The rest of the run is the same, and what is taken is a run of its own that a file can hold.
+        assert taken.model == config.model and load(dump_config(taken)) == taken
+        assert taken.training.global_batch_size == config.training.global_batch_size
+    derived = derive(taken, ranks)
+    assert layout_text(taken, derived.data_ranks) == layout
+    assert derived.accumulation_steps * derived.data_ranks * taken.training.micro_batch_size == 8
+
+
+def test_where_no_layout_fits_all_that_were_tried_are_named(minimal, load):
+    config = load(minimal | {"parallel": SHRINKING})
+    with pytest.raises(UserError) as caught:
+        fit(config, 3)
+    first, second = str(caught.value).split("; nor does any of parallel.alternatives fit 3 ranks: ")
+    assert first.startswith("parallel.tensor 2 x parallel.pipeline 1 x parallel.data 2 = 4 ranks, but 3 were launched")
+    assert [part[:12] for part in second.split("; ")] == ["[0] tensor 2", "[1] tensor 1", "[2] tensor 1"]
+    with pytest.raises(UserError, match=r"launch 4, or set parallel\.data null$"):
+        fit(load(minimal, ["parallel.tensor=2", "parallel.data=2"]), 3)
+
+
+def test_an_alternative_that_is_never_taken_is_named(minimal, load):
+    minimal["parallel"] = {"alternatives": [{}, {"tensor": 2}, {"tensor": 2, "pipeline": 1}, {"data": 1}]}
+    lines = [line for line in without_effect(load(minimal)) if "never taken" in line]
+    assert [line.partition(" is")[0] for line in lines] == ["parallel.alternatives[0]", "parallel.alternatives[2]"]
+    assert "parallel.alternatives[1] is the same" in lines[1]

@@ -126,6 +126,7 @@ _RELATED = {
     *(f"training.{key}" for key in ("global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate")),
     "training.compile",
     *(f"parallel.{key}" for key in ("engine", "tensor", "pipeline", "data", "zero_stage", "sequence_parallel")),
+    "parallel.alternatives",
     *("precision", "checkpoint.interval", "checkpoint.keep_every", "data.folder", "data.mixture", "data.source"),
 }
 
@@ -200,6 +201,10 @@ def _related(draw: random.Random) -> dict[str, Any]:
         "parallel.data": data,
         "parallel.zero_stage": stage,
         "parallel.sequence_parallel": maybe(draw.random() < 0.5),
+        # One stage, one sample and one tensor rank are possible in each of these runs.
+        "parallel.alternatives": maybe(
+            draw.choice([[], [{"pipeline": 1}], [{"tensor": 1, "data": None}, {"micro_batch_size": 1, "data": 1}]])
+        ),
         "precision": precision,
         "loss_scale.initial_power": power,
         "loss_scale.minimum": maybe(draw.choice([1, 1.0, 2.0 ** (16 if power is None else power)])),

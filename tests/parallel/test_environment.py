@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 
 from slope_dist.errors import UserError
-from slope_dist.parallel.environment import Environment, discover, meeting_point, start, why_so_few
+from slope_dist.parallel.environment import (
+    Environment,
+    discover,
+    meeting_point,
+    ranks_on_these_cores,
+    start,
+    why_so_few,
+)
 from tests.distributed import end_ranks
 from tests.runs import pretrain, write_config
 
@@ -117,6 +124,15 @@ def test_where_ranks_meet_is_not_guessed() -> None:
     assert meeting_point(SRUN) == {}
 
 
+def test_cores_are_divided_among_the_ranks_that_share_them() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert ranks_on_these_cores(discover(TORCHRUN), {"SLURM_CPUS_PER_TASK": str(cores)}) == 4
+    assert ranks_on_these_cores(discover(SRUN), {}) == 4
+    # Bound to its own cores, and not bound: it may use more than it asked for.
+    assert ranks_on_these_cores(discover(SRUN), {"SLURM_CPUS_PER_TASK": str(cores)}) == 1
+    assert ranks_on_these_cores(discover(SRUN), {"SLURM_CPUS_PER_TASK": str(cores - 1)}) == 4
+
+
 ONE_NODE = "the usual cause: the launcher saw one node"
 
 
@@ -125,6 +141,8 @@ ONE_NODE = "the usual cause: the launcher saw one node"
     [
         (DEEPSPEED | {"CROSS_SIZE": "1"}, f"{ONE_NODE}; give deepspeed a --hostfile, or start with srun"),
         (DEEPSPEED | {"CROSS_SIZE": "2"}, ""),
+        # `srun deepspeed`, on all the nodes that there are.
+        (DEEPSPEED | {"CROSS_SIZE": "1", "SLURM_JOB_NUM_NODES": "1"}, ""),
         (DEEPSPEED | {"CROSS_SIZE": "1", "SLURM_JOB_NUM_NODES": "4"}, f"{ONE_NODE} of the 4 in the SLURM allocation;"),
         (TORCHRUN | {"GROUP_WORLD_SIZE": "2"}, ""),
         (TORCHRUN | {"SLURM_JOB_NUM_NODES": "3"}, "the launcher saw 2 nodes of the 3 in the SLURM allocation;"),

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.training import ending
-from slope_dist.training.ending import END, HISTORY, LOCK, Turn, read_history, write_end
+from slope_dist.training.ending import END, END_FILE, HISTORY, LOCK, Turn, read_history, write_end
 from tests.distributed import Outcome, end_ranks
 from tests.runs import pretrain, step_rows, watch_engines, write_config
 
@@ -148,3 +149,42 @@ def test_two_jobs_in_one_folder(corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert line.startswith(f"second: {EXIT_BAD_INPUT} error: run.folder ") and "is in use by process " in line
     assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"
+
+
+def run_of_a_job(own: str, *arguments: str) -> None:
+    os.environ[END_FILE] = own
+    raise SystemExit(pretrain(*arguments))
+
+
+def test_a_job_is_told_in_a_file_of_its_own_how_its_run_ended(corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, training__steps=3))
+    own, run = tmp_path / "own", tmp_path / "run"
+
+    def end(*arguments: str, ranks: int = 1) -> dict[str, Any]:
+        own.unlink(missing_ok=True)
+        outcomes = end_ranks(run_of_a_job, ranks, str(own), "--config", config, *arguments, process_group=False)
+        content = json.loads(own.read_text())
+        assert content["exit_code"] in [outcome.code for outcome in outcomes]
+        return content
+
+    # Refused before there is a run folder, and before it is known whose it is.
+    wrong = end("--set", "training.steps=0")
+    assert (wrong["how"], wrong["exit_code"], wrong["folder"]) == ("failed", EXIT_BAD_INPUT, None)
+    assert "training.steps: must be at least 1" in wrong["cause"] and not run.exists()
+    wrong = end("--set", f"data.folder={tmp_path}/none", ranks=2)
+    assert (wrong["how"], wrong["exit_code"]) == ("failed", EXIT_BAD_INPUT) and "no corpus in" in wrong["cause"]
+    done = end()
+    assert (done["how"], done["step"], done["exit_code"], done["folder"]) == ("finished", 3, 0, str(run))
+    assert {key: value for key, value in done.items() if key != "folder"} == json.loads((run / END).read_text())
+    # What is in the run folder is the part's before.
+    wrong = end("--set", "run.seed=8")
+    assert (wrong["how"], wrong["exit_code"]) == ("failed", EXIT_BAD_INPUT) and "is of another run" in wrong["cause"]
+    assert json.loads((run / END).read_text())["how"] == "finished"
+    assert end()["how"] == "finished", "although nothing was left to do"
+
+
+def test_a_file_that_a_job_cannot_have_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(END_FILE, str(tmp_path / "none" / "end"))
+    write_end(tmp_path, "running", step=3)
+    write_end(None, "failed", step=3)
+    assert json.loads((tmp_path / END).read_text())["how"] == "running"

@@ -19,7 +19,7 @@ import pytest
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.parallel.environment import Environment
 from slope_dist.training import stopping
-from slope_dist.training.stopping import STOP_FILE, StopNow, Stopper
+from slope_dist.training.stopping import JOB_STOP_FILE, STOP_FILE, StopNow, Stopper
 from tests.distributed import Outcome, end_ranks
 from tests.runs import evaluation_rows, newest, pretrain, step_rows, watch_engines, write_config
 
@@ -37,12 +37,13 @@ def asked_to_stop(config: str, place: str, how: str, ranks: list[int]) -> None:
     """The entry point; the `ranks` are asked to stop in a place of the run."""
     if int(os.environ.get("RANK", "0")) in ranks:
         install(place, lambda: ask(config, how))
+    os.environ[JOB_STOP_FILE] = str(Path(config).parent / "job.stop")
     raise SystemExit(pretrain("--config", config))
 
 
 def ask(config: str, how: str) -> None:
-    if how == "file":
-        (Path(config).parent / "run" / STOP_FILE).touch()
+    if how in ("file", "job file"):
+        (Path(config).parent / "run" / STOP_FILE if how == "file" else Path(os.environ[JOB_STOP_FILE])).touch()
         # A look may have been a moment ago.
         time.sleep(1.1)
         return
@@ -141,6 +142,7 @@ def test_a_second_request_does_not_hit_what_handles_the_first() -> None:
         ("evaluation", "SIGUSR1", [0], 1, 2, "SIGUSR1"),
         ("save", "SIGTERM SIGTERM", [0], 1, None, "SIGTERM"),
         ("step 4", "file", [0], 1, 4, "the file stop"),
+        ("step 4", "job file", [0], 2, 4, "its job script"),
         ("step 2", "SIGUSR1", [1], 2, 2, "SIGUSR1"),
         ("step 5", "SIGTERM", [0, 1], 2, 5, "SIGTERM"),
         ("evaluation", "SIGTERM", [1], 2, 2, "SIGTERM"),
