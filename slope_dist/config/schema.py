@@ -24,6 +24,7 @@ from slope_dist.config.sections import (
     SparsityConfig,
     TrainingConfig,
 )
+from slope_dist.config.watch import WatchConfig
 
 
 class Config(Section):
@@ -42,6 +43,7 @@ class Config(Section):
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig, description="fp16's loss scale.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Engine and layout.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="Hangs.")
 
     @property
     def adapter_rank(self) -> int:

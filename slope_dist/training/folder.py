@@ -115,7 +115,7 @@ class Resume:
     accept_steps: bool = False
 
 
-_FREE = ("run", "parallel", "data", "checkpoint", "evaluation")
+_FREE = ("run", "parallel", "data", "checkpoint", "evaluation", "watch")
 """Sections that may change between two parts of a run without a word; data are compared by their hashes."""
 
 
