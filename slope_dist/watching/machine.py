@@ -5,6 +5,7 @@ stacks and collectives when a hang is looked into, and their end.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from slope_dist.watching.record import Record, Sign
 ANSWER = 1.0
 """Seconds that ranks have to write their stacks, and to tell their collectives."""
 
+_LIBRARY = ctypes.CDLL(None) if hasattr(ctypes.CDLL(None), "tgkill") else None
 _SETTLED = 0.1
 _LOOK_EVERY = 0.02
 _STOPPED = ("T", "t")
@@ -130,7 +132,11 @@ class WatchedRank:
     def ask(self) -> None:
         """Let it write its stacks, and tell its collectives when it can."""
         self._record.asked += 1
-        self.send(SIGNAL)
+        if _LIBRARY is None or self.gone:
+            self.send(SIGNAL)
+        else:
+            # To the main thread: one that is stopped writes where it was before it goes on.
+            _LIBRARY.tgkill(self.process, self.process, int(SIGNAL))
 
     @property
     def has_answered(self) -> bool:
