@@ -99,7 +99,8 @@ def find_late(found: Sequence[Evidence], world_size: int) -> Late:
     stopped = [rank for rank in found if rank.is_stopped]
     if stopped:
         return _late(stopped, "is stopped (SIGSTOP, or a debugger)")
-    mute = [rank for rank in found if rank.seen.mute >= MUTE]
+    # On a busy machine a pulse may be late; of a rank that hangs so, there has been none for about as long.
+    mute = [rank for rank in found if rank.seen.mute >= max(MUTE, rank.seen.quiet / 2)]
     if mute:
         kernel = mute[0].state == "D"
         return _late(mute, "waits in the kernel" if kernel else "runs no Python: a call keeps the interpreter's lock")

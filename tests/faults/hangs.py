@@ -29,8 +29,8 @@ from tests.faults.live import (
 from tests.runs import watch_engines
 
 HOW = ("stopped", "holds the lock", "skips a collective", "loader", "evaluation's loader", "asleep")
-TIMEOUT, FIRST_TIMEOUT = 4.0, 15.0
-"""Seconds in a run's course, and at its start. A step of these runs takes a hundredth of that, a start a quarter."""
+TIMEOUT, FIRST_TIMEOUT = 5.0, 30.0
+"""Seconds in a run's course, and at its start. A step of these runs takes a hundredth of that, a start a tenth."""
 
 SLACK = 5.0
 EVALUATION_INTERVAL = 2
@@ -170,7 +170,7 @@ class Hangs:
             step = draw.choice([2, 4, 6, 8])
         elif draw.random() < 0.2:
             step = 1
-        first = 4 * FIRST_TIMEOUT if self.whole.launched else FIRST_TIMEOUT
+        first = 2 * FIRST_TIMEOUT if self.whole.launched else FIRST_TIMEOUT
         config = self.whole.config(
             room,
             layout,

@@ -72,8 +72,11 @@ INSIDE = (
     "MemoryError",
     "bad disk",
 )
-HANGS = ("stop one", "hold the lock", "stuck loader", "skip a collective")
-"""Faults of a rank that lives; before its run has begun nothing looks for them (see docs/watching.md)."""
+AT_START = ("kill one", "kill all", "SIGTERM one", "SIGTERM all", "SIGUSR1 all")
+"""What is done before a first step, too: hangs are not looked for before the ranks have met (docs/watching.md)."""
+
+START_SHARE = 0.2
+"""Of the faults."""
 
 GOES_ON = ("bad disk",)
 
@@ -170,6 +173,13 @@ class Part:
         end = _end_of(self.run)
         return end.get("how") == "running" and (self.run / END).stat().st_mtime > self.began
 
+    @property
+    def has_trained(self) -> bool:
+        """Whether it has taken a step, in a run that is running."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            return bool(step_rows(self.run)[-1]["step"] > _end_of(self.run).get("step", 0))
+        return False
+
     def ranks(self) -> dict[int, psutil.Process]:
         """Its ranks, as far as they have started."""
         if len(self._ranks) < RANKS and self.launcher.poll() is None:
@@ -248,15 +258,17 @@ def _due(fault: Fault | None, soak: Soak) -> bool:
 def watch_part(part: Part, soak: Soak, draw: random.Random, next_fault: float) -> float:
     """Hurt a part while it lasts, and look at its memory; returns when the next fault is due."""
     last: Fault | None = None
+    at_start = draw.random() < START_SHARE
     sampled = 0.0
     first_step = None
     while not part.ended:
         time.sleep(0.1)
         now = soak.now()
-        if first_step is None and part.running:
-            first_step = now
-        if first_step is not None and now - sampled > SAMPLE_SECONDS:
+        if now - sampled > SAMPLE_SECONDS:
             sampled = now
+            if first_step is None:
+                first_step = now if part.running and part.has_trained else None
+                continue
             for rank, process in part.ranks().items():
                 with contextlib.suppress(psutil.Error):
                     memory, files = process.memory_info().rss, process.num_fds()
@@ -268,16 +280,16 @@ def watch_part(part: Part, soak: Soak, draw: random.Random, next_fault: float) -
         # One at a time: what became of it is to be known.
         if now < next_fault or now > 60 * soak.options.minutes or (last is not None and last.name not in GOES_ON):
             continue
-        name, rank = draw.choice(OUTSIDE + INSIDE), draw.randrange(RANKS)
-        ranks = part.ranks()
-        if len(ranks) < RANKS or ((name in HANGS or name in INSIDE or name == "stop file") and not part.running):
+        begun = first_step is not None
+        if len(part.ranks()) < RANKS or not (begun or at_start):
             continue
-        where = f"step {step_rows(part.run)[-1]['step']}" if _has_rows(part.run) else "the start"
+        name, rank = draw.choice(OUTSIDE + INSIDE if begun else AT_START), draw.randrange(RANKS)
+        where = f"step {step_rows(part.run)[-1]['step']}" if begun else "the start"
         part.inflict(name, rank)
         last = Fault(name, rank, now, where)
         soak.faults.append(last)
         soak.say(f"part {part.number}, {where}: {name} (rank {rank})")
-        next_fault = now + soak.options.every * draw.uniform(0.5, 1.5)
+        next_fault, at_start = now + soak.options.every * draw.uniform(0.5, 1.5), draw.random() < START_SHARE
     code = part.end()
     end = _end_of(part.run)
     if last is not None:
@@ -416,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
         "model__hidden_size": 64,
         "model__ffn_size": 256,
         "model__sequence_length": 64,
-        "adapters__fraction": 0.1,
+        "adapters__fraction": 0.01,
         "parallel__data": RANKS,
         "parallel__zero_stage": 1,
         "checkpoint__interval": 25,

@@ -75,8 +75,10 @@ def test_frames_are_those_of_the_main_thread() -> None:
     ("ranks", "late", "why"),
     [
         ([found(0), found(1, state="T"), found(2)], (1,), "is stopped"),
-        ([found(0), found(1, mute=9.0), found(2, SLEEPS)], (1,), "runs no Python"),
-        ([found(0), found(1, mute=9.0, state="D")], (1,), "waits in the kernel"),
+        ([found(0), found(1, mute=19.0), found(2, SLEEPS)], (1,), "runs no Python"),
+        ([found(0), found(1, mute=19.0, state="D")], (1,), "waits in the kernel"),
+        # Late, on a busy machine.
+        ([found(0), found(1, mute=3.0), found(2, SLEEPS)], (2,), "is in no collective"),
         ([found(0), found(1), found(2, SLEEPS)], (2,), "is in no collective"),
         # Two are in none; the others wait for one of them.
         (
