@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from slope_dist.config.watch import WatchConfig
 from slope_dist.lines import listen_on_any_port
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.flight import collectives_begun, last_collectives
+from slope_dist.training.watchdog import REQUESTS
 from slope_dist.watching.heartbeat import Heart
 
+_LEADER = "slope_dist/watch/leader"
 _MEETING = timedelta(seconds=60)
 """How long the ranks of a machine may take to come here, one after the other."""
 
@@ -46,12 +49,10 @@ class Watch:
         if config.hang_timeout is None:
             return
         try:
-            heart = Heart(collectives_begun, last_collectives, self._look_after_it)
+            self._heart = Heart(collectives_begun, last_collectives, self._look_after_it)
         except (OSError, AttributeError, RuntimeError) as error:
             # Another system than Linux, or no room for three files and a thread.
             self._warn(f"hangs of rank {environment.rank} are not found: {error}")
-            return
-        self._heart = heart
         try:
             self._start(config, folder, command)
         except (OSError, RuntimeError, ValueError) as error:
@@ -79,44 +80,45 @@ class Watch:
 
     def _start(self, config: WatchConfig, folder: Path, command: str) -> None:
         """Leave this rank's address, and start the watchdog if this is the machine's first rank."""
-        assert self._heart is not None
         mine, store = self._environment, dist.distributed_c10d._get_default_store()
         keys = [f"slope_dist/watch/{machine()}/{local}" for local in range(mine.local_world_size)]
-        store.set(keys[mine.local_rank], json.dumps([mine.rank, self._heart.address]))
+        address = None if self._heart is None else self._heart.address
+        # Whatever fails on a rank, the others are not to wait for its word.
+        store.set(keys[mine.local_rank], json.dumps([mine.rank, address]))
         if mine.local_rank > 0:
             return
-        addresses = {}
+        listener = None
+        if mine.rank == 0 and mine.world_size > mine.local_world_size:
+            leader = None
+            try:
+                listener = listen_on_any_port(mine.world_size)
+                hosts = [os.environ.get("MASTER_ADDR", ""), socket.gethostname()]
+                leader = {"hosts": [host for host in dict.fromkeys(hosts) if host], "port": listener.getsockname()[1]}
+                leader["token"] = secrets.token_hex(16)
+            finally:
+                store.set(_LEADER, json.dumps(leader))
         store.wait(keys, _MEETING)
-        for key in keys:
-            rank, address = json.loads(store.get(key))
-            addresses[rank] = address
+        found = dict(json.loads(store.get(key)) for key in keys)
+        addresses = {rank: address for rank, address in found.items() if address is not None}
+        leader = None if mine.world_size == mine.local_world_size else json.loads(store.get(_LEADER))
         settings: dict[str, Any] = {
             "host": socket.gethostname(),
             "world_size": mine.world_size,
             "usual": config.hang_timeout,
             "start": config.first_step_timeout,
             "addresses": addresses,
-            "listener": None,
-            "leader": None,
-            "token": "",
+            "listener": None if listener is None else listener.fileno(),
+            "token": "" if leader is None else leader.pop("token"),
+            "leader": None if listener is not None else leader,
             "folder": str(folder.absolute()),
             "command": command,
         }
-        if mine.rank > 0:
-            settings["leader"] = json.loads(store.get("slope_dist/watch/leader"))
-            settings["token"] = settings["leader"].pop("token")
-            self._watchdog = _spawn(settings, ())
-            return
-        if mine.world_size == len(addresses):
-            self._watchdog = _spawn(settings, ())
-            return
-        with listen_on_any_port(mine.world_size) as listener:
-            hosts = [os.environ.get("MASTER_ADDR", ""), socket.gethostname()]
-            settings["token"] = secrets.token_hex(16)
-            where = {"hosts": [host for host in dict.fromkeys(hosts) if host], "port": listener.getsockname()[1]}
-            store.set("slope_dist/watch/leader", json.dumps(where | {"token": settings["token"]}))
-            settings["listener"] = listener.fileno()
-            self._watchdog = _spawn(settings, (listener.fileno(),))
+        try:
+            if addresses:
+                self._watchdog = _spawn(settings, () if listener is None else (listener.fileno(),))
+        finally:
+            if listener is not None:
+                listener.close()
 
     def _look_after_it(self) -> None:
         if self._watchdog is not None and self._watchdog.poll() is not None:
@@ -136,14 +138,18 @@ def machine() -> str:
 def _spawn(settings: dict[str, Any], files: tuple[int, ...]) -> subprocess.Popen[bytes]:
     """Start the program. It holds nothing of the rank's but its error stream."""
     packages = str(Path(slope_dist.__file__).parents[1])
-    watchdog = subprocess.Popen(
-        # Without the site's packages: it needs none, and they take longer to be found than it takes to start.
-        [sys.executable, "-S", "-m", "slope_dist.training.watchdog"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": packages},
-        pass_fds=files,
-    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+    try:
+        watchdog = subprocess.Popen(
+            # Without the site's packages: it needs none, and they take longer to be found than it takes to start.
+            [sys.executable, "-S", "-m", "slope_dist.training.watchdog"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": packages},
+            pass_fds=files,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert watchdog.stdin is not None
     watchdog.stdin.write(json.dumps(settings).encode() + b"\n")
     watchdog.stdin.flush()

@@ -16,14 +16,18 @@ from slope_dist.training.ending import write_end
 from slope_dist.watching.report import Report
 from slope_dist.watching.watchdog import Settings, Watchdog
 
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks ranks to stop goes to all processes of a job."""
+
 _LATEST = Path("checkpoints", "latest")
 
 
 def main() -> int:
     """Watch until the ranks have ended; returns the exit code."""
-    # Those that ask ranks to stop go to all processes of a job. This one ends when its ranks do.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # This process ends when its ranks do. Until here whoever started it has kept these from it.
+    for number in REQUESTS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
     with open(0, "rb", buffering=0, closefd=False) as stdin:
         told = json.loads(stdin.readline())
     folder, command = Path(told.pop("folder")), told.pop("command")

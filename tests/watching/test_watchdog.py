@@ -21,10 +21,11 @@ from typing import Any
 import pytest
 
 from slope_dist.lines import listen_on_any_port
+from slope_dist.training.watchdog import REQUESTS
 from tests.distributed import ROOT
 from tests.watching.hearts import heart
 
-USUAL = 1.5
+USUAL = 2.5
 
 
 @contextmanager
@@ -32,6 +33,8 @@ def watchdog(folder: Path, addresses: dict[int, Any], **told: Any) -> Iterator[s
     listener = told.get("listener")
     settings = {"host": "node1", "world_size": len(addresses), "usual": USUAL, "start": 60.0, "addresses": addresses}
     settings |= {"listener": None, "leader": None, "token": "", "folder": str(folder), "command": "go on"} | told
+    # As a rank starts it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
     process = subprocess.Popen(
         [sys.executable, "-S", "-m", "slope_dist.training.watchdog"],
         stdin=subprocess.PIPE,
@@ -40,6 +43,7 @@ def watchdog(folder: Path, addresses: dict[int, Any], **told: Any) -> Iterator[s
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         pass_fds=() if listener is None else (listener,),
     )
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     assert process.stdin is not None
     process.stdin.write(json.dumps(settings) + "\n")
     process.stdin.flush()
