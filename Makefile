@@ -2,8 +2,9 @@
 # make test       the test suite
 # make test-layouts   many layouts of up to eight ranks against one process; goes on where it was stopped
 # make test-faults    thousands of kills, bad disks, signals, hostile files and configs; goes on where it was stopped
+# make test-soak      an hour of faults, one after the other, in a run that is started again each time
 # make test-gpu   on a machine with a GPU: kernels and libraries against the reference
-# make test-slurm     the SLURM job script in a private SLURM of two nodes; needs root and Debian's slurm-wlm and munge
+# make test-slurm  the SLURM job script in a private SLURM of two nodes; needs root and Debian's slurm-wlm and munge
 # make check-cuda without one: CUTLASS kernels compiled for A100 and Hopper
 # make check      lint, format, types
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test test-gpu check-cuda test-slow test-layouts test-faults test-slurm check style clean
+.PHONY: pretrain test test-gpu check-cuda test-slow test-layouts test-faults test-soak test-slurm check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
@@ -47,6 +48,10 @@ test-layouts: $(INSTALLED)
 # .venv/bin/python -m tests.faults truncation --minutes 5
 test-faults: $(INSTALLED)
 	$(BIN)/python -m tests.faults
+
+# An hour; `.venv/bin/python -m tests.faults.soak --minutes 5` for less.
+test-soak: $(INSTALLED)
+	$(BIN)/python -m tests.faults.soak
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -9,6 +9,9 @@ EXIT_BAD_INPUT = 2
 EXIT_STOPPED = 75
 """Of a run that was asked to stop, and can go on: what sysexits.h calls a temporary failure."""
 
+EXIT_HUNG = 137
+"""Of ranks that are killed because the run hangs, as shells count (128 + SIGKILL): they cannot leave by themselves."""
+
 
 class UserError(Exception):
     """What is wrong, where, and what would be right, in one line."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from slope_dist.watching.heartbeat import beat
+
 QUIET_SECONDS = 3.0
 """A transfer says nothing before it has taken this long, and then again each time as long has passed."""
 
@@ -67,6 +69,7 @@ class Transfer:
 
     def add(self, size: int) -> None:
         """So many more have passed."""
+        beat()
         self._done += size
         now = self._clock()
         if self._say is None or now - self._said < self._quiet:

@@ -44,7 +44,10 @@ class Config(Section):
     loss_scale: LossScaleConfig = Field(default_factory=LossScaleConfig, description="fp16's loss scale.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Engine and layout.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints.")
-    watch: WatchConfig = Field(default_factory=WatchConfig, description="What is watched beside training.")
+    watch: WatchConfig = Field(
+        default_factory=WatchConfig,
+        description="What is looked for beside training: hangs, slow ranks, copies that differ.",
+    )
 
     @property
     def adapter_rank(self) -> int:

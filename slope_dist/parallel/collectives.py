@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slope_dist.errors import UserError
+from slope_dist.watching.heartbeat import beat
 
 BEAT_SECONDS = 30.0
 """How often one that works alone is heard of; far below what a collective waits for."""
@@ -133,6 +134,7 @@ def alone(work: Callable[[Callable[[], None]], T]) -> T | None:
 
         def alive() -> None:
             nonlocal spoke
+            beat()
             if time.monotonic() - spoke >= BEAT_SECONDS:
                 broadcast_json(True)
                 spoke = time.monotonic()

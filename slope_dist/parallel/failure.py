@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from slope_dist.lines import Line, listen_on_any_port
 from slope_dist.parallel.environment import Environment
 
 GRACE = 3.0
@@ -50,8 +51,6 @@ _PARTING = 30.0
 # Before a verdict, how long rank 0 waits for a report that explains this one. A lost rank: more may have died with it.
 # A cause that all ranks share: rank 0 says it. A broken connection: somebody's death, which will be heard of.
 _WAIT = {"lost": 0.05, "shared": 1.0, "broken": 2.0}
-# Seconds without a sign before the first probe, between probes, and how many may go unanswered.
-_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3}
 
 # What gloo, NCCL and the store say when it is the other end that failed.
 _LOST_PEER = (
@@ -136,7 +135,7 @@ class Peers:
         self._left = threading.Event()
         self._code = EXIT_LOST
         self._hub: _Hub | None = None
-        self._line: _Line | None = None
+        self._line: Line | None = None
         if environment.world_size == 1:
             return
         store = dist.distributed_c10d._get_default_store()
@@ -239,60 +238,11 @@ class Peers:
         os._exit(self._code)
 
 
-class _Line:
-    """One end of a connection: JSON objects, one a line of text."""
-
-    LONGEST = 2**20
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self._pending = b""
-        self._ready: list[dict[str, Any]] = []
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in _PROBES.items():
-            if hasattr(socket, name):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Send, if anyone is there; that nobody is, the reading side notices."""
-        with contextlib.suppress(OSError):
-            self.socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def next(self) -> dict[str, Any] | None:
-        """Wait for the next message; None when the other end is gone, or late where the socket has a timeout."""
-        try:
-            while not self._ready:
-                self._receive()
-        except (OSError, ValueError):
-            return None
-        return self._ready.pop(0)
-
-    def arrived(self) -> list[dict[str, Any]]:
-        """The messages that are whole after one reading.
-
-        Raises:
-            OSError: if the other end is gone.
-            ValueError: if what it sends are no messages.
-        """
-        self._receive()
-        ready, self._ready = self._ready, []
-        return ready
-
-    def _receive(self) -> None:
-        data = self.socket.recv(4096)
-        if not data:
-            raise ConnectionError
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        if len(self._pending) > self.LONGEST:
-            raise ValueError("a message without end")
-        self._ready += [json.loads(line) for line in lines]
-
-
-def _call(rank: int, address: dict[str, Any]) -> _Line | None:
+def _call(rank: int, address: dict[str, Any]) -> Line | None:
     """A connection to rank 0 on which it has answered."""
     for host in ["localhost"] if rank == 0 else address["hosts"]:
         try:
-            line = _Line(socket.create_connection((host, address["port"]), timeout=_CONNECT))
+            line = Line(socket.create_connection((host, address["port"]), timeout=_CONNECT))
         except OSError:
             continue
         line.send({"kind": "hello", "rank": rank, "token": address["token"]})
@@ -319,8 +269,8 @@ class _Hub(threading.Thread):
         super().__init__(name="peers hub", daemon=True)
         self._world_size = world_size
         self.all_called = threading.Event()
-        self._listener = _listen_on_any_port(world_size)
-        self._lines: dict[socket.socket, _Line] = {}
+        self._listener = listen_on_any_port(world_size)
+        self._lines: dict[socket.socket, Line] = {}
         self._ranks: dict[socket.socket, int] = {}
         self._gone: set[int] = set()
         self._reports: list[_Report] = []
@@ -344,7 +294,7 @@ class _Hub(threading.Thread):
                         # A caller that has gone already, or one too many, must not end the watch over the others.
                         with contextlib.suppress(OSError):
                             connection, _ = self._listener.accept()
-                            self._lines[connection] = _Line(connection)
+                            self._lines[connection] = Line(connection)
                             selector.register(connection, selectors.EVENT_READ)
                     elif not self._hear(key.fileobj):
                         selector.unregister(key.fileobj)
@@ -406,14 +356,6 @@ class _Hub(threading.Thread):
             first = next((report for report in reports if (report.rank, report.kind) == (0, "shared")), first)
         return Verdict((first.rank,), first.cause)
 
-    def _tell(self, line: _Line) -> None:
+    def _tell(self, line: Line) -> None:
         assert self._verdict is not None
         line.send({"ranks": self._verdict.ranks, "cause": self._verdict.cause})
-
-
-def _listen_on_any_port(backlog: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        # IPv6 may be built in and switched off.
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", 0), backlog=backlog)

@@ -9,10 +9,11 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slope_dist.command_line import EXIT_INTERRUPTED
-from slope_dist.config import Config, derive, dump_config, load_config
+from slope_dist.config import Config, derive, dump_config, load_config, run_folder
 from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from slope_dist.parallel import collectives, environment
@@ -23,6 +24,7 @@ from slope_dist.training.ending import How, write_end
 from slope_dist.training.folder import Resume
 from slope_dist.training.guards import RunFailedError
 from slope_dist.training.stopping import StopNow, Stopper
+from slope_dist.training.watch import Watch
 
 if TYPE_CHECKING:
     from slope_dist.training.trainer import Trainer
@@ -120,11 +122,14 @@ class _Run:
         self.place = place
         self.stopper = stopper
         self.peers: Peers | None = None
+        self.watch: Watch | None = None
         self.trainer: Trainer | None = None
 
     def train(self, config: Config, summary: list[str]) -> None:
         """Train to the last step, or find that nothing is left to do."""
         self.peers = Peers(self.place, self.last_words)
+        command = command_to_go_on(self.request, self.place)
+        self.watch = Watch(config.watch, self.place, Path(run_folder(config)), command)
         _say(self.place, *summary)
         from slope_dist.training.trainer import Trainer
 
@@ -135,6 +140,7 @@ class _Run:
             _say(self.place, trainer.result())
             return
         self.trainer = trainer
+        self.watch.own_folder()
         if self.place.is_first:
             self._write_end("running", code=None, cause=None)
         trainer.run()
@@ -159,13 +165,16 @@ class _Run:
         if self.peers is not None:
             self.peers.part()
         environment.stop()
+        self._end_watch()
         return code
 
     def fail(self, error: BaseException) -> int:
         """Tell the others, say the cause if that is for this rank to do, and leave; returns the exit code."""
         peers = self.peers
         if peers is not None and lost_a_peer(error) and peers.lose(in_words(error)):
-            return peers.leave(EXIT_LOST)
+            code = peers.leave(EXIT_LOST)
+            self._end_watch()
+            return code
         rank = "" if self.place.is_first else f"rank {self.place.rank}: "
         code = EXIT_FAILED
         how: How = "failed"
@@ -191,9 +200,15 @@ class _Run:
                 self._write_end(how, code, cause)
             print("\n".join(text for text in lines if text), file=sys.stderr, flush=True)
         if peers is not None:
-            return peers.leave(code)
-        environment.stop()
+            code = peers.leave(code)
+        else:
+            environment.stop()
+        self._end_watch()
         return code
+
+    def _end_watch(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
 
     def _how_to_go_on(self) -> str:
         """Empty before the trainer stands: what could be gone on from is not known yet."""
@@ -228,6 +243,14 @@ def _fit(config: Config, place: Environment) -> tuple[Config, list[str]]:
 
 def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) -> str:
     """The last complete checkpoint and the command, as this run was launched, that goes on from it."""
+    where = "there is no checkpoint yet; start again"
+    if last_checkpoint is not None:
+        where = f"the last complete checkpoint is {last_checkpoint}; go on"
+    return f"{where} with: {command_to_go_on(request, place)}"
+
+
+def command_to_go_on(request: Request, place: Environment) -> str:
+    """The command as this run was launched."""
     command = [request.script, "--config", request.config]
     for change in request.changes:
         command += ["--set", change]
@@ -241,11 +264,7 @@ def how_to_go_on(last_checkpoint: object, request: Request, place: Environment) 
         launcher = ["srun", "--ntasks", str(place.world_size), sys.executable]
     else:
         launcher = ["deepspeed", "--num_gpus", str(place.world_size)]
-    shown = " ".join(part if part.startswith("(") else shlex.quote(part) for part in [*launcher, *command])
-    where = "there is no checkpoint yet; start again"
-    if last_checkpoint is not None:
-        where = f"the last complete checkpoint is {last_checkpoint}; go on"
-    return f"{where} with: {shown}"
+    return " ".join(part if part.startswith("(") else shlex.quote(part) for part in [*launcher, *command])
 
 
 def _refused(error: UserError, place: Environment | None) -> int:

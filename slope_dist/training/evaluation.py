@@ -15,6 +15,7 @@ from slope_dist.data.corpus import IGNORED_LABEL, Corpus
 from slope_dist.data.sampling import Part, evaluation_batches
 from slope_dist.engine.interface import MicroBatch
 from slope_dist.parallel import collectives
+from slope_dist.watching.heartbeat import beat
 
 
 class Evaluator(Protocol):
@@ -112,6 +113,7 @@ def evaluate(
     ):
         if given_up():
             return None
+        beat()
         loss = engine.evaluate((inputs, labels))
         counted = int((labels != IGNORED_LABEL).sum())
         if counted:

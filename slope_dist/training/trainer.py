@@ -37,6 +37,7 @@ from slope_dist.training.state import state_of
 from slope_dist.training.stopping import Stopper
 from slope_dist.training.utilization import find_utilization
 from slope_dist.transfer import Transfer, duration_text, size_text
+from slope_dist.watching.heartbeat import begin_step, doing
 
 LAST_WAIT, SHORT_WAIT = 600.0, 2.0
 """Seconds that a run which fails leaves to the save under way: where all ranks end together, and where one does."""
@@ -143,6 +144,7 @@ class Trainer:
             self._start()
             while self.step < self.config.training.steps and not self._asked_to_stop():
                 step = self.step + 1
+                begin_step(step)
                 if step >= self.first_adapter_step and not self.adapters:
                     self._switch_to_adapters(step)
                 self.engine.begin_step(step)
@@ -163,7 +165,8 @@ class Trainer:
         except BaseException as error:
             if self.saver is not None:
                 # If the other ranks are well, the save under way can be. Where all fail alike it is worth any wait.
-                self.saver.linger(LAST_WAIT if isinstance(error, RunFailedError) else SHORT_WAIT)
+                with doing("the end after an error", long=True):
+                    self.saver.linger(LAST_WAIT if isinstance(error, RunFailedError) else SHORT_WAIT)
             self._close_files()
             # Releasing an engine of several ranks may wait for the others, who have yet to hear of the error.
             if self.environment.world_size == 1:
@@ -255,6 +258,7 @@ class Trainer:
                 evaluated = self.folder.is_evaluated(step)
         return bool(collectives.broadcast_json(evaluated))
 
+    @doing("reading its batch")
     def _micro_batches(self, step: int) -> Sequence[MicroBatch]:
         training = self.config.training
         batches = []
@@ -319,6 +323,7 @@ class Trainer:
                 if finding.damage:
                     raise RunFailedError(finding.line.removeprefix("warning: "))
 
+    @doing("the switch to adapters", long=True, afresh=True)
     def _switch_to_adapters(self, step: int) -> None:
         """Rule R6: export the state, release the engine, build one with adapters, load. Nothing else changes."""
         start = time.perf_counter()
@@ -342,6 +347,7 @@ class Trainer:
         fragments, scalars = self.engine.export_state()
         return fragments, scalars | made
 
+    @doing("a save", long=True)
     def _save(self, *, wait: bool = False) -> None:
         assert self.saver is not None
         # The order of samples, masks and initial values follow from the seed and the step alone (rule R3), so this is
@@ -382,6 +388,7 @@ class Trainer:
         if self.journal is not None:
             self.journal.save(outcome)
 
+    @doing("an evaluation")
     def _evaluate(self) -> None:
         def one(corpus: Corpus) -> Evaluation | None:
             data_rank, samples = self.groups.position.data, self.config.evaluation.samples
@@ -404,6 +411,7 @@ class Trainer:
             self.journal.draw(str(self.folder.path))
         self.progress.pause()
 
+    @doing("the end of the run", long=True)
     def _end(self) -> None:
         """See that the last state is saved, and say how the run ended.
 

@@ -7,9 +7,11 @@ from functools import partial
 
 from tests.distributed import Outcome, end_ranks
 from tests.faults import hostile_state
+from tests.faults.deaths import Deaths
 from tests.faults.disk import BadDisk
 from tests.faults.fuzzed_configs import FuzzedConfigs, ValidConfigs
 from tests.faults.fuzzed_files import FuzzedFiles
+from tests.faults.hangs import Hangs
 from tests.faults.hostile_state import HostileState
 from tests.faults.kills import POINTS, KilledAtPoint, KilledAtRandom
 from tests.faults.launched import end_launched
@@ -60,6 +62,18 @@ _LIVE: list[tuple[str, str, int, Callable[[WholeRuns], Trial]]] = [
         "Signals and stop files at any moment: the step done is saved, all ranks leave, the run goes on later",
         100,
         AskedToStop,
+    ),
+    (
+        "hangs",
+        "A rank that stands still is found within the timeout + 5 s and named, the job ends, and the run goes on",
+        50,
+        Hangs,
+    ),
+    (
+        "deaths",
+        "A rank that dies in a step ends the others in 15 s, named in the first line, and the run goes on",
+        50,
+        Deaths,
     ),
     (
         "kill at points",

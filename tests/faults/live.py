@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from slope_dist.checkpoint import Checkpoint, find_newest
 from slope_dist.checkpoint.format import folder_name, step_of
 from tests.distributed import Outcome, end_ranks, run_ranks
@@ -102,6 +104,38 @@ class WholeRuns:
     def go_on(self, layout: str, config: str) -> str | None:
         """Give the command again; what ranks say that did not end well, None if all did."""
         return failed(self.end(entry_point, layout, config))
+
+
+_TRIAL = "SLOPE_DIST_TRIAL"
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+def mark_processes(room: Path) -> None:
+    """Let whatever this rank starts be found by `leftovers`, and itself."""
+    os.environ[_TRIAL] = str(room)
+    (room / f"process-{os.getpid()}").touch()
+
+
+def leftovers(room: Path) -> str | None:
+    """What is still there of ranks that were marked: processes, or files in shared memory; None if nothing."""
+    ranks = {int(path.name.removeprefix("process-")) for path in room.glob("process-*")}
+    end = time.monotonic() + 3.0
+    while left := [process.pid for process in psutil.process_iter() if _is_of(process, room, ranks)]:
+        if time.monotonic() > end:
+            return f"processes {left} are left"
+        time.sleep(0.1)
+    files = [path.name for path in _SHARED_MEMORY.iterdir()] if _SHARED_MEMORY.is_dir() else []
+    mine = [name for name in files if {int(number) for number in re.findall(r"\d+", name)} & ranks]
+    return f"{mine} are left in {_SHARED_MEMORY}" if mine else None
+
+
+def _is_of(process: psutil.Process, room: Path, ranks: set[int]) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return process.pid in ranks or process.environ().get(_TRIAL) == str(room)
+    except psutil.Error:
+        return False
 
 
 def copy_checkpoint(source: Path, step: int, room: Path) -> None:
