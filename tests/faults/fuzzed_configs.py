@@ -184,6 +184,10 @@ def impossible(turn: int, tree: dict[str, Any], draw: random.Random) -> tuple[by
         lambda: _set(
             tree, ["loss_scale.minimum"], loss_scale={"minimum": draw.choice([1.5, 2.0**20]), "initial_power": 9}
         ),
+        lambda: _set(
+            tree.setdefault("watch", {}), ["watch.first_step_timeout"], hang_timeout=700, first_step_timeout=699.5
+        ),
+        lambda: _set(parallel, ["parallel.alternatives[1]"], alternatives=[{"data": 1}, {"pipeline": 20_000}]),
         ranks_that_do_not_fit,
         a_batch_that_does_not_come_out_even,
         resident_shards,

@@ -125,6 +125,7 @@ _RELATED = {
     *(f"adapters.{key}" for key in ("rank", "learning_rate_policy", "peak_learning_rate", "warmup_steps")),
     *(f"training.{key}" for key in ("global_batch_size", "micro_batch_size", "learning_rate", "min_learning_rate")),
     "training.compile",
+    *(f"watch.{key}" for key in ("hang_timeout", "first_step_timeout")),
     *(f"parallel.{key}" for key in ("engine", "tensor", "pipeline", "data", "zero_stage", "sequence_parallel")),
     "parallel.alternatives",
     *("precision", "checkpoint.interval", "checkpoint.keep_every", "data.folder", "data.mixture", "data.source"),
@@ -156,6 +157,7 @@ def _related(draw: random.Random) -> dict[str, Any]:
     rewarm = policy not in (None, "follow")
     interval = draw.choice([None, 0, 1, 10, 500])
     power = draw.choice([None, 0, 16, 32])
+    hang = draw.choice([600.0, 1.0, 7, 1e7])
     mixture = draw.choice([None, [], ["data/a=1", "/b c=0.25"], ["é=1/3"]])
 
     def maybe(value: Any) -> Any:
@@ -193,6 +195,8 @@ def _related(draw: random.Random) -> dict[str, Any]:
         "training.micro_batch_size": micro,
         "training.global_batch_size": micro * (data or 1) * draw.choice([1, 2, 3, 8]),
         "training.learning_rate": rate,
+        "watch.hang_timeout": hang,
+        "watch.first_step_timeout": None if hang == 600.0 else max(hang, 600.0),
         "training.compile": draw.choice([None, False, engine == "fsdp" or stage < 3]),
         "training.min_learning_rate": draw.choice([None, 0.0, 0, rate, rate / 3]),
         "parallel.engine": engine,

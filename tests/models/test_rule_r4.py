@@ -24,7 +24,8 @@ FORBIDDEN = re.compile(
 )
 ALLOWED_ROOMS = {
     "sparse": {"errors", "sparse"},
-    "parallel": {"errors", "parallel"},
+    "watching": {"errors", "lines", "watching"},
+    "parallel": {"errors", "lines", "watching", "parallel"},
     "layers": {"errors", "sparse", "parallel", "layers"},
     "models": {"errors", "layers", "models"},
 }
