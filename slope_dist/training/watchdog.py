@@ -43,10 +43,10 @@ def main() -> int:
             except OSError as error:
                 lines.append(f"warning: {folder}: the stacks cannot be written ({error.strerror})")
                 lines += [evidence.stacks for evidence in report.found]
-            write_end(folder, "failed", **_details(report, checkpoint, settings.world_size))
         else:
-            # The folder may be another run's.
             lines += [f"rank {evidence.seen.rank}:\n{evidence.stacks}" for evidence in report.found]
+        # Until it is owned the folder may be another run's.
+        write_end(folder if owned else None, "failed", **_details(report, checkpoint, settings.world_size))
         where = "there is no checkpoint yet; start again"
         if checkpoint is not None:
             where = f"the newest checkpoint is {folder / 'checkpoints' / checkpoint}; go on"
