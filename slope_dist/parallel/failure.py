@@ -10,7 +10,7 @@ cause wins) and tells every rank; one that is still held in a collective `GRACE`
     rank 0 is killed              every rank's connection closes; as above, and one rank a machine says so
     a machine or its network is   TCP probes go unanswered for about 20 s; then as a killed rank (on systems with
     gone without a word           Linux's socket options; elsewhere after the collectives' own timeout)
-    a rank hangs but lives        not noticed here
+    a rank hangs but lives        not noticed here, but from outside: see watching/
     before the process group is   not noticed here. The launchers see the exit code: deepspeed's and torchrun's end the
     there                         others of the run, srun's does with --kill-on-bad-exit
 

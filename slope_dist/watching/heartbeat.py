@@ -118,9 +118,10 @@ class Heart:
             self._marks += 1
             self.record.mark(self._marks, self._step, self._place, self._is_long())
         else:
-            # Two threads that miss each other's count still change it.
+            # Two threads that miss each other's count still change it; one may outlive the heart of a run that failed.
             self._beside += 1
-            self.record.mark_beside(self._beside)
+            with contextlib.suppress(ValueError):
+                self.record.mark_beside(self._beside)
 
     def enter(self, what: doing) -> None:
         """Begin something; only what the main thread does counts."""

@@ -79,6 +79,8 @@ class Watchdog:
         self._told: dict[socket.socket, tuple[list[Seen], float]] = {}
         self._found: dict[socket.socket, list[Evidence]] = {}
         self._killed: set[socket.socket] = set()
+        # A rank has left, or gone: look now.
+        self._hurry = False
 
     def run(self) -> None:
         """Watch until the machine's ranks have left, or ended."""
@@ -91,7 +93,9 @@ class Watchdog:
         self._selector.register(0, selectors.EVENT_READ, self._woken)
         last = time.monotonic()
         while self._machine.watched():
-            self._serve(self._interval)
+            # Not at each message: of a thousand machines there are as many a second.
+            self._until(lambda: self._hurry, self._interval)
+            self._hurry = False
             now = time.monotonic()
             # What is beyond was not watched: this process was stopped, or its machine asleep.
             self._machine.look(min(now - last, 2 * self._interval))
@@ -136,11 +140,12 @@ class Watchdog:
             else:
                 # It may have left in the meantime.
                 key.data.look(0.0)
-                key.data.gone = True
+                key.data.gone = self._hurry = True
                 self._selector.unregister(key.fileobj)
 
     def _woken(self, stdin: int) -> None:
         os.read(stdin, 1)
+        self._hurry = True
         self._selector.unregister(stdin)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -238,9 +243,10 @@ class Watchdog:
             self._lines[connection].send(message)
 
     def _until(self, done: Callable[[], bool], seconds: float) -> None:
+        """Do what comes in until it is done, for at most so long."""
         end = time.monotonic() + seconds
         while not done() and (left := end - time.monotonic()) > 0:
-            self._serve(min(left, 0.05))
+            self._serve(left)
 
 
 def _warn(text: str) -> None:

@@ -78,6 +78,7 @@ AT_START = ("kill one", "kill all", "SIGTERM one", "SIGTERM all", "SIGUSR1 all")
 START_SHARE = 0.2
 """Of the faults."""
 
+HANGS = ("stop one", "hold the lock", "stuck loader", "skip a collective")
 GOES_ON = ("bad disk",)
 
 
@@ -110,6 +111,8 @@ class Soak:
     problems: list[str] = field(default_factory=list)
     seconds_kept: float = 0.0
     steps_kept: int = 0
+    hangs_found: int = 0
+    false_alarms: int = 0
     runs: int = 0
     parts: int = 0
     worst_difference: float = 0.0
@@ -294,6 +297,11 @@ def watch_part(part: Part, soak: Soak, draw: random.Random, next_fault: float) -
     end = _end_of(part.run)
     if last is not None:
         last.ended, last.how = soak.now(), f"code {code}, {end.get('how')}: {end.get('cause')}"
+    if "the run hangs" in str(end.get("cause")):
+        caused = last is not None and last.name in HANGS
+        soak.hangs_found += caused
+        # On a machine that is too busy a step may take as long as the timeout of these runs.
+        soak.false_alarms += not caused
     left = part.left()
     if left:
         soak.wrong(f"part {part.number} left the processes {left}")
@@ -397,6 +405,8 @@ def summary(soak: Soak, quiet_goodput: float) -> dict[str, Any]:
         "faults": len(soak.faults),
         "faults_by_kind": dict(sorted(Counter(fault.name for fault in soak.faults).items())),
         "slowest_end_after_fault_seconds": {name: round(max(times), 1) for name, times in sorted(ended.items())},
+        "hangs_found": soak.hangs_found,
+        "hangs_reported_without_one": soak.false_alarms,
         "manual_steps": 0 if not soak.problems else None,
         "worst_difference_of_final_loss": soak.worst_difference,
         "steps_kept": soak.steps_kept,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,18 @@ def ended(process: subprocess.Popen[str]) -> str:
     text = process.communicate(timeout=20)[1]
     assert process.returncode == 0, text
     return text
+
+
+def until_it_watches(process: subprocess.Popen[str]) -> None:
+    """On a busy machine it takes a while to start."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        # A file may be closed while it is looked at.
+        with suppress(OSError):
+            if any("pidfd" in os.readlink(path) for path in Path(f"/proc/{process.pid}/fd").iterdir()):
+                return
+        time.sleep(0.02)
+    raise AssertionError
 
 
 def test_it_imports_no_torch() -> None:
@@ -142,7 +154,7 @@ def test_one_that_lost_rank_0s_judges_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_it_leaves_with_its_ranks_and_not_before(tmp_path: Path, name: str) -> None:
     with heart("get_on") as (process, address), watchdog(tmp_path, {0: address}) as watching:
-        time.sleep(0.4)
+        until_it_watches(watching)
         watching.send_signal(getattr(signal, name))
         time.sleep(0.2)
         assert watching.poll() is None
@@ -153,7 +165,7 @@ def test_it_leaves_with_its_ranks_and_not_before(tmp_path: Path, name: str) -> N
 
 def test_a_suspended_job_does_not_hang(tmp_path: Path) -> None:
     with heart("get_on") as (process, address), watchdog(tmp_path, {0: address}) as watching:
-        time.sleep(0.4)
+        until_it_watches(watching)
         for number in (signal.SIGSTOP, signal.SIGCONT):
             watching.send_signal(number)
             process.send_signal(number)
