@@ -52,6 +52,11 @@ def rotate(x: Tensor, rotary: Rotary, part: Part | None = None) -> Tensor:
     return x * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
+def forget_tables() -> None:
+    """Make the tables of positions anew when they are next needed."""
+    _tables.cache_clear()
+
+
 @lru_cache(maxsize=8)
 def _tables(rotary: Rotary, head_size: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines, fp32 [S, D] each."""

@@ -53,6 +53,8 @@ class ShareSize:
         metadata: bytes of packed indices and held column masks.
         kept: trained elements of the pruned weights, which is also how many their transposes have.
         indices: bytes of packed indices, which is also what their transposes' take.
+        largest: trained elements of the largest tensor.
+        groups: trained elements of the optimizer's groups: matrices, vectors, adapters.
     """
 
     elements: int
@@ -60,6 +62,21 @@ class ShareSize:
     metadata: int
     kept: int
     indices: int
+    largest: int
+    groups: tuple[int, int, int]
+
+    def __add__(self, other: ShareSize) -> ShareSize:
+        """What both are together, where they have no tensor in common."""
+        first, second, third = (one + two for one, two in zip(self.groups, other.groups, strict=True))
+        return ShareSize(
+            elements=self.elements + other.elements,
+            trained=self.trained + other.trained,
+            metadata=self.metadata + other.metadata,
+            kept=self.kept + other.kept,
+            indices=self.indices + other.indices,
+            largest=max(self.largest, other.largest),
+            groups=(first, second, third),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +194,9 @@ def measure(share: nn.Module) -> ShareSize:
     """Measure what a rank holds of its share, which may be on the meta device."""
     pruned = [module for module in share.modules() if isinstance(module, SparseWeight)]
     tensors = list(logical_tensors(share))
-    trained = sum(tensor.tensor.numel() for tensor in tensors if tensor.trained)
+    sizes = [(t.tensor.numel(), 2 if t.adapter else 0 if t.decay else 1) for t in tensors if t.trained]
+    trained = sum(size for size, _ in sizes)
+    matrices, vectors, adapters = (sum(size for size, group in sizes if group == number) for number in range(3))
     kept = sum(weight.values.numel() for weight in pruned)
     return ShareSize(
         elements=trained - kept + sum(weight.shape[0] * weight.shape[1] for weight in pruned),
@@ -185,4 +204,6 @@ def measure(share: nn.Module) -> ShareSize:
         metadata=sum(tensor.tensor.numel() for tensor in tensors if not tensor.trained),
         kept=kept,
         indices=sum(weight.indices.numel() for weight in pruned),
+        largest=max(size for size, _ in sizes),
+        groups=(matrices, vectors, adapters),
     )

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from slope_dist.config import Config, Derived, deepspeed_dict
@@ -17,6 +18,7 @@ from slope_dist.engine.compilation import BlockCompiler, check_compiler
 from slope_dist.engine.optimizer import OptimizerSettings
 from slope_dist.errors import UserError
 from slope_dist.layers import LayerFactory
+from slope_dist.layers.modules import NextTokenLoss
 from slope_dist.models import LanguageModel, build_model, family
 from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.layout import stage_bounds
@@ -208,6 +210,32 @@ def build_share(
             prepare(layer)
         layers.append(layer)
     return layers
+
+
+def sample_layers(
+    config: Config, derived: Derived, *, adapters: bool, group: dist.ProcessGroup | None
+) -> tuple[list[nn.Module], NextTokenLoss]:
+    """Embedding, the first two blocks, head, and the loss, on the meta device: what all others are like.
+
+    Where there is a pipeline the head has a table of its own, as it has on another stage than the embedding.
+
+    Args:
+        config: the run.
+        derived: its derived values.
+        adapters: whether the low-rank adapters are there.
+        group: of the tensor ranks; None where there is one.
+    """
+    ranks = config.parallel.tensor
+    place = TensorPlace(0, ranks, group, config.parallel.sequence_parallel and ranks > 1)
+
+    def builders() -> tuple[LayerFactory, list[Callable[[], nn.Module]]]:
+        factory = layer_factory(config, derived, adapters=adapters, device="meta", place=place)
+        return factory, family(config.model.family).layers(factory, shape_of(config.model))
+
+    factory, made = builders()
+    layers = [make() for make in made[: min(3, len(made) - 1)]]
+    head = builders()[1][-1] if config.parallel.pipeline > 1 else made[-1]
+    return [*layers, head()], factory.next_token_loss()
 
 
 @dataclass(frozen=True)
