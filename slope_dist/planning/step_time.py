@@ -21,7 +21,7 @@ from slope_dist.layers.linear import Linear
 from slope_dist.layers.modules import Head
 from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.gpus import Peaks
-from slope_dist.planning.model_state import ShareSize, measure
+from slope_dist.planning.model_state import ShareSize
 from slope_dist.planning.products import Kind, Product, ProductTimes
 from slope_dist.planning.traffic import WIDTH, Message, group_of, messages
 from slope_dist.sparse import SparseWeight
@@ -169,31 +169,37 @@ class StepTime:
 
 
 def step_time(
-    config: Config, derived: Derived, stages: Sequence[Iterable[nn.Module]], cluster: Cluster, times: ProductTimes
+    config: Config,
+    derived: Derived,
+    stages: Sequence[Sequence[nn.Module]],
+    shares: Sequence[ShareSize],
+    cluster: Cluster,
+    times: ProductTimes,
 ) -> StepTime:
     """Predict a step.
 
     Args:
         config: the run.
         derived: for as many ranks as the cluster has.
-        stages: the layers of a rank of each pipeline stage (`training.build.build_share`).
+        stages: the layers of a rank of each pipeline stage; layers that are alike may be one object.
+        shares: what such a rank holds.
         cluster: where it runs.
         times: of its products.
     """
     machine = Machine(times, cluster.peaks)
     resident = derived.backward_weight == "resident"
-    works, sizes, sent = [], [], []
-    for stage, made in enumerate(stages):
-        layers = list(made)
-        share = nn.ModuleList(layers)
-        size = measure(share)
+    known: dict[int, Work] = {}
+    works, sent = [], []
+    for stage, (layers, share) in enumerate(zip(stages, shares, strict=True)):
         first, last = stage == 0, stage == len(stages) - 1
         blocks = layers[first : len(layers) - last]
         edges = [*layers[:first], *layers[len(layers) - last :]]
+        for block in blocks:
+            if id(block) not in known:
+                known[id(block)] = block_work(block, config, machine, resident=resident)
         work = sum((edge_work(edge, config, machine) for edge in edges), Work())
-        works.append(sum((block_work(block, config, machine, resident=resident) for block in blocks), work))
-        sizes.append(size)
-        sent.append(messages(config, derived, stage, len(blocks), size))
+        works.append(sum((known[id(block)] for block in blocks), work))
+        sent.append(messages(config, derived, stage, len(blocks), share))
     micro_batches = derived.accumulation_steps
     tensor = [_seconds(found, "tensor", config, derived, cluster) / micro_batches for found in sent]
     each = [work.seconds + spoken for work, spoken in zip(works, tensor, strict=True)]
@@ -211,7 +217,7 @@ def step_time(
         bubble=sum(each) - each[slowest],
         data=max(_data_seconds(found, each[stage], config, derived, cluster) for stage, found in enumerate(sent)),
         optimizer=max(
-            optimizer_seconds(size, config, derived.data_ranks, cluster.peaks, resident=resident) for size in sizes
+            optimizer_seconds(share, config, derived.data_ranks, cluster.peaks, resident=resident) for share in shares
         ),
     )
 

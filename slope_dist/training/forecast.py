@@ -1,4 +1,4 @@
-"""The memory that a run will take, rank by rank of one pipeline, told before it is run."""
+"""The memory and the time that a run will take, told before it is run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from slope_dist.config.resolve import zero_stage
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.planning import ModelState, ShareSize, measure
 from slope_dist.planning.activations import Layer, run_layers, tensor_ranks
+from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.peaks import EngineSetting, Kind, LayerSize, Peak, Stage, peak, resting
+from slope_dist.planning.products import ProductTimes
+from slope_dist.planning.step_time import StepTime, step_time
 from slope_dist.sparse import SparseWeight
 from slope_dist.sparse.kernels.ops import LARGEST_GRADIENT
-from slope_dist.training.build import count_state, sample_layers, stages, storage
+from slope_dist.training.build import build_share, count_state, sample_layers, stages, storage
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,6 +82,36 @@ class Samples:
     def index(self, layer: int, last: int) -> int:
         """Which of them a layer is like; of all layers the first is the embedding and the last the head."""
         return 0 if layer == 0 else len(self.shares) - 1 if layer == last else min(layer, len(self.shares) - 2)
+
+
+def predict_step(
+    config: Config, derived: Derived, cluster: Cluster, times: ProductTimes, *, adapters: bool
+) -> StepTime:
+    """The time of a step in one phase.
+
+    Args:
+        config: the run.
+        derived: for as many ranks as the cluster has.
+        cluster: where it runs.
+        times: of its products.
+        adapters: whether they have joined.
+    """
+    adapters = adapters and derived.adapter_rank > 0
+    if not _are_alike(config):
+        built = [
+            list(build_share(config, derived, adapters=adapters, stage=stage))
+            for stage in range(config.parallel.pipeline)
+        ]
+        shares = count_state(config, derived, adapters=adapters).shares
+        return step_time(config, derived, built, shares, cluster, times)
+    known = sample(config, derived, adapters=adapters, on_gpu=True)
+    layers, _ = sample_layers(config, derived, adapters=adapters, group=None)
+    last = config.model.num_layers + 1
+    chosen = [
+        [layers[known.index(layer, last)] for layer in range(start, stop)]
+        for start, stop in pairwise(bounds_of(config, derived, known))
+    ]
+    return step_time(config, derived, chosen, shares_of(config, derived, known, adapters=adapters), cluster, times)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Every legal layout of a run on some GPUs, with the memory that each takes."""
+"""Every legal layout of a run on a cluster, with the memory and the time that each takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 
 from slope_dist.config import Config, Derived, derive
 from slope_dist.errors import UserError
-from slope_dist.training.forecast import MARGIN, StageMemory, forecast
+from slope_dist.planning.cluster import Cluster
+from slope_dist.planning.products import ProductTimes
+from slope_dist.training.forecast import MARGIN, StageMemory, forecast, predict_step
 from slope_dist.transfer import size_text
+
+_SIZE = "training.micro_batch_size"
 
 Changes = dict[str, Any]
 """Values by dotted path, as `--set` takes them."""
@@ -27,6 +31,7 @@ class Candidate:
         derived: its derived values.
         stages: what a rank of each pipeline stage takes.
         memory: bytes of a GPU.
+        seconds: of a step before the adapters.
     """
 
     changes: Changes
@@ -34,6 +39,7 @@ class Candidate:
     derived: Derived
     stages: tuple[StageMemory, ...]
     memory: int
+    seconds: float
 
     @property
     def most(self) -> int:
@@ -83,35 +89,41 @@ def overrides(changes: Changes) -> list[str]:
 
 def search(
     make: Callable[[Changes], Config],
-    *,
-    gpus: int,
-    gpus_per_node: int,
-    memory: int,
-    on_gpu: bool = True,
+    cluster: Cluster,
+    times: ProductTimes,
 ) -> list[Candidate]:
-    """All layouts that the config may have, ranked.
+    """All layouts that the config may have on all GPUs of a cluster, ranked. Tensor ranks stay within a node.
+
+    Where a micro-batch does not fit, larger ones are left out.
 
     Args:
         make: the config with changes; raises `UserError` where they are not legal.
-        gpus: how many there are, all of which are used.
-        gpus_per_node: within which tensor ranks stay.
-        memory: bytes of one.
-        on_gpu: whether they are GPUs, or CPU processes.
+        cluster: the machines.
+        times: of products on them.
     """
-    found = []
-    for changes in _changes(make({}), gpus, gpus_per_node):
+    found: list[Candidate] = []
+    too_large: set[tuple[Any, ...]] = set()
+    for changes in _changes(make({}), cluster.gpus, cluster.gpus_per_node):
+        but_size = tuple(value for name, value in changes.items() if name != _SIZE)
+        if but_size in too_large:
+            continue
         try:
             config = make(changes)
-            derived = derive(config, gpus)
+            derived = derive(config, cluster.gpus)
         except UserError:
             continue
-        found.append(Candidate(changes, config, derived, forecast(config, derived, on_gpu=on_gpu), memory))
+        stages = forecast(config, derived, on_gpu=True)
+        seconds = predict_step(config, derived, cluster, times, adapters=False).total
+        candidate = Candidate(changes, config, derived, stages, cluster.memory, seconds)
+        if not candidate.fits:
+            too_large.add(but_size)
+        found.append(candidate)
     return rank(found)
 
 
 def rank(found: Sequence[Candidate]) -> list[Candidate]:
-    """Those that fit first, those that take least memory first."""
-    return sorted(found, key=lambda candidate: (not candidate.fits, candidate.most))
+    """Those that fit first, the fastest first, then those of least memory; the others by memory."""
+    return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else 0.0, c.most))
 
 
 def _changes(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Changes]:
@@ -139,7 +151,7 @@ def _changes(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Changes]
                     "parallel.data": data,
                     "parallel.zero_stage": stage,
                     "parallel.sequence_parallel": sequence,
-                    "training.micro_batch_size": size,
+                    _SIZE: size,
                     "training.recompute": recompute,
                 }
 

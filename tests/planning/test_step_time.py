@@ -15,6 +15,7 @@ import pytest
 
 from slope_dist.config import Config, derive, load_config
 from slope_dist.errors import UserError
+from slope_dist.planning import measure
 from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.gpus import GPU_MEMORY, Peaks, kind_of
 from slope_dist.planning.products import Measured, Product, Roofline, read_measured
@@ -42,7 +43,8 @@ def predict(config: Config, cluster: Cluster, times: Any = None, adapters: bool 
     derived = derive(config, cluster.gpus)
     count = len(stages(config, derived)) - 1
     layers = [build_share(config, derived, adapters=adapters, stage=stage) for stage in range(count)]
-    return step_time(config, derived, layers, cluster, times or Even())
+    shares = [measure(share) for share in layers]
+    return step_time(config, derived, [list(share) for share in layers], shares, cluster, times or Even())
 
 
 def cluster_of(nodes: int = 4, **changes: Any) -> Cluster:
