@@ -97,7 +97,7 @@ class WatchedRank:
         address: see `Heart.address`.
 
     Raises:
-        OSError: if it has gone, or is not to be looked into: of another user, or behind another container's walls.
+        OSError: if it has gone, or is not to be looked into, as one of another user.
     """
 
     def __init__(self, rank: int, host: str, address: dict[str, Any]) -> None:
@@ -190,6 +190,9 @@ class Machine:
         for rank, address in addresses.items():
             try:
                 self.ranks[rank] = WatchedRank(rank, host, address)
+            except (ProcessLookupError, FileNotFoundError):
+                # It has ended or closed its heart: a run that is refused may be over before this process has started.
+                continue
             except OSError as error:
                 self.unseen[rank] = error.strerror or str(error)
 

@@ -29,7 +29,7 @@ from tests.faults.live import (
 from tests.runs import watch_engines
 
 HOW = ("stopped", "holds the lock", "skips a collective", "loader", "evaluation's loader", "asleep")
-TIMEOUT, FIRST_TIMEOUT = 10.0, 40.0
+TIMEOUT, FIRST_TIMEOUT = 6.0, 20.0
 """Seconds in a run's course, and at its start. A step of these runs takes a hundredth of that, a start a tenth."""
 
 SLACK = 5.0
