@@ -27,11 +27,12 @@ class Derived:
 
 
 def derive(config: Config, ranks: int | None = None) -> Derived:
-    """Return all derived values for `ranks` processes; None takes the ranks the config asks for.
+    """Return all derived values for `ranks` processes; None takes those that the config is meant for.
 
     Raises `UserError` where the ranks do not fit the layout or the batch.
     """
-    ranks = world_size(config) if ranks is None else ranks
+    if ranks is None:
+        ranks = config.parallel.gpus or world_size(config)
     return Derived(
         world_size=ranks,
         data_ranks=data_ranks(config, ranks),

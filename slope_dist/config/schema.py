@@ -70,7 +70,7 @@ class Config(Section):
         changes = alternative.model_dump(exclude_none=True)
         if "micro_batch_size" in changes:
             tree["training"]["micro_batch_size"] = changes.pop("micro_batch_size")
-        kept = {key: value for key, value in tree["parallel"].items() if key not in ("alternatives", "data")}
+        kept = {key: value for key, value in tree["parallel"].items() if key not in ("alternatives", "data", "gpus")}
         return Config.model_validate(tree | {"parallel": kept | changes})
 
     @model_validator(mode="after")

@@ -370,6 +370,11 @@ class ParallelConfig(Section):
         "as after a machine was lost: a list of objects with the keys below. The global batch and the losses stay; "
         "`config.json` of the run folder has the layout that was taken.",
     )
+    gpus: Ranks | None = Field(
+        default=None,
+        description="How many of `gpu` the layout is for: `--dry-run` and tools/plan.py take so many ranks; null: "
+        "one data rank. Changes nothing in the run, which takes the ranks it finds.",
+    )
     gpu: GPU | None = Field(
         default=None,
         description="GPU whose memory `--dry-run` compares with the model state of the heaviest rank; null: none. "

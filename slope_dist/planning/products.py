@@ -148,18 +148,32 @@ def read_measured(path: Path, gpu: str) -> Measured:
     return made
 
 
+def benchmark_of(path: Path) -> str:
+    """Whose results a file holds; "" if it does not say.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    content = _content(path)
+    return str(content.get("benchmark", "")) if isinstance(content, dict) else ""
+
+
+def _content(path: Path) -> Any:
+    try:
+        return json.loads(read_bounded(path, _LARGEST_FILE))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        return None
+
+
 def read_results(path: Path, benchmark: str) -> dict[str, Any]:
     """The content of a file of results.
 
     Raises:
         UserError: if it is none, or of another benchmark.
     """
-    try:
-        content = json.loads(read_bounded(path, _LARGEST_FILE))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError):
-        content = None
+    content = _content(path)
     good = isinstance(content, dict) and content.get("benchmark") == benchmark
     if not good or not isinstance(content.get("machine"), dict) or not isinstance(content.get("rows"), list):
         raise UserError(f'{path} is no file of results of "tools/benchmark.py {benchmark}"')

@@ -19,6 +19,7 @@ from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.peaks import EngineSetting, Kind, LayerSize, Peak, Stage, peak, resting
 from slope_dist.planning.products import ProductTimes
 from slope_dist.planning.step_time import StepTime, step_time
+from slope_dist.planning.traffic import Message, messages
 from slope_dist.sparse import SparseWeight
 from slope_dist.sparse.kernels.ops import LARGEST_GRADIENT
 from slope_dist.training.build import build_share, count_state, sample_layers, stages, storage
@@ -112,6 +113,17 @@ def predict_step(
         for start, stop in pairwise(bounds_of(config, derived, known))
     ]
     return step_time(config, derived, chosen, shares_of(config, derived, known, adapters=adapters), cluster, times)
+
+
+def predict_traffic(config: Config, derived: Derived) -> list[list[Message]]:
+    """What a rank of each pipeline stage sends in a step before the adapters."""
+    known = sample(config, derived, adapters=False, on_gpu=True)
+    shares = shares_of(config, derived, known, adapters=False)
+    last, found = config.model.num_layers + 1, []
+    for stage, (start, stop) in enumerate(pairwise(bounds_of(config, derived, known))):
+        blocks = sum(0 < layer < last for layer in range(start, stop))
+        found.append(messages(config, derived, stage, blocks, shares[stage]))
+    return found
 
 
 @lru_cache(maxsize=64)

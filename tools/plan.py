@@ -1,0 +1,210 @@
+"""What a run takes on a cluster, before a GPU is held: does it fit, how long does it take, which layout is best?
+
+    python tools/plan.py --config configs/opt66b.json --gpu a100-80gb --gpus-per-node 8 --nodes 4
+    python tools/plan.py --config configs/opt66b.json --gpu a100-80gb --nodes 4 --search
+    python tools/plan.py --config configs/llama3-8b.json --gpu h200-141gb --nodes 2 --gemm docs/results/gemm-h200.json
+    python tools/plan.py --gpu h200-141gb --gemm gemm.json --validate block.json
+
+Memory is predicted for every pipeline stage: model state, the engine's buffers and the activations of the fullest
+moment, before the adapters, while they join and with them, beside the dense run. Time comes from products, links and
+the pipeline; products from a file of `tools/benchmark.py gemm` of that card, else from its peaks and assumptions. How,
+and how well that has been checked: docs/planning.md. Nothing is written.
+
+--search tries every layout that is legal on all GPUs: tensor and sequence parallelism, pipeline, ZeRO stage or FSDP2,
+micro-batch and recomputation. --validate compares predictions with results of `tools/benchmark.py block` or `step`.
+
+exit codes:
+  0  done
+  1  --validate: a prediction is off by more than 15 %
+  2  the command line, the config or a file is wrong; with a config: its layout does not fit so many ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from slope_dist.command_line import Parser, answer
+from slope_dist.config import Config, load_config
+from slope_dist.errors import UserError
+from slope_dist.planning.cluster import Cluster
+from slope_dist.planning.products import ProductTimes, Roofline, read_measured
+from slope_dist.planning.step_time import Machine
+from slope_dist.planning.traffic import WIDTH
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+EXIT_FAR_OFF = 1
+SHOWN = 12
+
+
+def _parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--config", help="JSON file that describes the run")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="change one value")
+    parser.add_argument("--gpu", help="kind of the GPUs; default: parallel.gpu of the config")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--nodes", type=int, help="default: as many as parallel.gpus of the config asks for")
+    parser.add_argument("--inside-gb", type=float, help="GB/s that a GPU sends within its node; default: of the kind")
+    parser.add_argument("--between-gb", type=float, help="GB/s that a GPU sends to other nodes; default: of the kind")
+    parser.add_argument("--gemm", type=Path, help="results of tools/benchmark.py gemm on such a card")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--search", action="store_true", help="rank all legal layouts")
+    what.add_argument("--validate", type=Path, metavar="FILE", help="compare with measured blocks or steps")
+    parser.add_argument("--top", type=int, default=SHOWN, help=f"layouts that --search shows ({SHOWN})")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Answer; returns the exit code."""
+    found: list[int] = []
+    code = answer(lambda: found.append(_run(_parser().parse_args(arguments))))
+    return code or found[0]
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Of torch's own names for collectives, at their first use.
+    warnings.simplefilter("ignore", FutureWarning)
+    if options.config is None and options.validate is None:
+        raise UserError("--config is required (or --validate); see plan.py --help")
+    config = None if options.config is None else load_config(options.config, options.set)
+    cluster = _cluster(options, config)
+    times: ProductTimes = Roofline(cluster.gpu, cluster.peaks)
+    if options.gemm is not None:
+        times = read_measured(options.gemm, cluster.gpu)
+    if options.validate is not None:
+        return _validate(options, cluster, times)
+    assert config is not None
+    if options.gemm is None and WIDTH[config.precision] == 4:
+        times = Roofline(cluster.gpu, cluster.peaks, width=4)
+    if options.search:
+        _search(options, cluster, times)
+    else:
+        _plan(options, config, cluster, times)
+    return 0
+
+
+def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
+    parallel = None if config is None else config.parallel
+    gpu = options.gpu or (parallel and parallel.gpu)
+    if not gpu:
+        raise UserError("--gpu is required where the config has no parallel.gpu")
+    nodes = options.nodes
+    if nodes is None:
+        gpus = 1 if parallel is None else parallel.gpus
+        if gpus is None:
+            raise UserError("--nodes is required where the config has no parallel.gpus")
+        if options.gpus_per_node < 1 or gpus % min(options.gpus_per_node, gpus):
+            raise UserError(f"parallel.gpus {gpus} are no whole nodes of --gpus-per-node {options.gpus_per_node}")
+        options.gpus_per_node = min(options.gpus_per_node, gpus)
+        nodes = gpus // options.gpus_per_node
+    return Cluster.of(gpu, options.gpus_per_node, nodes, options.inside_gb, options.between_gb)
+
+
+def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> int:
+    from slope_dist.benchmark.prediction import CLOSE, compare
+
+    configs = {path.stem: load_config(path) for path in sorted(CONFIGS.glob("*.json"))}
+    name = _benchmark_of(options.validate)
+    found = list(compare(options.validate, name, configs, Machine(times, cluster.peaks)))
+    if not found:
+        raise UserError(f"{options.validate} has no measured cells")
+    if options.json:
+        print(json.dumps([vars(one) | {"ratio": one.ratio} for one in found], indent=1))
+    else:
+        table = _table("cell", "form", "measured ms", "predicted ms", "ratio")
+        for one in found:
+            milliseconds = f"{1e3 * one.measured:.3f}", f"{1e3 * one.predicted:.3f}"
+            table.add_row(one.cell, one.rival, *milliseconds, f"{one.ratio:.3f}")
+        _console().print(table)
+    close = sum(one.is_close for one in found)
+    print(f"{close} of {len(found)} within {CLOSE:.0%}; products {times.basis}", file=sys.stderr)
+    return 0 if close == len(found) else EXIT_FAR_OFF
+
+
+def _benchmark_of(path: Path) -> str:
+    from slope_dist.planning.products import benchmark_of
+
+    name = benchmark_of(path)
+    if name not in ("block", "step"):
+        raise UserError(f'{path} holds results of "{name}"; --validate takes those of "block" or "step"')
+    return name
+
+
+def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> None:
+    from slope_dist.training.search import overrides, search
+    from slope_dist.transfer import duration_text, size_text
+
+    def make(changes: dict[str, object]) -> Config:
+        return load_config(options.config, [*options.set, "parallel.gpus=null", *overrides(changes)])
+
+    found = search(make, cluster, times)
+    if not found:
+        raise UserError(
+            f"{options.config}: no layout is legal on {cluster.gpus} GPUs: tensor ranks divide model.num_heads, and "
+            "data ranks x training.micro_batch_size divide training.global_batch_size"
+        )
+    if options.json:
+        rows = [
+            {"changes": c.changes, "fits": c.fits, "bytes": c.most, "seconds": c.seconds, "why_not": c.why_not}
+            for c in found
+        ]
+        print(json.dumps(rows, indent=1))
+        return
+    fitting = [candidate for candidate in found if candidate.fits]
+    lines = [
+        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}: {len(found)} layouts, of which {len(fitting)} fit",
+        _times_line(times, measured=options.gemm is not None),
+    ]
+    _console().print("\n".join(lines), highlight=False)
+    table = _table("layout", "memory a rank", "step", "tokens/s")
+    for candidate in fitting[: options.top]:
+        rate = candidate.derived.tokens_per_step / candidate.seconds
+        table.add_row(candidate.text(), size_text(candidate.most), duration_text(candidate.seconds), f"{rate:,.0f}")
+    _console().print(table)
+    if fitting:
+        shown = " ".join(f"--set {change}" for change in overrides(fitting[0].changes))
+        _console().print(f"the first of them: {shown}", highlight=False, soft_wrap=True)
+    others = [candidate for candidate in found if not candidate.fits]
+    if others:
+        table = _table("does not fit", "why")
+        for candidate in others[: options.top]:
+            table.add_row(candidate.text(), candidate.why_not)
+        _console().print(table)
+
+
+def _plan(options: argparse.Namespace, config: Config, cluster: Cluster, times: ProductTimes) -> None:
+    from slope_dist.training.plan import make_plan, to_data
+    from slope_dist.training.plan_screen import show
+
+    plan = make_plan(config, cluster, times, measured=options.gemm is not None)
+    if options.json:
+        print(json.dumps(to_data(plan), indent=1))
+    else:
+        show(plan, _console(), _times_line(times, measured=plan.measured))
+
+
+def _times_line(times: ProductTimes, *, measured: bool) -> str:
+    return f"times: {'' if measured else 'UNVALIDATED; '}{times.basis}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and column not in ("form", "why") else "left")
+    return table
+
+
+def _console() -> Console:
+    # Into a file or a pipe as wide as it needs to be.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
