@@ -40,16 +40,24 @@ class Layer:
     backward: int
 
 
+class PredictedTooLateError(RuntimeError):
+    """Activations of tensor ranks cannot be predicted in a process that has a process group."""
+
+
 @contextmanager
 def tensor_ranks(ranks: int) -> Iterator[dist.ProcessGroup | None]:
-    """The group of a first tensor rank, whose others are not there: collectives give tensors of the right sizes."""
+    """The group of a first tensor rank, whose others are not there: collectives give tensors of the right sizes.
+
+    Raises:
+        PredictedTooLateError: this process has joined others.
+    """
     if ranks == 1:
         yield None
         return
     from megatron.core import parallel_state
 
     if dist.is_initialized():
-        raise RuntimeError("activations of tensor ranks are to be predicted before the process group is there")
+        raise PredictedTooLateError
     # Imported for the backend that it registers.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

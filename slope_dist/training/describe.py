@@ -5,11 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 from slope_dist.config import Config, Derived, run_folder
 from slope_dist.config.resolve import backward_weight_reason, without_effect, zero_stage
 from slope_dist.data.corpus import token_file
 from slope_dist.errors import UserError
 from slope_dist.training.build import StateCount, count_state, stages
+from slope_dist.training.forecast import forecast
 from slope_dist.training.memory import fit_on_gpu, needs_of
 from slope_dist.transfer import size_text
 
@@ -48,6 +51,9 @@ def describe(config: Config, derived: Derived) -> list[str]:
         )
     else:
         lines.append("adapters: none")
+    if config.parallel.gpu is None and torch.cuda.is_available():
+        # Asked for again by the refusal of what cannot fit, when there are process groups and it is too late to ask.
+        forecast(config, derived, on_gpu=True)
     lines += fit_on_gpu(config, derived)
     copy = needs_of(config, derived).copy
     beside = f"are written beside training, from a copy of {size_text(copy)} a rank in host memory"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import pairwise
 from operator import add
@@ -16,9 +16,15 @@ from slope_dist.parallel.layout import stage_bounds
 from slope_dist.planning import ModelState, ShareSize, measure
 from slope_dist.planning.activations import Layer, run_layers, tensor_ranks
 from slope_dist.planning.peaks import EngineSetting, Kind, LayerSize, Peak, Stage, peak, resting
+from slope_dist.sparse import SparseWeight
+from slope_dist.sparse.kernels.ops import LARGEST_GRADIENT
 from slope_dist.training.build import count_state, sample_layers, stages, storage
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MARGIN = 1.15
+"""What is predicted is to fit so many times: by so much a prediction may be too small, and what it does not know, such
+as the CUDA context, is in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +169,7 @@ def engine_setting(config: Config, derived: Derived, *, on_gpu: bool) -> EngineS
         gathered_ahead=zero["stage3_prefetch_bucket_size"],
         accumulation=derived.accumulation_steps,
         fused=on_gpu,
+        recompute=config.training.recompute == "blocks",
         overlap=on_gpu,
     )
 
@@ -174,7 +181,7 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
     """Run the sample layers of a phase on one micro-batch, once for all layouts in which they are the same.
 
     Raises:
-        RuntimeError: there are tensor ranks, the process group is there, and nobody asked before.
+        PredictedTooLateError: there are tensor ranks, the process group is there, and nobody asked before.
     """
     training, model, parallel = config.training, config.model, config.parallel
     adapters = adapters and derived.adapter_rank > 0
@@ -189,6 +196,7 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
             layers, loss = sample_layers(config, derived, adapters=adapters, group=group)
             shares = tuple(measure(layer) for layer in layers)
             ends = measure(torch.nn.ModuleList([layers[0], layers[-1]]))
+            kernels = on_gpu and config.sparsity.kernels == "auto"
             found = run_layers(
                 layers,
                 loss,
@@ -196,8 +204,13 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
                 length=model.sequence_length,
                 dtype=_DTYPES[config.precision],
                 recompute=training.recompute == "blocks",
-                on_gpu=on_gpu and config.sparsity.kernels == "auto",
+                on_gpu=kernels,
             )
+            if kernels:
+                found = [
+                    replace(layer, backward=layer.backward + _workspace(module, derived, config))
+                    for layer, module in zip(found, layers, strict=True)
+                ]
         _samples[key] = Samples(layers=tuple(found), shares=shares, ends=ends)
     return _samples[key]
 
@@ -208,6 +221,17 @@ def _as_two_four(config: Config) -> Config:
         return config
     sparsity = config.sparsity.model_copy(update={"pattern": "2:4", "layer_patterns": ()})
     return config.model_copy(update={"sparsity": sparsity})
+
+
+def _workspace(layer: torch.nn.Module, derived: Derived, config: Config) -> int:
+    """Bytes that kernels of 2:4 products take inside themselves in backward, which fake tensors do not show."""
+    width = _DTYPES[config.precision].itemsize
+    sizes = [m.shape[0] * m.shape[1] for m in layer.modules() if isinstance(m, SparseWeight)]
+    if not sizes:
+        return 0
+    # The transposed weight where it is made for each product; a dense weight gradient, of which the kept are taken.
+    transposed = 0 if derived.backward_weight == "resident" else max(sizes) * width // 2 + max(sizes) // 8
+    return max(transposed, min(max(sizes), LARGEST_GRADIENT) * width)
 
 
 def stage_of(config: Config, derived: Derived, samples: Samples, number: int) -> Stage:

@@ -6,26 +6,26 @@ still die there (rule R6).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
 
-from slope_dist.config import Config, Derived
+from slope_dist.config import Config, Derived, derive
 from slope_dist.errors import UserError
 from slope_dist.parallel.environment import Environment
 from slope_dist.planning import GPU_MEMORY, ModelState
+from slope_dist.planning.activations import PredictedTooLateError
 from slope_dist.training.build import count_state, storage
+from slope_dist.training.forecast import MARGIN, StageMemory, forecast
 from slope_dist.transfer import size_text
-
-BEYOND_MODEL_STATE = "activations and communication buffers come on top"
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of model state on the heaviest rank in each phase.
+    """Bytes of model state alone on the heaviest rank in each phase.
 
     Attributes:
         before: until the adapters join, or for the whole run where there are none.
@@ -84,22 +84,33 @@ def fit_on_gpu(config: Config, derived: Derived) -> list[str]:
     gpu = config.parallel.gpu
     if gpu is None:
         return []
-    memory, needs = GPU_MEMORY[gpu], needs_of(config, derived)
-    phases = f"{size_text(needs.before)} of model state a rank"
-    if needs.switch is not None and needs.after is not None:
-        phases += f" before the adapters, {size_text(needs.switch)} while they join, {size_text(needs.after)} with them"
-    text = f"{gpu} with {size_text(memory)}: {phases}; {BEYOND_MODEL_STATE}"
-    if needs.most <= memory:
+    memory, stages = GPU_MEMORY[gpu], forecast(config, derived, on_gpu=True)
+    before = max(stage.before.bytes for stage in stages)
+    phases = f"{size_text(before)} a rank at the peak"
+    if stages[0].after is not None:
+        switch = max(stage.switch or 0 for stage in stages)
+        after = max(stage.after.bytes for stage in stages if stage.after is not None)
+        phases += f" before the adapters, {size_text(switch)} while they join, {size_text(after)} with them"
+    margin = f"{(MARGIN - 1):.0%}"
+    text = f"{gpu} with {size_text(memory)}: {phases}; predicted, and {margin} of it is to stay free"
+    if fits(stages, memory):
         return [f"fits on {text}"]
     ranks = f"{derived.data_ranks} data rank{'' if derived.data_ranks == 1 else 's'}"
-    return [f"warning: does not fit, with {ranks}, on {text}; {_what_would_fit(config, derived, memory)}"]
+    may = "may" if max(stage.most for stage in stages) <= memory else "does"
+    return [f"warning: {may} not fit, with {ranks}, on {text}; {_what_would_fit(config, derived, memory)}"]
+
+
+def fits(stages: Iterable[StageMemory], memory: int) -> bool:
+    """Whether every stage's ranks fit with a margin."""
+    return MARGIN * max(stage.most for stage in stages) <= memory
 
 
 def _what_would_fit(config: Config, derived: Derived, memory: int) -> str:
-    needs = _needs(config, derived)
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    free = config.model_copy(update={"parallel": config.parallel.model_copy(update={"data": None})})
     for data in _possible_data_ranks(config):
-        if data > derived.data_ranks and needs(data).most <= memory:
-            total = data * config.parallel.tensor * config.parallel.pipeline
+        total = data * model_ranks
+        if data > derived.data_ranks and fits(forecast(free, derive(free, total), on_gpu=True), memory):
             return f"{data} data ranks ({total} ranks in all) would fit"
     return f"no number of data ranks would fit; raise {_larger_splits(config)}, or take a smaller model"
 
@@ -125,16 +136,20 @@ def _possible_data_ranks(config: Config) -> Iterator[int]:
 def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Environment) -> None:
     """Compare what the heaviest rank needs with the memory that is there.
 
-    This refuses what is certain to fail, not all that will: activations are not counted.
+    This refuses what is certain to fail: a model state that is larger, and on a GPU a predicted peak that is larger by
+    more than the prediction may be wrong. A CPU's memory ends less sharply, and there state alone decides.
 
     Raises:
         UserError: with the bytes.
     """
     needs = needs_of(config, derived)
+    on_gpu = torch.cuda.is_available()
     named = needs.named()
+    if on_gpu:
+        for name, size in _certain_peaks(config, derived).items():
+            named[name] = max(size, named.get(name, 0))
     machine = _machine_memory() // max(1, environment.local_world_size)
     machine_text = "memory of the machine" + (" for each local rank" if environment.local_world_size > 1 else "")
-    on_gpu = torch.cuda.is_available()
     total = torch.cuda.mem_get_info()[1] if on_gpu else machine
     where = torch.cuda.get_device_name() if on_gpu else machine_text
     what = max(named, key=lambda name: named[name])
@@ -150,6 +165,18 @@ def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Envi
             f"{size_text(needs.copy)} on a rank{f', beside {size_text(beside)} for {what}' if beside else ''}, and "
             f"there are {size_text(machine)} ({machine_text}); set checkpoint.asynchronous false, or use more ranks"
         )
+
+
+def _certain_peaks(config: Config, derived: Derived) -> dict[str, int]:
+    """What the predicted peaks are at least; nothing where nobody predicted them before the process group was there."""
+    try:
+        stages = forecast(config, derived, on_gpu=True)
+    except PredictedTooLateError:
+        return {}
+    peaks = {"training": max(stage.before.bytes for stage in stages)}
+    if stages[0].after is not None:
+        peaks["training with adapters"] = max(stage.after.bytes for stage in stages if stage.after is not None)
+    return {name: int(size / MARGIN) for name, size in peaks.items()}
 
 
 def _machine_memory() -> int:
