@@ -75,7 +75,7 @@ def plan(options: argparse.Namespace) -> None:
     gpus, memory = options.nodes * options.gpus_per_node, GPU_MEMORY[gpu]
     if options.search:
         found = search(
-            lambda changes: load_config(options.config, [*options.set, *overrides(changes)]),
+            lambda changes: load_config(options.config, _set(options.set, overrides(changes))),
             gpus=gpus,
             gpus_per_node=options.gpus_per_node,
             memory=memory,
@@ -114,8 +114,14 @@ def _dense(options: argparse.Namespace, gpus: int) -> tuple[StageMemory, ...]:
     """The dense run of the same layout."""
     keys = ("pattern=dense", "column_mask_interval=1", "layer_patterns=[]", "backward_weight=auto")
     changes = [f"sparsity.{key}" for key in keys]
-    config = load_config(options.config, [*options.set, *changes])
+    config = load_config(options.config, _set(options.set, changes))
     return forecast(config, derive(config, gpus), on_gpu=True)
+
+
+def _set(given: list[str], changes: list[str]) -> list[str]:
+    """The changes, and what was given of other keys: no key may be set twice."""
+    keys = {change.partition("=")[0] for change in changes}
+    return [*(change for change in given if change.partition("=")[0] not in keys), *changes]
 
 
 def _stage_lines(stage: StageMemory, name: str) -> list[str]:

@@ -19,6 +19,9 @@ MICRO_BATCHES = (1, 2, 4, 8)
 Changes = dict[str, Any]
 """Values by dotted path, as `--set` takes them."""
 
+LEANEST: Changes = {"training.micro_batch_size": 1, "training.recompute": "blocks"}
+"""A layout that does not fit even so is not looked at further."""
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -28,7 +31,7 @@ class Candidate:
         changes: of the config, that make it so.
         config: the run in it.
         derived: its derived values.
-        stages: what a rank of each pipeline stage takes.
+        stages: what a rank of each pipeline stage takes; at least, where that does not fit.
         memory: bytes of a GPU.
     """
 
@@ -62,7 +65,7 @@ class Candidate:
         }
         moment = max(moments, key=lambda name: moments[name])
         where = f" in stage {stage + 1}" if len(self.stages) > 1 else ""
-        return f"{moment}{where} takes {size_text(moments[moment])}, of {size_text(self.memory)}"
+        return f"{moment}{where} takes at least {size_text(moments[moment])}, of {size_text(self.memory)}"
 
     def text(self) -> str:
         """The layout in words."""
@@ -106,9 +109,13 @@ def search(
         try:
             config = make(changes)
             derived = derive(config, gpus)
+            lean = make(changes | LEANEST)
+            stages = forecast(lean, derive(lean, gpus), on_gpu=on_gpu)
         except UserError:
             continue
-        found.append(Candidate(changes, config, derived, forecast(config, derived, on_gpu=on_gpu), memory))
+        if Candidate(changes, config, derived, stages, memory).fits:
+            stages = forecast(config, derived, on_gpu=on_gpu)
+        found.append(Candidate(changes, config, derived, stages, memory))
     return rank(found)
 
 
