@@ -38,10 +38,11 @@ def test_a_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert stage["before"]["bytes"] <= found[name]["most"]
 
 
+@pytest.mark.slow
 def test_layouts_that_fit_come_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"model__hidden_size": 2048, "model__ffn_size": 8192, "model__num_layers": 24, "model__num_heads": 16}
+    sizes = {"model__hidden_size": 2048, "model__ffn_size": 8192, "model__num_layers": 40, "model__num_heads": 16}
     path = str(write_config(tmp_path, tmp_path, precision="bf16", **sizes))
-    changes = ("--set", "model.sequence_length=4096", "--set", "training.micro_batch_size=1")
+    changes = ("--set", "training.global_batch_size=2", "--set", "training.micro_batch_size=1")
     code, text, _ = run(
         capsys, "--config", path, "--gpu", "a100-40gb", "--gpus-per-node", "2", "--search", "--json", *changes
     )
