@@ -16,6 +16,9 @@ from slope_dist.planning.model_state import ModelState, ShareSize
 Kind = Literal["whole", "bf16", "zero 1", "zero 2", "zero 3", "fsdp"]
 """Who holds gradients and optimizer state: torch, DeepSpeed's BF16_Optimizer, its ZeRO stages, FSDP2."""
 
+BESIDE_TENSORS = 32 * 2**20
+"""Bytes that a CPU process takes beside its tensors, about: buffers of gloo and of the libraries of products."""
+
 _ALL_REDUCE = 500_000_000
 """Elements up to which DeepSpeed joins gradients before it reduces them, where no bucket is set."""
 
@@ -51,6 +54,7 @@ class EngineSetting:
         gathered_ahead: elements that ZeRO 3 gathers before they are needed.
         accumulation: micro-batches of a step.
         fused: whether Adam needs no temporary tensors, as on GPUs.
+        recompute: whether blocks run again in backward.
         overlap: whether gradients travel during backward, as on GPUs.
     """
 
@@ -62,6 +66,7 @@ class EngineSetting:
     gathered_ahead: int
     accumulation: int
     fused: bool
+    recompute: bool
     overlap: bool
 
 
@@ -189,8 +194,8 @@ def _gathered(setting: EngineSetting, sizes: Sequence[LayerSize], index: int) ->
     if setting.kind == "fsdp":
         root = _whole(sizes[0], width) + _whole(sizes[-1], width)
         own = _whole(sizes[index], width) if 0 < index < len(sizes) - 1 else 0
-        # What the last block was gathered in stays until the next forward.
-        return root + own + _whole(sizes[-2], width)
+        # What the last block was gathered in stays until the next forward, which may be one that is computed again.
+        return root + own + (0 if setting.recompute else _whole(sizes[-2], width))
     return 0
 
 

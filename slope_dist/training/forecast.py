@@ -214,6 +214,7 @@ def engine_setting(config: Config, derived: Derived, *, on_gpu: bool) -> EngineS
         gathered_ahead=zero["stage3_prefetch_bucket_size"],
         accumulation=derived.accumulation_steps,
         fused=on_gpu,
+        recompute=config.training.recompute == "blocks",
         overlap=on_gpu,
     )
 

@@ -128,6 +128,25 @@ def measure(path: str) -> dict[str, int]:
     return found
 
 
+def peak_on_gpu(path: str) -> int:
+    """The most bytes that the allocator of this rank's GPU gives out in two steps before the adapters."""
+    from slope_dist.training.build import build_engine
+
+    config = load_config(path)
+    derived = derive(config, discover().world_size)
+    groups = start_groups(Layout(config.parallel.tensor, derived.data_ranks, config.parallel.pipeline))
+    generator = torch.Generator().manual_seed(groups.position.data)
+    engine = build_engine(config, derived, groups, adapters=False)
+    engine.set_learning_rates({"base": 1e-4})
+    torch.cuda.reset_peak_memory_stats()
+    for step in range(1, STEPS + 1):
+        engine.begin_step(step)
+        engine.train_step(list(micro_batches(config, derived, generator)))
+    peak = torch.cuda.max_memory_allocated()
+    engine.close()
+    return peak
+
+
 def warm_up() -> None:
     """Compute a little: the libraries' code is read from disk when it is first used."""
     layer = torch.nn.Linear(256, 256)

@@ -1,125 +1,92 @@
-"""Predicted memory is within 5 % of what tensors take and within 15 % of resident memory, in every layout of two ranks.
+"""The predicted memory of a rank is what a real engine on real ranks takes.
 
-Real engines train on real ranks, over the adapter switch, with 300 MB of state and more. Storages are counted as
-operations make and free them, resident memory is what the system says, above what it was after the imports. Tensors
-are held against both after each phase's steps, at its fullest moment, and while the adapters join.
+Within 5 % of the bytes of all tensors, counted as operations make and free them, and within 15 % of the process's
+resident memory above what it was when everything was imported: before the adapters, while they join, and after. Each
+run has about 300 MB of model state or more. A few of the matrix's runs are in the quick suite. On a GPU: within 10 % of
+what its allocator has given out.
 
-A few cases: pytest tests/planning/test_memory.py -m "not slow"
-All, with a table of ratios (some 20 minutes): pytest tests/planning/test_memory.py -m slow -s
+Run: pytest tests/planning/test_memory.py; all of the matrix: pytest tests/planning/test_memory.py -m slow
 """
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 
 from slope_dist.config import derive, load_config
+from slope_dist.planning.peaks import BESIDE_TENSORS
+from slope_dist.planning.storages import StorageCounter
 from slope_dist.training.forecast import forecast
-from tests.distributed import run_ranks, skip_without_gpus
+from tests.distributed import run_ranks
 from tests.planning.matrix import Case, cases
-from tests.planning.measured import measure
+from tests.planning.measured import measure, peak_on_gpu
 from tests.runs import write_config
 
-STORAGES, RESIDENT, ON_GPU = 0.05, 0.15, 0.10
-"""How far a prediction may be off, as a share of what is measured."""
-
-LEAST_STATE = 300e6
-"""Bytes of a whole model's state."""
-
-CASES = {case.name: case for case in cases()}
-QUICK = [name for name in CASES if name.startswith(("ZeRO 1; bf16, 2:4", "tensor 2; fp32, 2:4", "FSDP2; bf16, 2:4"))]
+QUICK = ("ZeRO 1; bf16, 2:4", "alone, ZeRO 1; bf16, dense")
+COUNTED, RESIDENT, ON_GPU = 0.05, 0.15, 0.10
+TIMEOUT = 600.0
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="predicts and measures runs on CPUs")
 
 
-def predicted(path: str, ranks: int, on_gpu: bool) -> list[dict[str, int]]:
-    """Bytes by moment of a rank of each stage. In a process of its own: nothing of it is in what is measured."""
+def check(case: Case, folder: Path) -> None:
+    path = write_config(folder, folder, **case.changes)
     config = load_config(path)
-    derived = derive(config, ranks)
-    found = []
-    for stage in forecast(config, derived, on_gpu=on_gpu):
-        moments = {"before peak": stage.before.bytes, "before rest": stage.resting[0]}
-        moments |= {"before state": stage.states[0].bytes}
+    stages = forecast(config, derive(config, case.ranks), on_gpu=False)
+    wrong = []
+    for rank, found in enumerate(run_ranks(measure, case.ranks, str(path), timeout=TIMEOUT)):
+        stage = stages[rank if len(stages) > 1 else 0]
+        predicted = {"before peak": stage.before.bytes}
         if stage.after is not None and stage.switch is not None:
-            moments |= {"switch": stage.switch, "after peak": stage.after.bytes, "after rest": stage.resting[1]}
-        found.append(moments)
-    return found
+            predicted |= {"switch": stage.switch, "after peak": stage.after.bytes}
+        assert predicted.keys() == found.keys() & {"before peak", "switch", "after peak"}
+        for moment, size in predicted.items():
+            resident = found[f"{moment.removesuffix(' peak')} resident"]
+            ratios = size / found[moment], (size + BESIDE_TENSORS) / resident
+            print(f"{case.name}, rank {rank}, {moment}: {ratios[0]:.3f} counted, {ratios[1]:.3f} resident")
+            if abs(ratios[0] - 1) > COUNTED or abs(ratios[1] - 1) > RESIDENT:
+                wrong.append((rank, moment, ratios))
+    assert not wrong
 
 
-def compare(case: Case, corpus: Path, folder: Path) -> dict[str, float]:
-    """Predicted over measured by moment; of several ranks the one that is furthest off."""
-    path = str(write_config(folder, corpus, **case.changes))
-    [stages] = run_ranks(predicted, 1, path, case.ranks, False)
-    ranks = run_ranks(measure, case.ranks, path)
-    assert sum(stage["before state"] for stage in stages) * case.ranks / len(stages) >= LEAST_STATE
-    ratios: dict[str, float] = {}
-    for rank, measured in enumerate(ranks):
-        # Ranks of a pipeline are its stages; all others hold alike.
-        expected = stages[rank * len(stages) // case.ranks]
-        for moment in (
-            "before rest",
-            "before peak",
-            "before resident",
-            "switch",
-            "after rest",
-            "after peak",
-            "after resident",
-        ):
-            value = expected[moment.replace("resident", "peak")] / measured[moment]
-            if abs(value - 1) >= abs(ratios.get(moment, 1.0) - 1):
-                ratios[moment] = value
-    return ratios
+@ON_CPU
+@pytest.mark.parametrize("case", [c for c in cases() if c.name.startswith(QUICK)], ids=lambda case: case.name)
+def test_a_run_takes_what_was_predicted(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
 
 
-def judge(case: Case, ratios: dict[str, float]) -> None:
-    print(f"{case.name}: " + ", ".join(f"{moment} {ratio:.3f}" for moment, ratio in ratios.items()))
-    off = {
-        moment: ratio
-        for moment, ratio in ratios.items()
-        if abs(ratio - 1) > (RESIDENT if "resident" in moment else STORAGES)
-    }
-    assert not off, f"{case.name}: predicted / measured {off}"
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_a_few(name: str, corpus: Path, tmp_path: Path) -> None:
-    judge(CASES[name], compare(CASES[name], corpus, tmp_path))
-
-
+@ON_CPU
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_every_layout(name: str, corpus: Path, tmp_path: Path) -> None:
-    judge(CASES[name], compare(CASES[name], corpus, tmp_path))
-
-
-def peak_on_gpu(path: str) -> dict[str, int]:
-    """The most that the allocator gives out in a phase before the adapters, on this rank's GPU."""
-    from slope_dist.parallel.environment import discover
-    from slope_dist.parallel.groups import start as start_groups
-    from slope_dist.parallel.layout import Layout
-    from slope_dist.training.build import build_engine
-    from tests.planning.measured import micro_batches
-
-    config = load_config(path)
-    derived = derive(config, discover().world_size)
-    groups = start_groups(Layout(config.parallel.tensor, derived.data_ranks, config.parallel.pipeline))
-    engine = build_engine(config, derived, groups, adapters=False)
-    engine.set_learning_rates({"base": 1e-4})
-    torch.cuda.reset_peak_memory_stats()
-    for step in (1, 2):
-        engine.begin_step(step)
-        engine.train_step(list(micro_batches(config, derived, torch.Generator().manual_seed(0))))
-    found = {"before peak": torch.cuda.max_memory_allocated()}
-    engine.close()
-    return found
+@pytest.mark.parametrize("case", [c for c in cases() if not c.name.startswith(QUICK)], ids=lambda case: case.name)
+def test_every_layout_takes_what_was_predicted(case: Case, tmp_path: Path) -> None:
+    check(case, tmp_path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.ranks == 1])
-def test_on_a_gpu(name: str, corpus: Path, tmp_path: Path) -> None:
-    skip_without_gpus(1)
-    case = CASES[name]
-    path = str(write_config(tmp_path, corpus, **case.changes))
-    [[expected]] = run_ranks(predicted, 1, path, 1, True)
-    [found] = run_ranks(peak_on_gpu, 1, path)
-    assert abs(expected["before peak"] / found["before peak"] - 1) <= ON_GPU, (expected, found)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", [c for c in cases() if c.ranks == 1], ids=lambda case: case.name)
+def test_a_run_on_a_gpu_takes_what_was_predicted(case: Case, tmp_path: Path) -> None:
+    path = write_config(tmp_path, tmp_path, **case.changes)
+    config = load_config(path)
+    [stage] = forecast(config, derive(config, 1), on_gpu=True)
+    [found] = run_ranks(peak_on_gpu, 1, str(path), timeout=TIMEOUT)
+    assert abs(stage.before.bytes / found - 1) <= ON_GPU, (stage.before, found)
+
+
+def test_storages_count_once_and_until_the_last_view_is_gone() -> None:
+    with StorageCounter() as counter:
+        base = torch.empty(1000)
+        view = base[:10]
+        assert counter.bytes == 4000
+        other = base + 1
+        assert (counter.bytes, counter.peak) == (8000, 8000)
+        del base, other
+        gc.collect()
+        assert counter.bytes == 4000
+        del view
+        gc.collect()
+        assert (counter.bytes, counter.peak) == (0, 8000)
+        torch.empty(1000, device="meta")
+        assert counter.bytes == 0

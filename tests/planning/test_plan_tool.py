@@ -1,0 +1,128 @@
+"""`tools/plan.py` says what fits and how long it takes, in words and for programs, ranks layouts, refuses in one line.
+
+Run: pytest tests/planning/test_plan_tool.py
+The search through a model's layouts (a minute): pytest tests/planning/test_plan_tool.py -m slow
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs import write_config
+from tools import plan
+
+SMALL = {"parallel__pipeline": 2, "precision": "bf16"}
+TWO = ("--gpu", "a100-40gb", "--gpus-per-node", "2", "--nodes", "1")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = plan.main(list(arguments))
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_a_plan_adds_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write_config(tmp_path, tmp_path, **SMALL))
+    code, text, _ = run(capsys, "--config", path, *TWO)
+    assert code == 0
+    for part in ("a rank of stage", "while adapters join", "dense fits", "2:4 fits", "UNVALIDATED", "not modelled:"):
+        assert part in text, part
+    code, text, _ = run(capsys, "--config", path, *TWO, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["products"]["measured"] is False
+    for form in (found["run"], found["dense"]):
+        assert len(form["stages"]) == 2
+        for stage in form["stages"]:
+            before = stage["before"]
+            assert before["state"] + before["buffers"] + before["activations"] == before["bytes"] <= form["bytes"]
+        step = form["step"]
+        assert sum(value for name, value in step.items() if name != "total") == pytest.approx(step["total"])
+        assert form["tokens_per_second"] > 0 and form["days"] > 0 and form["traffic"][0]
+    assert found["run"]["bytes"] < found["dense"]["bytes"]
+    assert found["run"]["step_with_adapters"] and found["dense"]["step_with_adapters"] is None
+
+
+def gemm(folder: Path, device: str) -> str:
+    rows: list[dict[str, Any]] = [
+        {
+            "cell": f"{kind} {tokens}",
+            "kind": kind,
+            "tokens": tokens,
+            "rows": 64,
+            "columns": 64,
+            "rivals": {"dense": {"seconds": 1e-3}, "dispatcher": {"seconds": 5e-4}},
+        }
+        for kind in ("forward", "input gradient")
+        for tokens in (128, 1024)
+    ]
+    path = folder / "gemm.json"
+    path.write_text(json.dumps({"benchmark": "gemm", "machine": {"device": device}, "rows": rows}))
+    return str(path)
+
+
+def test_measured_products_are_used_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, file = str(write_config(tmp_path, tmp_path, **SMALL)), gemm(tmp_path, "NVIDIA A100-SXM4-40GB")
+    code, text, _ = run(capsys, "--config", path, *TWO, "--gemm", file)
+    assert code == 0 and "times: measured on NVIDIA A100-SXM4-40GB" in text and "UNVALIDATED" not in text
+    assumed, measured = (
+        json.loads(run(capsys, "--config", path, *TWO, "--json", *more)[1]) for more in ((), ("--gemm", file))
+    )
+    assert measured["run"]["step"]["products"] > 10 * assumed["run"]["step"]["products"]
+    assert measured["run"]["bytes"] == assumed["run"]["bytes"]
+
+
+def test_measured_steps_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "rivals": {"dense": {"seconds": 1e9}}}
+    file = tmp_path / "block.json"
+    file.write_text(json.dumps({"benchmark": "block", "machine": {}, "rows": [row]}))
+    code, text, error = run(capsys, "--gpu", "a100-80gb", "--validate", str(file))
+    assert code == plan.EXIT_FAR_OFF and "opt125m" in text and "0 of 1 within 15%" in error
+
+
+@pytest.mark.slow
+def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"model__hidden_size": 2048, "model__ffn_size": 8192, "model__num_layers": 40, "model__num_heads": 16}
+    path = str(write_config(tmp_path, tmp_path, precision="bf16", **sizes))
+    changes = ("--set", "training.global_batch_size=4", "--set", "training.micro_batch_size=1")
+    code, text, _ = run(capsys, "--config", path, *TWO, "--search", "--json", *changes)
+    layouts = json.loads(text)
+    assert code == 0
+    fits = [layout["fits"] for layout in layouts]
+    assert fits == sorted(fits, reverse=True) and fits[0]
+    assert all(layout["fits"] == (layout["why_not"] == "") for layout in layouts)
+    seconds = [layout["seconds"] for layout in layouts if layout["fits"]]
+    assert seconds == sorted(seconds)
+    engines = {(each["changes"]["parallel.engine"], each["changes"]["parallel.zero_stage"]) for each in layouts}
+    assert {("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)} < engines
+    axes = ("parallel.tensor", "parallel.pipeline", "parallel.data")
+    for each in layouts:
+        tensor, pipeline, data = (each["changes"][axis] for axis in axes)
+        assert tensor * pipeline * data == 2
+    code, text, _ = run(capsys, "--config", path, *TWO, "--search", "--top", "2", *changes)
+    assert code == 0 and "the first of them: --set parallel.engine=" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--gpu", "h900", "--nodes", "1"), "--gpu h900: unknown; it can be a100-40gb"),
+        (("--gpu", "a100-40gb", "--nodes", "0"), "--nodes 0: must be more than 0"),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--gpus-per-node", "3"), "does not divide the 3 ranks"),
+        ((), "--gpu is required where the config has no parallel.gpu"),
+        (("--gpu", "a100-40gb"), "--nodes is required where the config has no parallel.gpus"),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--gemm", "/none"), "/none cannot be read"),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--search", "--validate", "x"), "not allowed with argument"),
+        (("--gpu", "a100-40gb", "--validate", "/none"), "/none cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(
+    options: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_config(tmp_path, tmp_path, parallel__tensor=2))
+    code, out, error = run(capsys, "--config", path, *options)
+    assert code == 2 and not out
+    assert said in error and error.count("\n") == 1 and error.startswith("error: ")
