@@ -97,7 +97,8 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
         raise UserError("--gpu is required where the config has no parallel.gpu")
     nodes = options.nodes
     if nodes is None:
-        gpus = 1 if parallel is None else parallel.gpus
+        # What is validated was measured on one card.
+        gpus = 1 if parallel is None or options.validate is not None else parallel.gpus
         if gpus is None:
             raise UserError("--nodes is required where the config has no parallel.gpus")
         if options.gpus_per_node < 1 or gpus % min(options.gpus_per_node, gpus):
