@@ -287,7 +287,7 @@ def watch_part(part: Part, soak: Soak, draw: random.Random, next_fault: float) -
         if len(part.ranks()) < RANKS or not (begun or at_start):
             continue
         name, rank = draw.choice(OUTSIDE + INSIDE if begun else AT_START), draw.randrange(RANKS)
-        where = f"step {step_rows(part.run)[-1]['step']}" if begun else "the start"
+        where = f"step {_last_step(part.run)}" if begun else "the start"
         part.inflict(name, rank)
         last = Fault(name, rank, now, where)
         soak.faults.append(last)
@@ -309,10 +309,11 @@ def watch_part(part: Part, soak: Soak, draw: random.Random, next_fault: float) -
     return next_fault
 
 
-def _has_rows(run: Path) -> bool:
-    with contextlib.suppress(OSError, ValueError):
-        return bool(step_rows(run))
-    return False
+def _last_step(run: Path) -> int:
+    """Of the rows that are whole; 0 where there is none, as in a part that begins without a checkpoint."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return step_rows(run)[-1]["step"]
+    return 0
 
 
 def _saved(run: Path) -> str:
@@ -452,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     quiet = Soak(options, time.monotonic())
     path = write_config(options.folder / "quiet", corpus, **changes)
     soak_run(path, quiet, draw, float("inf"))
-    if quiet.problems or not _has_rows(path.parent / "run"):
+    if quiet.problems or _last_step(path.parent / "run") == 0:
         print(f"error: the run that nobody disturbs fails: {quiet.problems}", file=sys.stderr)
         return 1
     quiet_goodput = seconds_of(path.parent / "run") / quiet.now()
