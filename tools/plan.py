@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from pathlib import Path
 
 from rich.console import Console
@@ -69,8 +68,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Of torch's own names for collectives, at their first use.
-    warnings.simplefilter("ignore", FutureWarning)
     if options.config is None and options.validate is None:
         raise UserError("--config is required (or --validate); see plan.py --help")
     config = None if options.config is None else load_config(options.config, options.set)

@@ -24,6 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+# torch 2.13 has new names for these, and warns of the old ones, which are all that torch before it has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @dataclass(frozen=True)
 class TensorPlace:
@@ -133,7 +137,7 @@ _Way = Callable[[Tensor, TensorPlace], Tensor]
 def _gathered(x: Tensor, place: TensorPlace) -> Tensor:
     """Every rank's part of the sequence: [B, S / ranks, ...] -> [B, S, ...]."""
     parts = x.new_empty((place.ranks, *x.shape))
-    dist.all_gather_into_tensor(parts.flatten(0, 1), x.contiguous(), group=place.group)
+    _all_gather(parts.flatten(0, 1), x.contiguous(), group=place.group)
     return parts.movedim(0, 1).flatten(1, 2)
 
 
@@ -141,7 +145,7 @@ def _reduced_part(x: Tensor, place: TensorPlace) -> Tensor:
     """This rank's part of the sum over ranks: [B, S, ...] -> [B, S / ranks, ...]."""
     parts = x.unflatten(1, (place.ranks, -1)).movedim(1, 0).contiguous()
     out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts.flatten(0, 1), group=place.group)
+    _reduce_scatter(out, parts.flatten(0, 1), group=place.group)
     return out
 
 

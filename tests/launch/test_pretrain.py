@@ -103,14 +103,15 @@ def copy(finished: Path, tmp_path: Path) -> tuple[Path, Callable[..., str]]:
 def test_output_lies_in_the_run_folder(finished: Path) -> None:
     run = finished / "run"
     names = {path.name.split(".")[0] for path in run.iterdir()}
-    assert names == {"config", "metrics", "events", "loss", "checkpoints", "end", "corpora", ""}, "the last is .lock"
+    written = {"config", "metrics", "events", "loss", "checkpoints", "end", "history", "corpora", ""}
+    assert names == written, "the last is .lock"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((run / "config.json").read_text())
     assert config["training"]["schedule"] == "cosine", "defaults are filled in"
     for row in step_rows(run):
         assert {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "phase"} <= row.keys()
     [evaluation] = evaluation_rows(run)
-    assert {"step", "eval_loss", "perplexity", "bits_per_byte"} == evaluation.keys()
+    assert {"step", "time", "eval_loss", "perplexity", "bits_per_byte"} == evaluation.keys()
     assert evaluation["bits_per_byte"] > 0
 
 
