@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+
 from slope_dist.comparing.drift import Drift
 from slope_dist.comparing.finding import Finding, Hosts
 from slope_dist.comparing.stragglers import Stragglers
 from slope_dist.config.watch import WatchConfig
 from slope_dist.engine import Engine
+from slope_dist.parallel import collectives
 
 
 class RankComparison:
@@ -24,7 +27,8 @@ class RankComparison:
         self._steps = steps
         self._hosts = Hosts()
         self._stragglers: Stragglers | None = None
-        if settings.straggler_interval:
+        # A CPU rank by itself has nobody to be compared with; a GPU has its own best.
+        if settings.straggler_interval and (collectives.world_size() > 1 or torch.cuda.is_available()):
             self._stragglers = Stragglers(settings.straggler_threshold, self._hosts)
         self._drift = Drift(self._hosts)
 
