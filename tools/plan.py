@@ -140,7 +140,9 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
     from slope_dist.transfer import duration_text, size_text
 
     def make(changes: dict[str, object]) -> Config:
-        return load_config(options.config, [*options.set, "parallel.gpus=null", *overrides(changes)])
+        return load_config(
+            options.config, [*options.set, "parallel.gpus=null", "parallel.alternatives=[]", *overrides(changes)]
+        )
 
     found = search(make, cluster, times)
     if not found:

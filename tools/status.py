@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from math import inf
 from pathlib import Path
 
 from rich.console import Console
@@ -29,6 +28,7 @@ from slope_dist.errors import UserError
 from slope_dist.training.status import Observer, Status
 from slope_dist.training.status_screen import as_json, screen
 
+LONGEST_PAUSE = 86_400
 PIPED_WIDTH = 200
 
 
@@ -44,8 +44,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--follow", type=float, metavar="SECONDS", help="look again and again, with this pause")
     parser.add_argument("--verify", action="store_true", help="read all bytes of the newest checkpoint")
     options = parser.parse_args(arguments)
-    if options.follow is not None and not 0 < options.follow < inf:
-        raise UserError(f"--follow {options.follow}: the pause must be a number of seconds above 0")
+    if options.follow is not None and not 0 < options.follow <= LONGEST_PAUSE:
+        raise UserError(f"--follow {options.follow}: the pause must be above 0 and at most {LONGEST_PAUSE} seconds")
     return options
 
 

@@ -9,7 +9,8 @@ there is nothing more to do; 4 give up; 5 somebody has asked for the end. Any ot
 started. The second prints how many of the nodes to use.
 
 What counts is what the run has written into the end file, not the exit codes of launchers. A part that was asked to
-make room (the early signal, preemption) goes on, however often. A part that failed goes on at most `most` times, and
+make room (the early signal, preemption) goes on, as long as one in `IDLE`
+leaves a new checkpoint. A part that failed goes on at most `most` times, and
 not after `STUCK` failures in a row that left no new checkpoint, nor when it was refused (exit code 2): the next part
 would end alike. The journal keeps one line a part, of one job or of all elements of an array.
 """
@@ -38,6 +39,9 @@ EXIT_CODES: dict[Verdict, int] = {"go on": 0, "done": 3, "give up": 4, "stop": 5
 
 STUCK = 2
 """Failures in a row without a new checkpoint after which a run is given up: the first may be a machine's."""
+
+IDLE = 4
+"""Parts in a row, however they ended, without a new checkpoint after which a run is given up that only makes room."""
 
 ROOM = ("SIGUSR1", "its job script")
 """Why a run stops that is only to make room: slope_dist.training.stopping has all the reasons."""
@@ -95,7 +99,14 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
     if job != "running":
         return part("done", f"the job was cancelled or is out of time; {saved}; submit it again to go on")
     if how == "stopped" and cause in ROOM:
-        return part("go on", f"stopped by {cause} after step {step}; {saved}")
+        made_room = part("go on", f"stopped by {cause} after step {step}; {saved}")
+        if _idle([*earlier, made_room]) >= IDLE:
+            return part(
+                "give up",
+                f"stopped by {cause} after step {step}; {IDLE} parts in a row have left no new checkpoint: the time "
+                f"limit, less that of the early signal, is too short for a start and a step; {saved}",
+            )
+        return made_room
     if how == "stopped" and cause != _LOST_LAUNCHER:
         return part("stop", f"stopped by {cause} after step {step}, as somebody asked for; {saved}")
     if not end:
@@ -127,6 +138,16 @@ def _count(parts: Sequence[Part]) -> tuple[int, int]:
         else:
             stuck += part.counted
     return failures, stuck
+
+
+def _idle(parts: Sequence[Part]) -> int:
+    """Parts at the end of the row that have left no new checkpoint."""
+    idle, newest = 0, -1
+    for part in parts:
+        progress = part.checkpoint is not None and part.checkpoint > newest
+        idle = 0 if progress else idle + 1
+        newest = max(newest, -1 if part.checkpoint is None else part.checkpoint)
+    return idle
 
 
 def _newest_checkpoint(end: dict[str, Any]) -> int | None:

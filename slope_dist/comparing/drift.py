@@ -168,22 +168,16 @@ def _all_gather(own: Tensor) -> list[Tensor]:
 
 
 class Drift:
-    """Compares, and tells of a difference once. Every rank calls `look` at the same steps.
-
-    Attributes:
-        seen: comparisons that found a difference.
-    """
+    """Compares, and tells of a difference once. Every rank calls `look` at the same steps."""
 
     def __init__(self, hosts: Hosts) -> None:
         self._hosts = hosts
         self._before: tuple[Difference, ...] = ()
         self._clean_step: int | None = None
-        self.seen = 0
 
     def look(self, step: int, held: Iterable[Fragment]) -> list[Finding]:
         """What has changed since the last look. Collective."""
         differences = compare(held).differences
-        self.seen += bool(differences)
         changed = differences != self._before
         self._before = differences
         findings = [self._finding(step, differences)] if changed else []

@@ -377,8 +377,8 @@ class ParallelConfig(Section):
     )
     gpu: GPU | None = Field(
         default=None,
-        description="GPU whose memory `--dry-run` compares with the model state of the heaviest rank; null: none. "
-        "Changes nothing in the run, which looks at the memory it finds.",
+        description="GPU with whose memory the predicted peak of the fullest rank is compared at the start and by "
+        "`--dry-run`; null: none. What is refused follows from the memory that the run finds.",
     )
 
     @property

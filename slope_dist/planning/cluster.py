@@ -16,6 +16,8 @@ _BETWEEN = {"a100-40gb": 25, "a100-80gb": 25, "h100-80gb": 50, "h200-141gb": 50}
 """GB/s that one GPU sends to other nodes at most: a 200 and a 400 Gbit/s adapter for each GPU, as in the maker's own
 machines (DGX A100 and H100). Many clusters have less."""
 
+MOST_GPUS = 2**20
+
 REACHED = 0.8
 """The share of those that collectives of large tensors are taken to reach. An assumption, not measured here."""
 
@@ -62,6 +64,8 @@ class Cluster:
         ):
             if value is not None and not value > 0:
                 raise UserError(f"{name} {value}: must be more than 0")
+        if gpus_per_node * nodes > MOST_GPUS:
+            raise UserError(f"--gpus-per-node {gpus_per_node} x --nodes {nodes}: at most {MOST_GPUS:,} GPUs")
         inside = REACHED * _INSIDE[gpu] if inside_gb is None else inside_gb
         between = REACHED * _BETWEEN[gpu] if between_gb is None else between_gb
         return cls(gpu, gpus_per_node, nodes, inside * GIGA, between * GIGA)

@@ -14,6 +14,7 @@ from slope_dist.checkpoint.format import LEFTOVER_NAME, step_of
 from slope_dist.checkpoint.retention import discard
 from slope_dist.config import Config, Derived, derive
 from slope_dist.config.model import ModelConfig
+from slope_dist.config.resolve import world_size
 from slope_dist.errors import UserError
 from slope_dist.export.stored import StoredModel
 from slope_dist.training.build import count_state
@@ -60,7 +61,7 @@ def begin_from(
             that of a run; if there is no corpus or no room. Nothing of the checkpoint is left then.
     """
     transfer = transfer or Transfer()
-    derived = derive(config)
+    derived = derive(config, world_size(config))
     # Its refusals are those of a run: of globs that name no layer.
     count_state(config, derived, adapters=False)
     _refuse_another_model(stored, config.model)

@@ -102,8 +102,10 @@ def pretrain(request: Request) -> int:
         environment.stop()
         return EXIT_INTERRUPTED
     except StopNow as error:
-        # Whichever ranks the signal has reached.
-        write_end(None, "stopped", step=0, checkpoint=None, exit_code=EXIT_STOPPED, cause=str(error))
+        # Whichever ranks the signal has reached. SIGTERM is also what launchers end the others of a failed rank with,
+        # and what the job's state tells by itself.
+        if str(error) != "SIGTERM":
+            write_end(None, "stopped", step=0, checkpoint=None, exit_code=EXIT_STOPPED, cause=str(error))
         environment.stop()
         return EXIT_STOPPED
     run = _Run(request, place, stopper)

@@ -41,7 +41,6 @@ class StageMemory:
         after: from then on; None where there are none.
         switch: the most while they join; None where there are none.
         states: model state before and after.
-        resting: what stays between steps, before and after.
         copy: host memory from which checkpoints are written.
     """
 
@@ -50,7 +49,6 @@ class StageMemory:
     after: Peak | None
     switch: int | None
     states: tuple[ModelState, ...]
-    resting: tuple[int, ...]
     copy: int
 
     @property
@@ -156,7 +154,6 @@ def forecast(config: Config, derived: Derived, *, on_gpu: bool) -> tuple[StageMe
                 after=peaks[-1] if len(phases) > 1 else None,
                 switch=states[0].carried + resting(states[1], setting) if len(phases) > 1 else None,
                 states=tuple(states),
-                resting=tuple(resting(state, setting) for state in states),
                 copy=states[-1].saved if config.checkpoint.asynchronous else 0,
             )
         )

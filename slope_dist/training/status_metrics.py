@@ -130,7 +130,8 @@ def seconds_of(row: dict[str, Any]) -> float | None:
     """What a step took, from its tokens and their speed; None where its row does not say."""
     step, tokens, speed = (row.get(name) for name in ("step", "tokens", "tokens_per_second"))
     if is_number(step) and is_number(tokens) and is_number(speed) and step >= 1 and speed > 0:
-        return tokens / step / speed
+        seconds = tokens / step / speed
+        return seconds if is_number(seconds) else None
     return None
 
 

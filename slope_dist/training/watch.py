@@ -27,6 +27,9 @@ from slope_dist.parallel.flight import collectives_begun, last_collectives
 from slope_dist.training.watchdog import REQUESTS
 from slope_dist.watching.heartbeat import Heart
 
+_NODES = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
+"""Where deepspeed, torchrun and srun say which node this is."""
+
 _LEADER = "slope_dist/watch/leader"
 _MEETING = timedelta(seconds=60)
 """How long the ranks of a machine may take to come here, one after the other."""
@@ -124,6 +127,9 @@ class Watch:
         if self._watchdog is not None and self._watchdog.poll() is not None:
             code = self._watchdog.returncode
             self._watchdog = None
+            if code == 0:
+                # That of rank 0 has seen the run's end.
+                return
             self._warn(f"the watchdog of {socket.gethostname()} has ended ({code}): hangs are not found any more")
 
     def _warn(self, text: str) -> None:
@@ -131,8 +137,12 @@ class Watch:
 
 
 def machine() -> str:
-    """A name that ranks share which can look into each other's processes."""
-    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    """A name that ranks share which can look into each other's processes.
+
+    Launchers number their nodes: hosts may have one name, and so may two nodes of a launcher that are one host.
+    """
+    node = next((os.environ[name] for name in _NODES if name in os.environ), "")
+    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')} {node}"
 
 
 def _spawn(settings: dict[str, Any], files: tuple[int, ...]) -> subprocess.Popen[bytes]:

@@ -29,7 +29,11 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
     with open(0, "rb", buffering=0, closefd=False) as stdin:
-        told = json.loads(stdin.readline())
+        line = stdin.readline()
+    if not line:
+        # Whoever started it was asked to stop just then.
+        return 0
+    told = json.loads(line)
     folder, command = Path(told.pop("folder")), told.pop("command")
     told["addresses"] = {int(rank): address for rank, address in told["addresses"].items()}
     settings = Settings(**told)

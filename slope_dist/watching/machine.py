@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -103,7 +104,11 @@ class WatchedRank:
     def __init__(self, rank: int, host: str, address: dict[str, Any]) -> None:
         self.process = int(address["pid"])
         # Readable when the process has ended; and its number cannot be another's by then.
-        self.end = os.pidfd_open(self.process)
+        try:
+            self.end = os.pidfd_open(self.process)
+        except AttributeError:
+            # A Python that was built with an old system's headers.
+            raise OSError(errno.ENOSYS, "this Python has no pidfd_open") from None
         opened = [os.open(f"/proc/{self.process}/fd/{address[name]}", flags) for name, flags in _FILES]
         record, self._stacks, self._trace = opened
         self._record = Record(record)

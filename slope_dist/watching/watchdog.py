@@ -77,6 +77,7 @@ class Watchdog:
         self._lines: dict[socket.socket, Line] = {}
         # Of other machines: how their ranks were seen, and when they said so.
         self._told: dict[socket.socket, tuple[list[Seen], float]] = {}
+        self._ran = 0.0
         self._found: dict[socket.socket, list[Evidence]] = {}
         self._killed: set[socket.socket] = set()
         # A rank has left, or gone: look now.
@@ -98,12 +99,14 @@ class Watchdog:
             self._hurry = False
             now = time.monotonic()
             # What is beyond was not watched: this process was stopped, or its machine asleep.
-            self._machine.look(min(now - last, 2 * self._interval))
+            ran = min(now - last, 2 * self._interval)
+            self._ran += ran
+            self._machine.look(ran)
             last = now
             seen = self._machine.seen()
             if self._line is not None:
                 self._line.send({"kind": "seen", "ranks": [one.to_json() for one in seen]})
-            elif hangs(everyone := seen + self._others(now), self._limits):
+            elif hangs(everyone := seen + self._others(self._ran), self._limits):
                 self._end_run(everyone)
                 return
         if not any(rank.gone and not rank.seen.sign.left for rank in self._machine.ranks.values()):
@@ -173,11 +176,11 @@ class Watchdog:
         if kind == "hello":
             if not secrets.compare_digest(message["token"], self._settings.token):
                 raise ValueError("not one of ours")
-            self._told[connection] = [], time.monotonic()
+            self._told[connection] = [], self._ran
         elif connection not in self._told:
             raise ValueError("not one of ours")
         elif kind == "seen":
-            self._told[connection] = [Seen.from_json(seen) for seen in message["ranks"]], time.monotonic()
+            self._told[connection] = [Seen.from_json(seen) for seen in message["ranks"]], self._ran
         elif kind == "evidence":
             self._found[connection] = [Evidence.from_json(one) for one in message["ranks"]]
         elif kind == "killed":

@@ -117,7 +117,13 @@ def test_making_room_is_not_counted() -> None:
     assert {part.verdict for part in chain(*stopped, most=0)} == {"go on"}
     # Not even twice before the first step; but it is no progress either.
     early = end("stopped", None, "SIGUSR1", EXIT_STOPPED)
-    assert [part.verdict for part in chain(early, early, None, early, None)] == ["go on"] * 4 + ["give up"]
+    found = chain(early, early, early, early)
+    assert [part.verdict for part in found] == ["go on"] * 3 + ["give up"] and "too short for a start" in found[
+        3
+    ].reason
+    again = [end("stopped", 7, "SIGUSR1", EXIT_STOPPED)] * 4
+    assert [part.verdict for part in chain(*again)] == ["go on"] * 4, "the first of them left a checkpoint"
+    assert [part.verdict for part in chain(early, early, None)] == ["go on"] * 3
 
 
 def test_progress_of_a_run_that_was_killed_is_seen_in_its_folder(tmp_path: Path) -> None:

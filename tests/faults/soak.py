@@ -465,8 +465,9 @@ def main(arguments: list[str] | None = None) -> int:
         if _end_of(room / "run").get("how") == "finished":
             soak.runs += 1
             compare(room / "run", path.parent / "run", soak)
-        soak.seconds_kept += seconds_of(room / "run")
-        soak.steps_kept += len(step_rows(room / "run"))
+        if (room / "run" / "metrics.jsonl").exists():
+            soak.seconds_kept += seconds_of(room / "run")
+            soak.steps_kept += len(step_rows(room / "run"))
     result = summary(soak, quiet_goodput)
     (options.folder / "faults.jsonl").write_text("".join(json.dumps(vars(fault)) + "\n" for fault in soak.faults))
     (options.folder / "summary.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -26,7 +26,8 @@ from tests.planning.measured import measure, peak_on_gpu
 from tests.runs import write_config
 
 QUICK = ("ZeRO 1; bf16, 2:4", "alone, ZeRO 1; bf16, dense")
-COUNTED, RESIDENT, ON_GPU = 0.05, 0.15, 0.10
+COUNTED, RESIDENT, UNTIL_UPDATE, ON_GPU = 0.05, 0.15, 0.10, 0.10
+"""How far predictions may be off. What is there until the optimizer updates, on CPUs often the peak, is a GPU's."""
 TIMEOUT = 600.0
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="predicts and measures runs on CPUs")
 
@@ -48,6 +49,10 @@ def check(case: Case, folder: Path) -> None:
             print(f"{case.name}, rank {rank}, {moment}: {ratios[0]:.3f} counted, {ratios[1]:.3f} resident")
             if abs(ratios[0] - 1) > COUNTED or abs(ratios[1] - 1) > RESIDENT:
                 wrong.append((rank, moment, ratios))
+        passes = stage.before.passes / found["before passes"]
+        print(f"{case.name}, rank {rank}, until the update: {passes:.3f} counted")
+        if abs(passes - 1) > UNTIL_UPDATE:
+            wrong.append((rank, "until the update", (passes, passes)))
     assert not wrong
 
 
