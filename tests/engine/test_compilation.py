@@ -72,7 +72,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-SLOW = {"ZeRO 1", "ZeRO 2", "sequence", "recomputed"}
+SLOW = {"ZeRO 0", "ZeRO 1", "ZeRO 2", "FSDP2", "sequence", "recomputed"}
 
 
 @pytest.mark.parametrize(

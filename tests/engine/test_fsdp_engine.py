@@ -217,7 +217,11 @@ def test_the_switch_changes_nothing_else(ranks: int, changes: dict[str, Any], co
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(2, {}), (4, {**RAGGED, "precision": "bf16"}), (4, {"parallel__tensor": 2})],
+    [
+        (2, {}),
+        pytest.param(4, {**RAGGED, "precision": "bf16"}, marks=pytest.mark.slow),
+        (4, {"parallel__tensor": 2}),
+    ],
     ids=["fp32", "bf16, held masks, ragged", "tensor 2 x data 2"],
 )
 def test_a_resumed_run_is_the_whole_one_to_the_last_bit(

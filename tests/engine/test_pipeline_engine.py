@@ -118,8 +118,8 @@ def test_pipeline_is_the_single_process_in_bf16(layout: Layout, changes: dict[st
     assert_tied(ranks, layout)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("gradient_dtype", ["fp32", "model"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gradient_dtype", ["fp32", pytest.param("model", marks=pytest.mark.slow)])
 def test_narrow_gradients_of_both_tables_are_summed(precision: str, gradient_dtype: str, run: Callable) -> None:
     """DeepSpeed keeps them in another place in each of these cases."""
     changes = {"precision": precision, "parallel__zero_stage": 1, "parallel__gradient_dtype": gradient_dtype}
@@ -132,7 +132,11 @@ def test_narrow_gradients_of_both_tables_are_summed(precision: str, gradient_dty
 
 @pytest.mark.parametrize(
     "changes",
-    [{"parallel__zero_stage": 0}, {"parallel__zero_stage": 1}, {"precision": "bf16", "parallel__zero_stage": 1}],
+    [
+        {"parallel__zero_stage": 0},
+        {"parallel__zero_stage": 1},
+        pytest.param({"precision": "bf16", "parallel__zero_stage": 1}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("dense", [0, 1])

@@ -102,6 +102,7 @@ def test_held_masks_and_recomputed_blocks(stage: int, changes: dict, expected: C
     assert_same_run(found, alone)
 
 
+@pytest.mark.slow
 def test_bf16(expected: Callable, run: Callable) -> None:
     alone, _ = expected(1, precision="bf16", parallel__zero_stage=1)
     found, _ = run(2, precision="bf16", parallel__zero_stage=1)

@@ -124,7 +124,11 @@ def test_deepspeed_with_one_process_is_plain_python(finished: Path, corpus: Path
 
 @pytest.mark.parametrize(
     "launcher",
-    [["deepspeed", "--num_gpus", "2"], ["torchrun", "--standalone", "--nproc_per_node", "2"]],
+    [
+        # The README's own command runs it, too.
+        pytest.param(["deepspeed", "--num_gpus", "2"], marks=pytest.mark.slow),
+        ["torchrun", "--standalone", "--nproc_per_node", "2"],
+    ],
     ids=["deepspeed", "torchrun"],
 )
 def test_two_processes_are_one(launcher: list[str], finished: Path, corpus: Path, tmp_path: Path) -> None:

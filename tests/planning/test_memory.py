@@ -25,7 +25,7 @@ from tests.planning.matrix import Case, cases
 from tests.planning.measured import measure, peak_on_gpu
 from tests.runs import write_config
 
-QUICK = ("ZeRO 1; bf16, 2:4", "alone, ZeRO 1; bf16, dense")
+QUICK = ("ZeRO 1; bf16, 2:4",)
 COUNTED, RESIDENT, UNTIL_UPDATE, ON_GPU = 0.05, 0.15, 0.10, 0.10
 """How far predictions may be off. What is there until the optimizer updates, on CPUs often the peak, is a GPU's."""
 TIMEOUT = 600.0

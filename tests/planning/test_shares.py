@@ -51,7 +51,7 @@ class Share:
 def read(name: str, **parallel: Any) -> Config:
     """A shipped config, with another layout if one is given."""
     config = load_config(ROOT / f"configs/{name}.json")
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update=parallel)})
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"gpus": None} | parallel)})
 
 
 def ranks_of(config: Config) -> list[tuple[int, int]]:

@@ -98,7 +98,8 @@ def test_it_goes_on_to_the_same_bits_however_the_corpora_are_listed(
     run_ranks(train, 1, str(config_of(tmp_path, corpora, data=swapped)))
     assert newest(tmp_path / "run").manifest.files == newest(whole).manifest.files
     assert [row["loss"] for row in step_rows(tmp_path / "run")] == [row["loss"] for row in step_rows(whole)]
-    assert evaluation_rows(tmp_path / "run") == evaluation_rows(whole)
+    found, expected = ([row | {"time": None} for row in evaluation_rows(run)] for run in (tmp_path / "run", whole))
+    assert found == expected
 
 
 def test_each_corpus_is_evaluated_as_it_is_alone(corpora: tuple[Path, Path], tmp_path: Path) -> None:

@@ -53,12 +53,17 @@ MANY_TOKENS = {1024: (1024, 777)}
 EXTRAS = ((False, False), (True, False), (False, True), (True, True))
 
 
+HALVES = [torch.float16 if torch.cuda.is_available() else pytest.param(torch.float16, marks=pytest.mark.slow)]
+HALVES += [torch.bfloat16]
+"""Under the interpreter each takes its quarter of a minute."""
+
+
 def tokens_on(device: str) -> dict[int, tuple[int, ...]]:
     return TOKENS | (MANY_TOKENS if device == "cuda" else {})
 
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("device", "shape"), SHAPES)
 def test_products(
     device: str,
