@@ -78,10 +78,16 @@ def test_without_a_process_group_a_process_talks_to_itself() -> None:
 def wait_longer_than_a_collective(outcome: str) -> str | None:
     """The first rank works for longer than the group lets a collective wait, in many small pieces."""
     here, ranks = dist.get_rank(), dist.get_world_size()
+    address, minute = os.environ["MASTER_ADDR"], timedelta(seconds=60)
+    # To meet may take longer on a busy machine than what a collective is given; and on a port of its own, lest a rank
+    # meets the store that another is just leaving.
+    store = None
+    if here == 0:
+        store = dist.TCPStore(address, 0, ranks, is_master=True, timeout=minute, wait_for_workers=False)
+    port = collectives.broadcast_json(0 if store is None else store.port)
+    if store is None:
+        store = dist.TCPStore(address, port, ranks, is_master=False, timeout=minute)
     dist.destroy_process_group()
-    # To meet may take longer on a busy machine than what a collective is given.
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, ranks, is_master=here == 0, timeout=timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=here, world_size=ranks, timeout=timedelta(seconds=5))
     collectives.BEAT_SECONDS = 0.2
 
