@@ -18,4 +18,4 @@ class UserError(Exception):
 
 
 class UnfinishedError(UserError):
-    """What stopped the work is not in its input, so it may go on where it was."""
+    """What stopped the work is not in its input: the same may succeed later, or go on where it was."""

@@ -1,12 +1,17 @@
-"""Fixtures of every test: a fixed random stream, one thread, and, where asked for, scratch memory full of NaN."""
+"""Fixtures of every test: a fixed random stream, one thread; where asked for, scratch memory full of NaN, a corpus."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from slope_dist.data.tokenizer import Tokenizer
 
 if not torch.cuda.is_available():
     # Before anything imports triton, as other libraries do: its own functions, too, are made for one or the other.
@@ -33,6 +38,22 @@ def nan_scratch() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus of the small runs."""
+    from tests.runs import small_corpus
+
+    return small_corpus(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus: Path) -> Tokenizer:
+    """Of that corpus."""
+    from slope_dist.data.load_tokenizer import load_tokenizer
+
+    return load_tokenizer(corpus)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

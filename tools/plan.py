@@ -27,7 +27,6 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from slope_dist.command_line import Parser, answer
 from slope_dist.config import Config, load_config
@@ -107,6 +106,7 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
 
 def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> int:
     from slope_dist.benchmark.prediction import CLOSE, compare
+    from slope_dist.training.plan_screen import table_of
 
     configs = {path.stem: load_config(path) for path in sorted(CONFIGS.glob("*.json"))}
     name = _benchmark_of(options.validate)
@@ -116,7 +116,7 @@ def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes
     if options.json:
         print(json.dumps([vars(one) | {"ratio": one.ratio} for one in found], indent=1))
     else:
-        table = _table("cell", "form", "measured ms", "predicted ms", "ratio")
+        table = table_of("cell", "form", "measured ms", "predicted ms", "ratio")
         for one in found:
             milliseconds = f"{1e3 * one.measured:.3f}", f"{1e3 * one.predicted:.3f}"
             table.add_row(one.cell, one.rival, *milliseconds, f"{one.ratio:.3f}")
@@ -136,6 +136,7 @@ def _benchmark_of(path: Path) -> str:
 
 
 def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> None:
+    from slope_dist.training.plan_screen import table_of
     from slope_dist.training.search import overrides, search
     from slope_dist.transfer import duration_text, size_text
 
@@ -163,7 +164,7 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
         _times_line(times, measured=options.gemm is not None),
     ]
     _console().print("\n".join(lines), highlight=False)
-    table = _table("layout", "memory a rank", "step", "tokens/s")
+    table = table_of("layout", "memory a rank", "step", "tokens/s")
     for candidate in fitting[: options.top]:
         rate = candidate.derived.tokens_per_step / candidate.seconds
         table.add_row(candidate.text(), size_text(candidate.most), duration_text(candidate.seconds), f"{rate:,.0f}")
@@ -173,7 +174,7 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
         _console().print(f"the first of them: {shown}", highlight=False, soft_wrap=True)
     others = [candidate for candidate in found if not candidate.fits]
     if others:
-        table = _table("does not fit", "why")
+        table = table_of("does not fit", "why")
         for candidate in others[: options.top]:
             table.add_row(candidate.text(), candidate.why_not)
         _console().print(table)
@@ -192,13 +193,6 @@ def _plan(options: argparse.Namespace, config: Config, cluster: Cluster, times: 
 
 def _times_line(times: ProductTimes, *, measured: bool) -> str:
     return f"times: {'' if measured else 'UNVALIDATED; '}{times.basis}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and column not in ("form", "why") else "left")
-    return table
 
 
 def _console() -> Console:

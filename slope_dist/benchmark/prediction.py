@@ -65,7 +65,10 @@ def predict_step(config: Config, tokens: int, form: Form, machine: Machine, *, w
     one = config.model_copy(
         update={
             "model": config.model.model_copy(update={"sequence_length": length}),
-            "training": config.training.model_copy(update={"micro_batch_size": batch}),
+            # A block that is measured alone is not run again in backward.
+            "training": config.training.model_copy(
+                update={"micro_batch_size": batch} | ({} if whole else {"recompute": "none"})
+            ),
             # What is measured: 16-bit weights and gradients on one rank.
             "precision": "bf16",
             "parallel": config.parallel.model_copy(

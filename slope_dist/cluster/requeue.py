@@ -9,10 +9,10 @@ there is nothing more to do; 4 give up; 5 somebody has asked for the end. Any ot
 started. The second prints how many of the nodes to use.
 
 What counts is what the run has written into the end file, not the exit codes of launchers. A part that was asked to
-make room (the early signal, preemption) goes on, as long as one in `IDLE`
-leaves a new checkpoint. A part that failed goes on at most `most` times, and
-not after `STUCK` failures in a row that left no new checkpoint, nor when it was refused (exit code 2): the next part
-would end alike. The journal keeps one line a part, of one job or of all elements of an array.
+make room (the early signal, preemption) goes on, as long as one in `IDLE` leaves a new checkpoint. A part that failed
+goes on at most `most` times, and not after `STUCK` failures in a row that left no new checkpoint, nor when it was
+refused (exit code 2) for what will not pass: the next part would end alike. The journal keeps one line a part, of one
+job or of all elements of an array.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
 
     if how == "finished" or (not end and code == 0):
         return part("done", f"the run is finished after step {step}" if end else "nothing was left to do")
-    if end.get("exit_code") == EXIT_BAD_INPUT:
+    if end.get("exit_code") == EXIT_BAD_INPUT and end.get("temporary") is not True:
         return part("give up", f"the run was refused, and would be again: {cause}")
     if not end and code in _NOT_STARTED:
         return part("give up", f"the run could not be started (exit code {code}), and could not again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Literal
 
 from slope_dist.config.schema import Config
 from slope_dist.config.sections import LossScaleConfig, ParallelConfig
+from slope_dist.config.watch import WatchConfig
 from slope_dist.errors import UserError
 
 
@@ -73,8 +75,9 @@ def layout_text(config: Config, data_ranks: int | None = None) -> str:
     parallel = config.parallel
     data = data_ranks or parallel.data or "any"
     engine = parallel.engine if parallel.engine == "fsdp" else f"{parallel.engine} ZeRO {zero_stage(config)}"
+    sequence = " (sequence)" if parallel.sequence_parallel and parallel.tensor > 1 else ""
     return (
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data}, {engine}, micro-batch "
+        f"tensor {parallel.tensor}{sequence} x pipeline {parallel.pipeline} x data {data}, {engine}, micro-batch "
         f"{config.training.micro_batch_size}"
     )
 
@@ -229,6 +232,14 @@ def without_effect(config: Config) -> list[str]:
         if layout in tried:
             lines.append(f"{name} is never taken: {tried[layout]} is the same layout, and tried before it")
         tried.setdefault(layout, name)
+    watch, usual = config.watch, WatchConfig()
+    for key, off in (
+        ("straggler_threshold", "straggler_interval is 0" if watch.straggler_interval == 0 else ""),
+        ("on_drift", "drift_interval is 0" if watch.drift_interval == 0 else ""),
+        ("first_step_timeout", "hang_timeout is null" if watch.hang_timeout is None else ""),
+    ):
+        if off and getattr(watch, key) != getattr(usual, key):
+            lines.append(f"watch.{key} {json.dumps(getattr(watch, key))} changes nothing: watch.{off}")
     if config.sparsity.group is None:
         if config.adapters.rank:
             lines.append('no adapters are added: sparsity.pattern is "dense", and adapters stand beside sparse layers')

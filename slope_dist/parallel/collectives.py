@@ -107,13 +107,21 @@ def agree(error: str | None) -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let a `UserError` inside the block, on any rank, be raised on every rank. The block holds no collective."""
-    error = None
+    """Let a `UserError` inside the block, on any rank, be raised on every rank. The block holds no collective.
+
+    The rank whose error it is raises what it met itself.
+    """
+    own: UserError | None = None
     try:
         yield
     except UserError as failure:
-        error = str(failure)
-    agree(error)
+        own = failure
+    try:
+        agree(None if own is None else str(own))
+    except UserError:
+        if own is not None and rank() == 0:
+            raise own from None
+        raise
 
 
 def alone(work: Callable[[Callable[[], None]], T]) -> T | None:

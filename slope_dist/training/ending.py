@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError
 from slope_dist.files import read_bounded
 
 END = "end.json"
@@ -55,7 +55,7 @@ class Turn:
         """Take the folder, if it exists; nothing if it is held already.
 
         Raises:
-            UserError: if another process keeps it for `PATIENCE` seconds.
+            UnfinishedError: if another process keeps it for `PATIENCE` seconds.
         """
         if self._lock is not None or not self.folder.is_dir():
             return
@@ -79,7 +79,7 @@ class Turn:
                 if time.monotonic() > end:
                     holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
                     os.close(lock)
-                    raise UserError(
+                    raise UnfinishedError(
                         f"run.folder {self.folder} is in use by {holder}; wait for it, stop it "
                         f"(touch {self.folder / 'stop'}), or choose another run.folder"
                     ) from None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from slope_dist.command_line import EXIT_INTERRUPTED
 from slope_dist.config import Config, derive, dump_config, load_config, run_folder
 from slope_dist.config.resolve import fit, threads_per_process, world_size
-from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UnfinishedError, UserError
 from slope_dist.parallel import collectives, environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
@@ -138,10 +138,10 @@ class _Run:
         trainer = Trainer(config, self.place, self.request.resume, self.stopper)
         _say(self.place, *(f"warning: {line}" for line in trainer.skipped_checkpoints))
         _say(self.place, *(f"note: {line}" for line in trainer.notes))
+        self.trainer = trainer
         if trainer.finished:
             _say(self.place, trainer.result())
             return
-        self.trainer = trainer
         self.watch.own_folder()
         if self.place.is_first:
             self._write_end("running", code=None, cause=None)
@@ -180,9 +180,11 @@ class _Run:
         rank = "" if self.place.is_first else f"rank {self.place.rank}: "
         code = EXIT_FAILED
         how: How = "failed"
+        temporary = False
         if isinstance(error, UserError | RunFailedError):
             cause, line = str(error), f"error: {rank}{error}"
             code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
+            temporary = isinstance(error, UnfinishedError)
         elif isinstance(error, KeyboardInterrupt):
             # At the terminal all ranks get it, and who pressed the keys knows.
             cause, line = "interrupted", f"{rank}interrupted" if rank else ""
@@ -199,7 +201,7 @@ class _Run:
             if peers is None or peers.is_to_blame:
                 lines += [] if shared else [traceback.format_exc().rstrip()]
                 lines += [self._how_to_go_on()]
-                self._write_end(how, code, cause)
+                self._write_end(how, code, cause, temporary=temporary)
             print("\n".join(text for text in lines if text), file=sys.stderr, flush=True)
         if peers is not None:
             code = peers.leave(code)
@@ -218,9 +220,12 @@ class _Run:
             return ""
         return how_to_go_on(self.trainer.folder.newest_complete(), self.request, self.place)
 
-    def _write_end(self, how: How, code: int | None, cause: str | None) -> None:
-        """In the job's own file alone before the trainer stands: the folder may be another run's."""
-        folder = None if self.trainer is None else self.trainer.folder
+    def _write_end(self, how: How, code: int | None, cause: str | None, *, temporary: bool = False) -> None:
+        """In the job's own file alone before the trainer stands: the folder may be another run's.
+
+        So also where nothing was left to do: how the run has ended stands there already.
+        """
+        folder = None if self.trainer is None or self.trainer.finished else self.trainer.folder
         checkpoint = None if folder is None else folder.newest_complete()
         write_end(
             None if folder is None else folder.path,
@@ -229,6 +234,7 @@ class _Run:
             checkpoint=None if checkpoint is None else checkpoint.name,
             exit_code=code,
             cause=cause,
+            temporary=temporary,
             ranks=self.place.world_size,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import pairwise
@@ -55,6 +55,16 @@ class StageMemory:
     def most(self) -> int:
         """The worst of it."""
         return max(self.before.bytes, self.switch or 0, self.after.bytes if self.after else 0)
+
+
+def most_of(stages: Iterable[StageMemory]) -> int:
+    """Bytes of the fullest rank of any stage at its fullest."""
+    return max(stage.most for stage in stages)
+
+
+def fits(stages: Iterable[StageMemory], memory: int) -> bool:
+    """Whether that leaves the margin of a GPU's memory free."""
+    return MARGIN * most_of(stages) <= memory
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ still die there (rule R6).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from slope_dist.parallel.environment import Environment
 from slope_dist.planning import GPU_MEMORY, ModelState
 from slope_dist.planning.activations import PredictedTooLateError
 from slope_dist.training.build import count_state, storage
-from slope_dist.training.forecast import MARGIN, StageMemory, forecast
+from slope_dist.training.forecast import MARGIN, fits, forecast, most_of
 from slope_dist.transfer import size_text
 
 
@@ -96,13 +96,8 @@ def fit_on_gpu(config: Config, derived: Derived) -> list[str]:
     if fits(stages, memory):
         return [f"fits on {text}"]
     ranks = f"{derived.data_ranks} data rank{'' if derived.data_ranks == 1 else 's'}"
-    may = "may" if max(stage.most for stage in stages) <= memory else "does"
+    may = "may" if most_of(stages) <= memory else "does"
     return [f"warning: {may} not fit, with {ranks}, on {text}; {_what_would_fit(config, derived, memory)}"]
-
-
-def fits(stages: Iterable[StageMemory], memory: int) -> bool:
-    """Whether every stage's ranks fit with a margin."""
-    return MARGIN * max(stage.most for stage in stages) <= memory
 
 
 def _what_would_fit(config: Config, derived: Derived, memory: int) -> str:

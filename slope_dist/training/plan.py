@@ -13,7 +13,15 @@ from slope_dist.planning.shapes import shape_of
 from slope_dist.planning.step_time import StepTime
 from slope_dist.planning.traffic import Message
 from slope_dist.training.build import build, layer_factory
-from slope_dist.training.forecast import MARGIN, StageMemory, forecast, predict_step, predict_traffic
+from slope_dist.training.forecast import (
+    MARGIN,
+    StageMemory,
+    fits,
+    forecast,
+    most_of,
+    predict_step,
+    predict_traffic,
+)
 
 NOT_MODELLED = (
     "not modelled: host time and kernel launches, latency of small collectives, power limits, slow ranks, reading "
@@ -47,7 +55,7 @@ class Form:
     @property
     def most(self) -> int:
         """Bytes of the fullest rank at its fullest."""
-        return max(stage.most for stage in self.stages)
+        return most_of(self.stages)
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,7 +92,7 @@ class Plan:
 
     def fits(self, form: Form) -> bool:
         """Whether every rank leaves the margin free."""
-        return MARGIN * form.most <= self.cluster.memory
+        return fits(form.stages, self.cluster.memory)
 
 
 def make_plan(config: Config, cluster: Cluster, times: ProductTimes, *, measured: bool) -> Plan:

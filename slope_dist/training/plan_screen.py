@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from slope_dist.config.resolve import layout_text
 from slope_dist.planning.peaks import Peak
 from slope_dist.planning.step_time import StepTime
 from slope_dist.training.forecast import MARGIN, StageMemory
@@ -20,15 +21,20 @@ _TIME = (
 )
 
 
+def table_of(*columns: str) -> Table:
+    """A table without lines, all but its first column and what is called "why" to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index and column != "why" else "left")
+    return table
+
+
 def show(plan: Plan, console: Console, times: str) -> None:
     """Print all of a plan."""
     cluster, run = plan.cluster, plan.run
-    parallel, derived = run.config.parallel, run.derived
-    engine = parallel.engine if parallel.engine == "fsdp" else f"ZeRO {parallel.zero_stage}"
     console.print(
-        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu} ({size_text(cluster.memory)} each): tensor "
-        f"{parallel.tensor} x pipeline {parallel.pipeline} x data {derived.data_ranks}, {engine}, micro-batch "
-        f"{run.config.training.micro_batch_size} x {derived.accumulation_steps}, recompute "
+        f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu} ({size_text(cluster.memory)} each): "
+        f"{layout_text(run.config, run.derived.data_ranks)} x {run.derived.accumulation_steps}, recompute "
         f"{run.config.training.recompute}",
         highlight=False,
         soft_wrap=True,
@@ -47,7 +53,7 @@ def _forms(plan: Plan) -> list[Form]:
 
 def _memory(plan: Plan, form: Form, console: Console) -> None:
     pattern = form.config.sparsity.pattern
-    table = _table(f"{pattern}: a rank of stage", *map(str, range(1, len(form.stages) + 1)))
+    table = table_of(f"{pattern}: a rank of stage", *map(str, range(1, len(form.stages) + 1)))
 
     def row(name: str, values: Sequence[int | None], text: str | None = None) -> None:
         table.add_row(name, *(text or ("-" if value is None else size_text(value)) for value in values))
@@ -87,7 +93,7 @@ def _times(forms: Sequence[Form]) -> Table:
         columns.append((form.config.sparsity.pattern, form, form.before))
         if form.after is not None:
             columns.append((f"{form.config.sparsity.pattern} with adapters", form, form.after))
-    table = _table("seconds of a step", *(title for title, _, _ in columns))
+    table = table_of("seconds of a step", *(title for title, _, _ in columns))
     for name in _TIME:
         table.add_row(name, *(f"{getattr(time, name):,.3f}" for _, _, time in columns))
     rates = [form.derived.tokens_per_step / time.total for _, form, time in columns]
@@ -103,7 +109,7 @@ def _times(forms: Sequence[Form]) -> Table:
 
 
 def _traffic(form: Form) -> Table:
-    table = _table("sent by a rank in a step", "how", "of", "times", "bytes sent", "stage")
+    table = table_of("sent by a rank in a step", "how", "of", "times", "bytes sent", "stage")
     for number, sent in enumerate(form.traffic, start=1):
         if number not in (1, len(form.traffic)):
             # Those between are like the second at most.
@@ -117,11 +123,4 @@ def _traffic(form: Form) -> Table:
                 size_text(message.sent),
                 str(number),
             )
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
     return table

@@ -9,10 +9,11 @@ from itertools import product
 from typing import Any
 
 from slope_dist.config import Config, Derived, derive
+from slope_dist.config.resolve import layout_text
 from slope_dist.errors import UserError
 from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.products import ProductTimes
-from slope_dist.training.forecast import MARGIN, StageMemory, forecast, predict_step
+from slope_dist.training.forecast import StageMemory, fits, forecast, most_of, predict_step
 from slope_dist.transfer import size_text
 
 _SIZE = "training.micro_batch_size"
@@ -44,12 +45,12 @@ class Candidate:
     @property
     def most(self) -> int:
         """Bytes of the fullest rank at its fullest."""
-        return max(stage.most for stage in self.stages)
+        return most_of(self.stages)
 
     @property
     def fits(self) -> bool:
         """Whether that leaves the margin free."""
-        return MARGIN * self.most <= self.memory
+        return fits(self.stages, self.memory)
 
     @property
     def why_not(self) -> str:
@@ -69,17 +70,7 @@ class Candidate:
 
     def text(self) -> str:
         """The layout in words."""
-        parallel, training = self.config.parallel, self.config.training
-        engine = "fsdp" if parallel.engine == "fsdp" else f"ZeRO {parallel.zero_stage}"
-        parts = [
-            f"tensor {parallel.tensor}{' sp' if parallel.sequence_parallel else ''}",
-            f"pipeline {parallel.pipeline}",
-            f"data {self.derived.data_ranks}",
-            engine,
-            f"micro-batch {training.micro_batch_size}",
-            f"recompute {training.recompute}",
-        ]
-        return ", ".join(parts)
+        return f"{layout_text(self.config, self.derived.data_ranks)}, recompute {self.config.training.recompute}"
 
 
 def overrides(changes: Changes) -> list[str]:

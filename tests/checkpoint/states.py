@@ -111,8 +111,14 @@ def wait(pids: list[int]) -> list[int]:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run `function` in a forked process and wait for it; returns its exit status."""
-    return wait(start(lambda _: function()))[0]
+    """Run `function` in a forked process, which Ctrl-C interrupts, and wait for it; returns its exit status."""
+
+    def interruptible(_: int) -> None:
+        # Where tests are run in the background of a shell, it is ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        function()
+
+    return wait(start(interruptible))[0]
 
 
 def start_ranks(function: Callable[[], object], num_ranks: int, scratch: Path) -> list[int]:

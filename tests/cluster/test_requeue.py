@@ -112,6 +112,15 @@ def test_failures_without_a_new_checkpoint_are_limited_to_two_in_a_row() -> None
     assert "2 failures in a row have left no new checkpoint; there is no checkpoint yet" in chain(None, None)[1].reason
 
 
+def test_a_refusal_that_may_pass_is_a_failure_like_others() -> None:
+    """A folder that is still in use by the part before."""
+    busy = end("failed", None, "run.folder x is in use by process 7", EXIT_BAD_INPUT) | {"temporary": True}
+    saved = end("failed", 20, "rank 1 was lost", 1)
+    assert [part.verdict for part in chain(busy, saved, busy, saved | {"checkpoint": "step-00000030"})] == ["go on"] * 4
+    assert [part.verdict for part in chain(busy, busy)] == ["go on", "give up"]
+    assert chain(busy | {"temporary": False})[0].verdict == "give up"
+
+
 def test_making_room_is_not_counted() -> None:
     stopped = [end("stopped", 10 * step, "SIGUSR1", EXIT_STOPPED) for step in range(1, 30)]
     assert {part.verdict for part in chain(*stopped, most=0)} == {"go on"}

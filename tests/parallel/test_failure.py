@@ -25,15 +25,10 @@ from slope_dist.parallel import failure
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import Peers, Verdict, in_words, lost_a_peer
 from tests.distributed import Outcome, end_ranks
-from tests.runs import pretrain, small_corpus, watch_engines, write_config
+from tests.runs import pretrain, watch_engines, write_config
 
 LIMIT = 30.0
 PLACES = ["trainer", "engine", "step", "evaluation", "save"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_corpus(tmp_path_factory.getbasetemp())
 
 
 def end_here(how: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, UnfinishedError, UserError
 from slope_dist.training import ending
 from slope_dist.training.ending import END, END_FILE, HISTORY, LOCK, Turn, read_history, write_end
 from tests.distributed import Outcome, end_ranks
@@ -47,7 +47,7 @@ def test_a_second_job_is_refused_by_the_name_of_the_first(
     holder: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ending, "PATIENCE", 0.3)
-    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on .*touch .*/stop") as refusal:
+    with pytest.raises(UnfinishedError, match=rf"is in use by process {holder.pid} on .*touch .*/stop") as refusal:
         Turn(tmp_path).take()
     assert "\n" not in str(refusal.value)
 
@@ -133,7 +133,12 @@ def first_and_second(config: str) -> None:
     def again(event: str, engine: object, step: object) -> None:
         if (event, step) == ("before step", 3):
             code = "import sys; from launch.pretrain import main; sys.exit(main(sys.argv[1:]))"
-            ran = subprocess.run([sys.executable, "-c", code, "--config", config], capture_output=True, text=True)
+            ran = subprocess.run(
+                [sys.executable, "-c", code, "--config", config],
+                capture_output=True,
+                text=True,
+                env=os.environ | {END_FILE: f"{config}.second"},
+            )
             print(f"second: {ran.returncode} {ran.stderr}", flush=True)
 
     watch_engines(again)
@@ -147,6 +152,8 @@ def test_two_jobs_in_one_folder(corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert first.code == 0, first.errors
     [line] = [line for line in first.output.splitlines() if line.startswith("second: ")]
     assert line.startswith(f"second: {EXIT_BAD_INPUT} error: run.folder ") and "is in use by process " in line
+    told = json.loads(Path(f"{config}.second").read_text())
+    assert (told["how"], told["exit_code"], told["temporary"]) == ("failed", EXIT_BAD_INPUT, True)
     assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"
 

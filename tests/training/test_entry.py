@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from slope_dist.errors import UserError
+from slope_dist.errors import EXIT_STOPPED, UserError
 from slope_dist.parallel.environment import Environment
 from slope_dist.training.entry import Request, how_to_go_on
 from slope_dist.training.folder import read_rows
@@ -48,6 +48,29 @@ def test_a_refusal_of_one_rank_ends_all_with_its_reason(corpus: Path, tmp_path: 
     assert (first.code, second.code) == (2, 2)
     assert one_line(first.errors) == "error: rank 1: too little memory here"
     assert not (tmp_path / "run").exists()
+
+
+def asked_while_it_reads_its_config(config: str, end: str, name: str) -> None:
+    """A signal comes before this rank has met the others."""
+    import os
+    import signal
+
+    from slope_dist.training import entry
+    from slope_dist.training.ending import END_FILE
+
+    os.environ[END_FILE] = end
+    entry.load_config = lambda *arguments: os.kill(os.getpid(), getattr(signal, name))
+    entry_point("--config", config)
+
+
+@pytest.mark.parametrize(("name", "written"), [("SIGUSR1", True), ("SIGTERM", False)])
+def test_what_launchers_end_ranks_with_is_no_request(name: str, written: bool, corpus: Path, tmp_path: Path) -> None:
+    """Of a launcher whose other rank has failed: a job's file that said "stopped" would end the job as if asked to."""
+    config, end = write_config(tmp_path, corpus), tmp_path / "job.json"
+    [rank] = end_ranks(asked_while_it_reads_its_config, 1, str(config), str(end), name, process_group=False)
+    assert rank.code == EXIT_STOPPED
+    assert end.exists() == written
+    assert not written or json.loads(end.read_text())["cause"] == name
 
 
 def entry_point_without_a_meeting_point(config: str, slurm_nodes: str) -> None:

@@ -17,14 +17,9 @@ import pytest
 
 from slope_dist.training.ending import END
 from tests.distributed import Outcome, end_ranks
-from tests.runs import pretrain, small_corpus, step_rows, watch_engines, write_config
+from tests.runs import pretrain, step_rows, watch_engines, write_config
 
 TIMEOUT = 4.0
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_corpus(tmp_path_factory.getbasetemp())
 
 
 def run(config: Path, ranks: int, function: Any, *arguments: Any) -> list[Outcome]:

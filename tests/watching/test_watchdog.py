@@ -171,3 +171,23 @@ def test_a_suspended_job_does_not_hang(tmp_path: Path) -> None:
             process.send_signal(number)
             time.sleep(2 * USUAL)
         assert watching.poll() is None and process.poll() is None
+
+
+def test_nor_does_one_of_two_machines(tmp_path: Path) -> None:
+    """What rank 0's watchdog knows of the other machine does not get old while it is stopped itself."""
+    with ExitStack() as stack, listen_on_any_port(2) as listener:
+        ranks = [stack.enter_context(heart("get_on")) for _ in range(2)]
+        leader = {"hosts": ["127.0.0.1"], "port": listener.getsockname()[1]}
+        told = {"world_size": 2, "token": "secret"}
+        first = stack.enter_context(watchdog(tmp_path, {0: ranks[0][1]}, listener=listener.fileno(), **told))
+        second = stack.enter_context(watchdog(tmp_path, {1: ranks[1][1]}, host="node2", leader=leader, **told))
+        for watching in (first, second):
+            until_it_watches(watching)
+        time.sleep(1.0)
+        job = [first, second, *(process for process, _ in ranks)]
+        # Resumed in the order in which it may see the oldest news.
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in job:
+                process.send_signal(number)
+            time.sleep(2 * USUAL)
+        assert [process.poll() for process in job] == [None] * 4
