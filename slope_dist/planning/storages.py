@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the storages that operations in its block make. What a kernel takes and frees inside itself is not seen.
+    """Counts the storages that operations in its block make.
+
+    What a kernel takes and frees inside itself is not seen; nor, until the next operation on it, a storage that was
+    resized without one.
 
     Attributes:
         bytes: of all that are alive now.
@@ -39,23 +42,6 @@ class StorageCounter(TorchDispatchMode):
         """Begin a new peak."""
         self.peak = self.bytes
 
-    def __enter__(self) -> StorageCounter:
-        # FSDP frees and makes memory by resizing, which is no operation.
-        self._resize = torch.UntypedStorage.resize_
-
-        def resize(storage: torch.UntypedStorage, size: int) -> Any:
-            result = self._resize(storage, size)
-            self._look(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment, method-assign]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        super().__exit__(*error)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and look at what it took and gave."""
         result = func(*args, **(kwargs or {}))
@@ -63,10 +49,11 @@ class StorageCounter(TorchDispatchMode):
             # What is on the meta device takes no memory (fake tensors say they are elsewhere), and a tensor that wraps
             # others, as FSDP's do, takes theirs.
             if isinstance(leaf, Tensor) and leaf.device.type != "meta" and not is_traceable_wrapper_subclass(leaf):
-                self._look(leaf.untyped_storage())
+                self.look(leaf.untyped_storage())
         return result
 
-    def _look(self, storage: torch.UntypedStorage) -> None:
+    def look(self, storage: torch.UntypedStorage) -> None:
+        """Take note of a storage's size as it is now."""
         key, size = storage._cdata, storage.nbytes()
         if key in self._ignored:
             return

@@ -56,6 +56,26 @@ class Resident:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+class EngineCounter(StorageCounter):
+    """Sees also what FSDP does: it frees and makes memory by resizing, which is no operation."""
+
+    def __enter__(self) -> EngineCounter:
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = self._resize(storage, size)
+            self.look(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*error)
+
+
 def micro_batches(config: Config, derived: Derived, generator: torch.Generator) -> Iterator[tuple[Any, Any]]:
     """Random tokens of one step."""
     shape = (config.training.micro_batch_size, config.model.sequence_length + 1)
@@ -80,7 +100,7 @@ def measure(path: str) -> dict[str, int]:
     warm_up()
     resident = Resident()
     found: dict[str, int] = {}
-    counter = StorageCounter()
+    counter = EngineCounter()
 
     def train(engine: Any, phase: str) -> None:
         passes: list[int] = []
