@@ -109,7 +109,7 @@ def agree(error: str | None) -> None:
 def together() -> Iterator[None]:
     """Let a `UserError` inside the block, on any rank, be raised on every rank. The block holds no collective.
 
-    The rank whose error it is raises what it met itself.
+    Where the error is the first rank's own, that rank raises it as it is, class and all.
     """
     own: UserError | None = None
     try:
