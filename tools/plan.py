@@ -140,16 +140,19 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
     from slope_dist.training.search import overrides, search
     from slope_dist.transfer import duration_text, size_text
 
-    def make(changes: dict[str, object]) -> Config:
-        return load_config(
-            options.config, [*options.set, "parallel.gpus=null", "parallel.alternatives=[]", *overrides(changes)]
-        )
+    # What the command line sets is searched around.
+    held = {change.partition("=")[0].strip() for change in options.set}
+    of_one_layout = {"parallel.gpus": None, "parallel.alternatives": []}
 
-    found = search(make, cluster, times)
+    def make(changes: dict[str, object]) -> Config:
+        others = {name: value for name, value in (of_one_layout | changes).items() if name not in held}
+        return load_config(options.config, [*options.set, *overrides(others)])
+
+    found = search(make, cluster, times, held)
     if not found:
         raise UserError(
-            f"{options.config}: no layout is legal on {cluster.gpus} GPUs: tensor ranks divide model.num_heads, and "
-            "data ranks x training.micro_batch_size divide training.global_batch_size"
+            f"{options.config}: no layout{' with these --set' if held else ''} is legal on {cluster.gpus} GPUs: tensor "
+            "ranks divide model.num_heads, and data ranks x training.micro_batch_size divide training.global_batch_size"
         )
     if options.json:
         rows = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -82,6 +82,7 @@ def search(
     make: Callable[[Changes], Config],
     cluster: Cluster,
     times: ProductTimes,
+    held: Collection[str] = (),
 ) -> list[Candidate]:
     """All layouts that the config may have on all GPUs of a cluster, ranked. Tensor ranks stay within a node.
 
@@ -91,10 +92,14 @@ def search(
         make: the config with changes; raises `UserError` where they are not legal.
         cluster: the machines.
         times: of products on them.
+        held: dotted paths whose values stay those of `make({})`.
     """
     found: list[Candidate] = []
     too_large: set[tuple[Any, ...]] = set()
-    for changes in _changes(make({}), cluster.gpus, cluster.gpus_per_node):
+    start = make({})
+    for changes in _changes(start, cluster.gpus, cluster.gpus_per_node):
+        if any(name in held and _value(start, name) not in (value, None) for name, value in changes.items()):
+            continue
         but_size = tuple(value for name, value in changes.items() if name != _SIZE)
         if but_size in too_large:
             continue
@@ -145,6 +150,11 @@ def _changes(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Changes]
                     _SIZE: size,
                     "training.recompute": recompute,
                 }
+
+
+def _value(config: Config, path: str) -> Any:
+    section, _, key = path.partition(".")
+    return getattr(getattr(config, section), key)
 
 
 def _divisors(number: int) -> list[int]:

@@ -92,6 +92,7 @@ def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys
     code, text, _ = run(capsys, "--config", path, *TWO, "--search", "--json", *changes)
     layouts = json.loads(text)
     assert code == 0
+    assert {each["changes"]["training.micro_batch_size"] for each in layouts} == {1}, "what --set says is kept"
     fits = [layout["fits"] for layout in layouts]
     assert fits == sorted(fits, reverse=True) and fits[0]
     assert all(layout["fits"] == (layout["why_not"] == "") for layout in layouts)
