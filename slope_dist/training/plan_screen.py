@@ -22,10 +22,10 @@ _TIME = (
 
 
 def table_of(*columns: str) -> Table:
-    """A table without lines, all but its first column and what is called "why" to the right."""
+    """A table without lines; columns are aligned right, but the first and those of words, "form" and "why"."""
     table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index and column != "why" else "left")
+        table.add_column(column, justify="right" if index and column not in ("form", "why") else "left")
     return table
 
 

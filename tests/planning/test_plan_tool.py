@@ -1,7 +1,6 @@
 """`tools/plan.py` says what fits and how long it takes, in words and for programs, ranks layouts, refuses in one line.
 
 Run: pytest tests/planning/test_plan_tool.py
-The search through a model's layouts (a minute): pytest tests/planning/test_plan_tool.py -m slow
 """
 
 from __future__ import annotations
@@ -83,7 +82,6 @@ def test_measured_steps_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert code == plan.EXIT_FAR_OFF and "opt125m" in text and "0 of 1 within 15%" in error
 
 
-@pytest.mark.slow
 def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"model__hidden_size": 2048, "model__ffn_size": 8192, "model__num_layers": 40, "model__num_heads": 16}
     # Another layout for fewer GPUs: what would not go with it is searched all the same.
