@@ -60,8 +60,9 @@ class Sampling:
         # The largest first, or a small temperature would make them infinite; and in fp64, for in fp32 it may be 0.
         scaled = ((logits - logits.max()).double() / self.temperature).to(logits.dtype)
         if self.top_k is not None and self.top_k < len(scaled):
-            most = scaled.topk(self.top_k)
-            scaled = torch.full_like(scaled, -torch.inf).scatter(0, most.indices, most.values)
+            # Of the logits as they are: small ones may be equal once the largest is subtracted.
+            most = logits.topk(self.top_k).indices
+            scaled = torch.full_like(scaled, -torch.inf).scatter(0, most, scaled[most])
         probabilities = scaled.softmax(dim=0)
         if self.top_p < 1:
             ordered, order = probabilities.sort(descending=True, stable=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slope_dist.errors import UserError
@@ -26,6 +26,8 @@ def softmax(logits: list[float], temperature: float) -> list[float]:
 
 @settings(deadline=None)
 @given(logits=LOGITS, temperature=st.floats(0.1, 5), k=st.integers(1, 50))
+@example(logits=[0.0, 1.0, 1.1754943508222875e-38], temperature=1.0, k=2)
+@example(logits=[0.0, 1.0, 1.1754943508222875e-38, 0.0], temperature=1.0, k=3)
 def test_top_k_leaves_the_k_most_probable(logits: list[float], temperature: float, k: int) -> None:
     left = Sampling(temperature=temperature, top_k=k).probabilities(torch.tensor(logits)).tolist()
     expected = softmax(logits, temperature)
