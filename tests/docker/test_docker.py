@@ -184,10 +184,9 @@ def test_the_image_for_gpus_keeps_the_torch_of_its_base(builder):
     # What the base was built with stays as it was, outside the virtual environment.
     script = "import numpy; print(numpy.__version__)"
     assert builder.run(image, "/usr/bin/python3", "-c", script).strip() == "2.1.0"
-    # Standalone: this container has no network, and so cannot resolve its own name.
-    started = builder.run(
-        image, "torchrun", "--standalone", "launch/pretrain.py", "--config", "configs/tiny.json", "--dry-run"
-    )
+    # This container has no network, and so cannot resolve its own name.
+    alone = ("torchrun", "--standalone", "--local-addr", "127.0.0.1")
+    started = builder.run(image, *alone, "launch/pretrain.py", "--config", "configs/tiny.json", "--dry-run")
     assert "sparse 21/24 linears" in started
     check_image(builder, image, "docker/Dockerfile")
 
