@@ -43,7 +43,13 @@ def deepspeed_dict(
         "gradient_predivide_factor": 1.0,
         "communication_data_type": gradient_dtype,
         "data_types": {"grad_accum_dtype": gradient_dtype},
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "check_grad_overflow": True,
+            # Each gradient joins the accumulated ones as soon as it is there. Otherwise those of the whole share wait
+            # for the end of backward, and stay in memory until the next step.
+            "immediate_grad_update": True,
+        },
         "fp16": _fp16(config),
         "zero_optimization": _zero(config, overlap_communication),
         "zero_allow_untested_optimizer": True,

@@ -8,7 +8,7 @@ made the pieces, so state written by one layout can be read by another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal, Protocol
 
@@ -85,19 +85,23 @@ class StateSource(Protocol):
 
 @dataclass
 class MemorySource:
-    """State held in memory by this rank alone: what crosses the adapter switch. Serves the ranges it was given."""
+    """State in this rank's host memory: what crosses the adapter switch. Serves the ranges it was given."""
 
     scalars: Mapping[str, Any]
     pieces: dict[tuple[str, Kind], list[Fragment]] = field(default_factory=dict)
 
     @classmethod
     def take(cls, fragments: Iterable[Fragment], scalars: Mapping[str, Any]) -> MemorySource:
-        """Hold the fragments' own memory: no copy, so the engine they came from must not step again."""
+        """Hold the fragments' tensors: a GPU's are copied to the host, and leave it to the next engine.
+
+        Those of a CPU are not copied, so the engine they came from must not step again.
+        """
         source = cls(dict(scalars))
         for fragment in fragments:
             if fragment.derived:
                 continue
-            source.pieces.setdefault(fragment.key, []).append(fragment)
+            held = replace(fragment, tensor=fragment.tensor.detach().cpu())
+            source.pieces.setdefault(fragment.key, []).append(held)
         return source
 
     def has(self, name: str, kind: Kind) -> bool:
@@ -111,7 +115,7 @@ class MemorySource:
         for piece in sorted(self.pieces.get((name, kind), []), key=lambda piece: piece.start):
             if piece.rectangle == rectangle and piece.start <= position < piece.stop:
                 end = min(stop, piece.stop)
-                parts.append(piece.tensor.detach().view(-1)[position - piece.start : end - piece.start])
+                parts.append(piece.tensor.view(-1)[position - piece.start : end - piece.start])
                 position = end
         if position != stop:
             raise KeyError(f"elements [{position}, {stop}) of {kind} {name} are not held here")

@@ -101,6 +101,7 @@ def run_layers(
     dtype: torch.dtype,
     recompute: bool,
     on_gpu: bool,
+    widened: torch.dtype | None = None,
 ) -> list[Layer]:
     """Run embedding, blocks and head, in order, on one micro-batch.
 
@@ -112,10 +113,11 @@ def run_layers(
         dtype: of parameters and activations.
         recompute: whether backward runs the blocks again.
         on_gpu: whether 2:4 products are those of kernels, not of the reference.
+        widened: what gradients are copied to as soon as they are there, where they are added up in another dtype.
     """
     memory = FakeTensorMode(allow_non_fake_inputs=True)
     with _tables_apart(), kernels.using(KernelsOfGPUs() if on_gpu else None), memory:  # type: ignore[arg-type]
-        kept = [_give_memory(layer, memory, dtype) for layer in layers]
+        kept = [_give_memory(layer, memory, dtype, widened or dtype) for layer in layers]
         counter = StorageCounter()
         counter.ignore(tensor for tensors in kept for tensor in tensors)
         with counter:
@@ -166,8 +168,16 @@ def _run(
     return found
 
 
-def _give_memory(layer: nn.Module, memory: FakeTensorMode, dtype: torch.dtype) -> list[Tensor]:
+def _give_memory(
+    layer: nn.Module, memory: FakeTensorMode, dtype: torch.dtype, gradient_dtype: torch.dtype
+) -> list[Tensor]:
     """Fake tensors, of which gradients are let go as soon as they are there, in place of a layer's meta tensors."""
+
+    def let_go(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.to(gradient_dtype)
+        parameter.grad = None
+
     made: list[Tensor] = []
     for module in layer.modules():
         for name, parameter in module._parameters.items():
@@ -177,7 +187,7 @@ def _give_memory(layer: nn.Module, memory: FakeTensorMode, dtype: torch.dtype) -
             if known is None:
                 known = nn.Parameter(_fake(parameter, memory, dtype), requires_grad=parameter.requires_grad)
                 if known.requires_grad:
-                    known.register_post_accumulate_grad_hook(_let_go)
+                    known.register_post_accumulate_grad_hook(let_go)
                 # A table that head and embedding share stays one.
                 parameter._given_memory = known  # type: ignore[attr-defined]
                 made.append(known)
@@ -198,10 +208,6 @@ def _fake(tensor: Tensor, memory: FakeTensorMode, dtype: torch.dtype) -> Tensor:
     if plain.is_floating_point():
         plain = plain.to(dtype)
     return FakeTensor(memory, plain, torch.device("cpu"))
-
-
-def _let_go(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 @contextmanager

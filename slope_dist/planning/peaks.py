@@ -160,7 +160,7 @@ def _gradients(share: ShareSize, setting: EngineSetting, arrived: int) -> int:
     there = share.trained if setting.accumulation > 1 else arrived
     if setting.kind == "zero 1" and setting.gradient_width > setting.width:
         return there * setting.gradient_width
-    if setting.kind in ("whole", "bf16", "zero 1"):
+    if setting.kind in ("whole", "zero 1"):
         return there * setting.width
     if setting.kind == "zero 2" and (there or arrived):
         # In one dtype, those of a micro-batch are first gathered beside those of the ones before.
@@ -227,11 +227,9 @@ def _update(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterator[
         yield share.trained * 4 + joined * 4, "reduction"
         yield share.trained * 4 + (0 if setting.fused else 2 * share.largest * 4), "update"
     elif setting.kind == "bf16":
-        kept = share.trained * setting.width
         # One group alone is reduced where it lies.
-        joined = share.trained * width if max(share.groups) <= _ALL_REDUCE else 0
-        yield kept + joined, "reduction"
-        yield kept + (0 if setting.fused else 2 * group * 4), "update"
+        yield share.trained * width if max(share.groups) <= _ALL_REDUCE else 0, "reduction"
+        yield 0 if setting.fused else 2 * group * 4, "update"
     elif setting.kind in ("zero 1", "zero 2"):
         flat = setting.kind == "zero 1" or width == setting.width
         there = share.trained if setting.kind == "zero 1" else part

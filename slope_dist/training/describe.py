@@ -55,7 +55,7 @@ def describe(config: Config, derived: Derived) -> list[str]:
         # Asked for again by the refusal of what cannot fit, when there are process groups and it is too late to ask.
         forecast(config, derived, on_gpu=True)
     lines += fit_on_gpu(config, derived)
-    copy = needs_of(config, derived).copy
+    copy = needs_of(config, derived, on_gpu=torch.cuda.is_available()).copy
     beside = f"are written beside training, from a copy of {size_text(copy)} a rank in host memory"
     lines.append(f"checkpoints {beside if copy else 'are waited for'}")
     lines.append(f"output: {run_folder(config)}")

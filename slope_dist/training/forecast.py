@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import pairwise
@@ -40,6 +40,7 @@ class StageMemory:
         before: until the adapters join, or for the whole run where there are none.
         after: from then on; None where there are none.
         switch: the most while they join; None where there are none.
+        waiting: host memory in which the state waits while they join; 0 on CPUs, where that is part of `switch`.
         states: model state before and after.
         copy: host memory from which checkpoints are written.
     """
@@ -48,6 +49,7 @@ class StageMemory:
     before: Peak
     after: Peak | None
     switch: int | None
+    waiting: int
     states: tuple[ModelState, ...]
     copy: int
 
@@ -162,12 +164,20 @@ def forecast(config: Config, derived: Derived, *, on_gpu: bool) -> tuple[StageMe
                 trained=shares[0][number].trained,
                 before=peaks[0],
                 after=peaks[-1] if len(phases) > 1 else None,
-                switch=states[0].carried + resting(states[1], setting) if len(phases) > 1 else None,
+                switch=_switch(states, setting, on_gpu=on_gpu),
+                waiting=states[0].carried if on_gpu and len(phases) > 1 else 0,
                 states=tuple(states),
                 copy=states[-1].saved if config.checkpoint.asynchronous else 0,
             )
         )
     return tuple(found)
+
+
+def _switch(states: Sequence[ModelState], setting: EngineSetting, *, on_gpu: bool) -> int | None:
+    """The new engine at rest and, where GPUs have no host to give it to, the state of the old one."""
+    if len(states) == 1:
+        return None
+    return resting(states[1], setting) + (0 if on_gpu else states[0].carried)
 
 
 def bounds_of(config: Config, derived: Derived, samples: Samples) -> list[int]:
@@ -202,10 +212,6 @@ def _are_alike(config: Config) -> bool:
 def engine_setting(config: Config, derived: Derived, *, on_gpu: bool) -> EngineSetting:
     """The engine's part of it."""
     width = _DTYPES[config.precision].itemsize
-    kinds: dict[int, Kind] = {0: "whole", 1: "zero 1", 2: "zero 2", 3: "zero 3"}
-    kind: Kind = "fsdp" if config.parallel.engine == "fsdp" else kinds[zero_stage(config)]
-    if kind == "zero 1" and config.precision == "bf16":
-        kind = "bf16"
     zero = deepspeed_dict(
         config,
         micro_batch_size=config.training.micro_batch_size,
@@ -213,7 +219,7 @@ def engine_setting(config: Config, derived: Derived, *, on_gpu: bool) -> EngineS
         data_ranks=derived.data_ranks,
     )["zero_optimization"]
     return EngineSetting(
-        kind=kind,
+        kind=_kind(config),
         width=width,
         gradient_width=4 if config.parallel.gradient_dtype == "fp32" else width,
         data_ranks=derived.data_ranks,
@@ -224,6 +230,16 @@ def engine_setting(config: Config, derived: Derived, *, on_gpu: bool) -> EngineS
         recompute=config.training.recompute == "blocks",
         overlap=on_gpu,
     )
+
+
+def _kind(config: Config) -> Kind:
+    if config.parallel.engine == "fsdp":
+        return "fsdp"
+    stage = zero_stage(config)
+    if stage == 1 and config.precision == "bf16":
+        return "bf16"
+    kinds: dict[int, Kind] = {0: "whole", 1: "zero 1", 2: "zero 2", 3: "zero 3"}
+    return kinds[stage]
 
 
 _samples: dict[Hashable, Samples] = {}
@@ -237,10 +253,12 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
     """
     training, model, parallel = config.training, config.model, config.parallel
     adapters = adapters and derived.adapter_rank > 0
+    # DeepSpeed's BF16_Optimizer takes each gradient as it comes.
+    widened = torch.float32 if _kind(config) == "bf16" and parallel.gradient_dtype == "fp32" else None
     key = (
         *(model, config.sparsity, config.precision, derived.adapter_rank, adapters, derived.backward_weight, on_gpu),
         *(parallel.tensor, parallel.sequence_parallel, parallel.shards_parameters, parallel.pipeline > 1),
-        *(training.micro_batch_size, training.recompute),
+        *(training.micro_batch_size, training.recompute, widened),
     )
     if key not in _samples:
         config = _as_two_four(config)
@@ -257,6 +275,7 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
                 dtype=_DTYPES[config.precision],
                 recompute=training.recompute == "blocks",
                 on_gpu=kernels,
+                widened=widened,
             )
             if kernels:
                 found = [

@@ -1,12 +1,12 @@
 """What a run needs at its worst, said by arithmetic, and the refusal, before the first step, of one that cannot fit.
 
-At the adapter switch the old optimizer's state waits in memory while the new engine is built, so a run that trains may
-still die there (rule R6).
+At the adapter switch the old optimizer's state waits in host memory while the new engine is built, so a run that trains
+may still die there (rule R6): on CPUs that is the memory it trains in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,19 +23,21 @@ from slope_dist.training.forecast import MARGIN, fits, forecast, most_of
 from slope_dist.transfer import size_text
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Needs:
     """Bytes of model state alone on the heaviest rank in each phase.
 
     Attributes:
         before: until the adapters join, or for the whole run where there are none.
         switch: while they join; None where there are none.
+        waiting: host memory in which state waits while they join; 0 on CPUs, where that is part of `switch`.
         after: from then on; None where there are none.
         copy: host memory from which checkpoints are written beside training; 0 where training waits for them.
     """
 
     before: int
     switch: int | None
+    waiting: int
     after: int | None
     copy: int
 
@@ -54,29 +56,26 @@ class Needs:
         return max(self.named().values())
 
 
-def needs_of(config: Config, derived: Derived) -> Needs:
+def needs_of(config: Config, derived: Derived, *, on_gpu: bool) -> Needs:
     """What the heaviest rank of a run needs; activations and communication buffers are not counted."""
-    return _needs(config, derived)(derived.data_ranks)
-
-
-def _needs(config: Config, derived: Derived) -> Callable[[int], Needs]:
-    """The needs as a function of the data ranks: the model is counted once."""
-    stored = storage(config, derived)
-    without = count_state(config, derived, adapters=False).shares
-    with_adapters = count_state(config, derived, adapters=True).shares if derived.adapter_steps else None
+    stored, ranks = storage(config, derived), derived.data_ranks
     copies = config.checkpoint.asynchronous
-
-    def needs(data_ranks: int) -> Needs:
-        before = [ModelState.of(share, stored, data_ranks) for share in without]
-        most = max(state.bytes for state in before)
-        if with_adapters is None:
-            return Needs(most, None, None, copies * max(state.saved for state in before))
-        after = [ModelState.of(share, stored, data_ranks) for share in with_adapters]
-        switch = max(old.carried + new.bytes for old, new in zip(before, after, strict=True))
-        copy = copies * max(state.saved for state in after)
-        return Needs(most, switch, max(state.bytes for state in after), copy)
-
-    return needs
+    without = count_state(config, derived, adapters=False).shares
+    before = [ModelState.of(share, stored, ranks) for share in without]
+    most = max(state.bytes for state in before)
+    if not derived.adapter_steps:
+        copy = copies * max(state.saved for state in before)
+        return Needs(before=most, switch=None, waiting=0, after=None, copy=copy)
+    with_adapters = count_state(config, derived, adapters=True).shares
+    after = [ModelState.of(share, stored, ranks) for share in with_adapters]
+    carried = [0 if on_gpu else state.carried for state in before]
+    return Needs(
+        before=most,
+        switch=max(old + new.bytes for old, new in zip(carried, after, strict=True)),
+        waiting=max(state.carried for state in before) if on_gpu else 0,
+        after=max(state.bytes for state in after),
+        copy=copies * max(state.saved for state in after),
+    )
 
 
 def fit_on_gpu(config: Config, derived: Derived) -> list[str]:
@@ -88,9 +87,11 @@ def fit_on_gpu(config: Config, derived: Derived) -> list[str]:
     before = max(stage.before.bytes for stage in stages)
     phases = f"{size_text(before)} a rank at the peak"
     if stages[0].after is not None:
-        switch = max(stage.switch or 0 for stage in stages)
+        waiting = max(stage.waiting for stage in stages)
         after = max(stage.after.bytes for stage in stages if stage.after is not None)
-        phases += f" before the adapters, {size_text(switch)} while they join, {size_text(after)} with them"
+        phases += (
+            f" before the adapters, {size_text(after)} with them, {size_text(waiting)} of the host while they join"
+        )
     margin = f"{(MARGIN - 1):.0%}"
     text = f"{gpu} with {size_text(memory)}: {phases}; predicted, and {margin} of it is to stay free"
     if fits(stages, memory):
@@ -137,8 +138,8 @@ def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Envi
     Raises:
         UserError: with the bytes.
     """
-    needs = needs_of(config, derived)
     on_gpu = torch.cuda.is_available()
+    needs = needs_of(config, derived, on_gpu=on_gpu)
     named = needs.named()
     if on_gpu:
         for name, size in _certain_peaks(config, derived).items():
@@ -153,12 +154,13 @@ def refuse_what_will_not_fit(config: Config, derived: Derived, environment: Envi
             f"the run does not fit: {what} takes {size_text(named[what])} on a rank, and there are {size_text(total)} "
             f"({where}); use more ranks with a higher {_larger_splits(config)}, or a smaller model"
         )
-    beside = 0 if on_gpu else named[what]
-    if needs.copy + beside > machine:
+    held = {"the copy from which checkpoints are written beside training": needs.copy}
+    held |= {"the state that waits while adapters join": needs.waiting} if on_gpu else {what: named[what]}
+    if sum(held.values()) > machine:
+        takes = " and ".join(f"{size_text(size)} for {name}" for name, size in held.items() if size)
+        advice = "set checkpoint.asynchronous false, or use more ranks" if needs.copy else "use more ranks"
         raise UserError(
-            f"the run does not fit: the copy from which checkpoints are written beside training takes "
-            f"{size_text(needs.copy)} on a rank{f', beside {size_text(beside)} for {what}' if beside else ''}, and "
-            f"there are {size_text(machine)} ({machine_text}); set checkpoint.asynchronous false, or use more ranks"
+            f"the run does not fit: a rank takes {takes}, and there are {size_text(machine)} ({machine_text}); {advice}"
         )
 
 

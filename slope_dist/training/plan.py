@@ -164,6 +164,7 @@ def _stage_data(stage: StageMemory) -> dict[str, Any]:
         "trained_elements": stage.trained,
         "before": asdict(stage.before) | {"bytes": stage.before.bytes},
         "switch": stage.switch,
+        "switch_in_host_memory": stage.waiting,
         "after": None if stage.after is None else asdict(stage.after) | {"bytes": stage.after.bytes},
         "states": [asdict(state) | {"bytes": state.bytes} for state in stage.states],
         "host_copy": stage.copy,

@@ -70,6 +70,7 @@ def _memory(plan: Plan, form: Form, console: Console) -> None:
         table.add_row(f"{title}: is in", *(peak.moment for peak in peaks))
     if stages[0].switch is not None:
         row("while adapters join", [stage.switch for stage in stages])
+        row("host memory while they join", [stage.waiting for stage in stages])
     row("host memory for checkpoints", [stage.copy for stage in stages])
     console.print(table)
     verdict = "fits" if plan.fits(form) else "does NOT fit"

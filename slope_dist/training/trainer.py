@@ -328,8 +328,8 @@ class Trainer:
         """Rule R6: export the state, release the engine, build one with adapters, load. Nothing else changes."""
         start = time.perf_counter()
         with PeakMemory() as peak:
-            fragments, scalars = self.engine.export_state()
-            source = MemorySource.take(fragments, scalars)
+            # No name for the fragments: it would keep a GPU's memory until the end of the switch.
+            source = MemorySource.take(*self.engine.export_state())
             self.engine.close()
             self._engine = None
             self._engine = build_engine(self.config, self.derived, self.groups, adapters=True, draw=False)

@@ -31,6 +31,15 @@ def test_one_piece_is_its_own_memory() -> None:
     assert held.read("w", "weight", whole(SHAPE), 4, 8).data_ptr() == DATA[4:].data_ptr()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_pieces_of_a_gpu_leave_it() -> None:
+    made = DATA.cuda()
+    held = MemorySource.take([Fragment("w", "weight", SHAPE, whole(SHAPE), 0, 24, made)], {})
+    made.zero_()
+    assert torch.equal(held.read("w", "weight", whole(SHAPE), 0, 24), DATA)
+
+
 def test_holes_are_key_errors() -> None:
     held = source((0, 10), (12, 24))
     for start, stop in ((8, 14), (10, 11), (20, 25)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,23 +149,71 @@ def measure(path: str) -> dict[str, int]:
     return found
 
 
-def peak_on_gpu(path: str) -> int:
-    """The most bytes that the allocator of this rank's GPU gives out in two steps before the adapters."""
+def switch_with_copies(path: str) -> dict[str, int]:
+    """Bytes of this rank at the switch as they are on a GPU: the state that waits is a copy, and not counted.
+
+    What the old engine has left ("left") when it is closed, and the most until the new one is loaded ("switch").
+    """
+    from slope_dist.training.build import build_engine
+
+    config = load_config(path)
+    derived = derive(config, discover().world_size)
+    parallel = config.parallel
+    groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
+    generator = torch.Generator().manual_seed(groups.position.data)
+    counter = EngineCounter()
+    with counter:
+        engine: Any = build_engine(config, derived, groups, adapters=False)
+        engine.set_learning_rates({"base": 1e-4})
+        engine.begin_step(1)
+        engine.train_step(list(micro_batches(config, derived, generator)))
+        source = MemorySource.take(*engine.export_state())
+        for pieces in source.pieces.values():
+            pieces[:] = [replace(piece, tensor=piece.tensor.clone()) for piece in pieces]
+        copies = sum(piece.tensor.nbytes for pieces in source.pieces.values() for piece in pieces)
+        del pieces
+        engine.close()
+        del engine
+        left = counter.bytes
+        counter.restart()
+        engine = build_engine(config, derived, groups, adapters=True, draw=False)
+        engine.load_state(source, new_adapters=True)
+    return {"left": left - copies, "switch": counter.peak - copies}
+
+
+def peaks_on_gpu(path: str) -> dict[str, int]:
+    """The most bytes that the allocator of this rank's GPU gives out in two steps of each phase, and at the switch."""
     from slope_dist.training.build import build_engine
 
     config = load_config(path)
     derived = derive(config, discover().world_size)
     groups = start_groups(Layout(config.parallel.tensor, derived.data_ranks, config.parallel.pipeline))
     generator = torch.Generator().manual_seed(groups.position.data)
-    engine = build_engine(config, derived, groups, adapters=False)
+    found: dict[str, int] = {}
+
+    def train(engine: Any, phase: str) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        for step in range(1, STEPS + 1):
+            engine.begin_step(step)
+            engine.train_step(list(micro_batches(config, derived, generator)))
+        found[phase] = torch.cuda.max_memory_allocated()
+
+    engine: Any = build_engine(config, derived, groups, adapters=False)
     engine.set_learning_rates({"base": 1e-4})
-    torch.cuda.reset_peak_memory_stats()
-    for step in range(1, STEPS + 1):
-        engine.begin_step(step)
-        engine.train_step(list(micro_batches(config, derived, generator)))
-    peak = torch.cuda.max_memory_allocated()
+    train(engine, "before")
+    if derived.adapter_steps:
+        torch.cuda.reset_peak_memory_stats()
+        source = MemorySource.take(*engine.export_state())
+        engine.close()
+        del engine
+        engine = build_engine(config, derived, groups, adapters=True, draw=False)
+        engine.load_state(source, new_adapters=True)
+        del source
+        found["switch"] = torch.cuda.max_memory_allocated()
+        engine.set_learning_rates({"base": 1e-4, "adapters": 1e-4})
+        train(engine, "after")
     engine.close()
-    return peak
+    return found
 
 
 def warm_up() -> None:
