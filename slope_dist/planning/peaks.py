@@ -16,9 +16,6 @@ from slope_dist.planning.model_state import ModelState, ShareSize
 Kind = Literal["whole", "bf16", "zero 1", "zero 2", "zero 3", "fsdp"]
 """Who holds gradients and optimizer state: torch, DeepSpeed's BF16_Optimizer, its ZeRO stages, FSDP2."""
 
-BESIDE_TENSORS = 32 * 2**20
-"""Bytes that a CPU process takes beside its tensors, about: buffers of gloo and of the libraries of products."""
-
 _ALL_REDUCE = 500_000_000
 """Elements up to which DeepSpeed joins gradients before it reduces them, where no bucket is set."""
 

@@ -19,7 +19,6 @@ import torch
 
 from slope_dist.config import derive, load_config
 from slope_dist.config.resolve import zero_stage
-from slope_dist.planning.peaks import BESIDE_TENSORS
 from slope_dist.planning.storages import StorageCounter
 from slope_dist.training.forecast import forecast
 from tests.distributed import run_ranks
@@ -30,6 +29,9 @@ from tests.runs import write_config
 QUICK = ("ZeRO 1; bf16, 2:4",)
 COUNTED, RESIDENT, UNTIL_UPDATE, ON_GPU = 0.05, 0.15, 0.10, 0.10
 """How far predictions may be off. What is there until the optimizer updates, on CPUs often the peak, is a GPU's."""
+BESIDE_TENSORS = 32 * 2**20
+"""Bytes that a CPU process takes beside its tensors, about: buffers of gloo and of the libraries of products."""
+
 TIMEOUT = 600.0
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="predicts and measures runs on CPUs")
 
