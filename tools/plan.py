@@ -7,8 +7,9 @@
 
 Memory is predicted for every pipeline stage: model state, the engine's buffers and the activations of the fullest
 moment, before the adapters, while they join and with them, beside the dense run. Time comes from products, links and
-the pipeline; products from a file of `tools/benchmark.py gemm` of that card, else from its peaks and assumptions. How,
-and how well that has been checked: docs/planning.md. Nothing is written.
+the pipeline; products from a file of `tools/benchmark.py gemm` of that card, else from its peaks and assumptions. Times
+are UNVALIDATED unless --checked-by names measured blocks or steps of that card, and all are met within 15 %. How, and
+how well that has been checked: docs/planning.md. Nothing is written.
 
 --search tries every layout that is legal on all GPUs: tensor and sequence parallelism, pipeline, ZeRO stage or FSDP2,
 micro-batch and recomputation. --validate compares predictions with results of `tools/benchmark.py block` or `step`.
@@ -25,6 +26,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -35,6 +37,9 @@ from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.products import ProductTimes, Roofline, read_measured
 from slope_dist.planning.step_time import Machine
 from slope_dist.planning.traffic import WIDTH
+
+if TYPE_CHECKING:
+    from slope_dist.benchmark.prediction import Prediction
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EXIT_FAR_OFF = 1
@@ -51,6 +56,7 @@ def _parser() -> Parser:
     parser.add_argument("--inside-gb", type=float, help="GB/s that a GPU sends within its node; default: of the kind")
     parser.add_argument("--between-gb", type=float, help="GB/s that a GPU sends to other nodes; default: of the kind")
     parser.add_argument("--gemm", type=Path, help="results of tools/benchmark.py gemm on such a card")
+    parser.add_argument("--checked-by", type=Path, metavar="FILE", help="results of block or step on such a card")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--search", action="store_true", help="rank all legal layouts")
     what.add_argument("--validate", type=Path, metavar="FILE", help="compare with measured blocks or steps")
@@ -105,14 +111,10 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
 
 
 def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> int:
-    from slope_dist.benchmark.prediction import CLOSE, compare
+    from slope_dist.benchmark.prediction import CLOSE
     from slope_dist.training.plan_screen import table_of
 
-    configs = {path.stem: load_config(path) for path in sorted(CONFIGS.glob("*.json"))}
-    name = _benchmark_of(options.validate)
-    found = list(compare(options.validate, name, configs, Machine(times, cluster.peaks)))
-    if not found:
-        raise UserError(f"{options.validate} has no measured cells")
+    found = _compared(options.validate, cluster, times)
     if options.json:
         print(json.dumps([vars(one) | {"ratio": one.ratio} for one in found], indent=1))
     else:
@@ -126,12 +128,22 @@ def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes
     return 0 if close == len(found) else EXIT_FAR_OFF
 
 
+def _compared(path: Path, cluster: Cluster, times: ProductTimes) -> list[Prediction]:
+    from slope_dist.benchmark.prediction import compare
+
+    configs = {path.stem: load_config(path) for path in sorted(CONFIGS.glob("*.json"))}
+    found = list(compare(path, _benchmark_of(path), configs, cluster.gpu, Machine(times, cluster.peaks)))
+    if not found:
+        raise UserError(f"{path} has no measured cells")
+    return found
+
+
 def _benchmark_of(path: Path) -> str:
     from slope_dist.planning.products import benchmark_of
 
     name = benchmark_of(path)
     if name not in ("block", "step"):
-        raise UserError(f'{path} holds results of "{name}"; --validate takes those of "block" or "step"')
+        raise UserError(f'{path} holds results of "{name}"; those of "block" or "step" are compared with')
     return name
 
 
@@ -164,7 +176,7 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
     fitting = [candidate for candidate in found if candidate.fits]
     lines = [
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}: {len(found)} layouts, of which {len(fitting)} fit",
-        _times_line(times, measured=options.gemm is not None),
+        _times_line(options, cluster, times),
     ]
     _console().print("\n".join(lines), highlight=False)
     table = table_of("layout", "memory a rank", "step", "tokens/s")
@@ -191,11 +203,19 @@ def _plan(options: argparse.Namespace, config: Config, cluster: Cluster, times: 
     if options.json:
         print(json.dumps(to_data(plan), indent=1))
     else:
-        show(plan, _console(), _times_line(times, measured=plan.measured))
+        show(plan, _console(), _times_line(options, cluster, times))
 
 
-def _times_line(times: ProductTimes, *, measured: bool) -> str:
-    return f"times: {'' if measured else 'UNVALIDATED; '}{times.basis}"
+def _times_line(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> str:
+    from slope_dist.benchmark.prediction import CLOSE
+
+    if options.checked_by is None:
+        return f"times: UNVALIDATED; products {times.basis}"
+    found = _compared(options.checked_by, cluster, times)
+    off = sum(not one.is_close for one in found)
+    cells = f"of {len(found)} measured cells in {options.checked_by}"
+    verdict = f"UNVALIDATED, {off} {cells} are not met" if off else f"all {cells} are met"
+    return f"times: {verdict} within {CLOSE:.0%}; products {times.basis}"
 
 
 def _console() -> Console:

@@ -84,19 +84,20 @@ def predict_step(config: Config, tokens: int, form: Form, machine: Machine, *, w
     return work.seconds + optimizer_seconds(share, one, 1, machine.peaks, resident=form.resident)
 
 
-def compare(path: Path, benchmark: str, configs: dict[str, Config], machine: Machine) -> Iterator[Prediction]:
+def compare(path: Path, benchmark: str, configs: dict[str, Config], gpu: str, machine: Machine) -> Iterator[Prediction]:
     """Predict every rival in a file of `block` or `step`.
 
     Args:
         path: of the file.
         benchmark: which of the two.
         configs: the models that cells can name.
-        machine: the card that the file was measured on.
+        gpu: the kind of card that the file was measured on.
+        machine: its products and peaks.
 
     Raises:
-        UserError: if the file cannot be read, or names a model that is not among `configs`.
+        UserError: if the file cannot be read, is of another card, or names a model that is not among `configs`.
     """
-    for row in read_results(path, benchmark)["rows"]:
+    for row in read_results(path, benchmark, gpu)["rows"]:
         yield from _row(path, row, benchmark, configs, machine)
 
 

@@ -11,18 +11,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from slope_dist.checkpoint import writer
 from slope_dist.checkpoint.format import CheckpointError
+from slope_dist.checkpoint.host_copy import HostCopy
 from slope_dist.checkpoint.retention import Retention
 from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment
@@ -61,46 +60,6 @@ class Outcome:
     stall_seconds: float = 0.0
     seconds: float = 0.0
     copy_bytes: int = 0
-
-
-class HostCopy:
-    """One state in host memory. Its buffers serve all saves: a rank holds the bytes of what it writes once more."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Host memory in use."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
-    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """Copies of the fragments that this rank writes, in place of those that were taken before.
-
-        Raises:
-            MemoryError, RuntimeError: if there is too little memory; the copy is then empty.
-        """
-        before, self._buffers = self._buffers, {}
-        copies = []
-        try:
-            for fragment in fragments:
-                if not fragment.write or fragment.start == fragment.stop:
-                    continue
-                live = fragment.tensor.detach().reshape(-1)
-                key = (*fragment.key, fragment.rectangle, fragment.start, fragment.stop, live.dtype)
-                buffer = before.pop(key, None)
-                if buffer is None:
-                    # Pinned, so that a copy from the device runs at the full speed of the bus, beside the next one.
-                    buffer = torch.empty(live.shape, dtype=live.dtype, pin_memory=live.is_cuda)
-                buffer.copy_(live, non_blocking=True)
-                self._buffers[key] = buffer
-                copies.append(replace(fragment, tensor=buffer))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-        except BaseException:
-            self._buffers = {}
-            raise
-        return copies
 
 
 @dataclass(frozen=True)

@@ -141,9 +141,9 @@ def _training(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterato
         yield _gradients(share, setting, 0) + whole, alive + layer.forward, "forward"
         later = sum(size.trained for size in sizes[index:])
         buffers = _gradients(share, setting, later) + whole
-        if index < last and not stage.pipelined:
+        if not stage.pipelined:
             # The head is fullest before its own gradient arrives; a pipeline reduces after its last backward.
-            buffers += _in_transit(setting, sizes)
+            buffers += _in_transit(setting, sizes) if index < last else _buckets(setting)
         if setting.kind == "fsdp":
             running, after = _fsdp_backward(setting, sizes, index)
             yield buffers + after, alive + layer.given, "backward"
@@ -168,19 +168,21 @@ def _gradients(share: ShareSize, setting: EngineSetting, arrived: int) -> int:
     return 0
 
 
+def _buckets(setting: EngineSetting) -> int:
+    """Buffers that wait for gradients from the beginning of backward."""
+    widths = {"zero 1": setting.gradient_width, "zero 2": setting.width}
+    return setting.bucket * widths.get(setting.kind, 0) * (1 + setting.overlap)
+
+
 def _in_transit(setting: EngineSetting, sizes: Sequence[LayerSize]) -> int:
     """Gradients between backward and where they are accumulated."""
     bucket = min(setting.bucket, sum(size.trained for size in sizes))
-    if setting.kind == "zero 1":
-        return bucket * setting.gradient_width * (1 + setting.overlap)
-    if setting.kind == "zero 2":
-        if setting.width == setting.gradient_width:
-            return bucket * setting.width * (1 + setting.overlap)
+    if setting.kind == "zero 2" and setting.width != setting.gradient_width:
         # What is reduced is widened first.
-        return bucket * (setting.width * (1 + setting.overlap) + setting.gradient_width)
+        return _buckets(setting) + bucket * setting.gradient_width
     if setting.kind == "zero 3":
         return bucket * setting.gradient_width
-    return 0
+    return _buckets(setting)
 
 
 def _gathered(setting: EngineSetting, sizes: Sequence[LayerSize], index: int) -> int:
@@ -231,8 +233,11 @@ def _update(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterator[
         flat = setting.kind == "zero 1" or width == setting.width
         there = share.trained if setting.kind == "zero 1" else part
         bucket = _in_transit(setting, stage.sizes) if stage.pipelined else 0
-        yield there * width + flat * part * 4 + bucket, "reduction"
-        yield part * 4 * (1 + flat) + (0 if setting.fused else 2 * group * 4), "update"
+        yield there * width + flat * part * width + bucket, "reduction"
+        if width < 4:
+            # Narrow ones are joined, and then widened, one group at a time.
+            yield part * width + group * (width + 4), "widening"
+        yield part * (4 + flat * width) + (0 if setting.fused else 2 * group * 4), "update"
     elif setting.kind == "zero 3":
         at_once = min(group, _SUB_GROUP)
         yield min(part, _SUB_GROUP) * 4 + (0 if setting.fused else 2 * at_once * 4), "update"

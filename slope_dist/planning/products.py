@@ -135,10 +135,8 @@ def read_measured(path: Path, gpu: str) -> Measured:
     Raises:
         UserError: if it cannot be read, holds something else, or was measured on another card.
     """
-    content = read_results(path, "gemm")
-    card = str(content["machine"].get("device"))
-    if kind_of(card) != gpu:
-        raise UserError(f'{path} was measured on "{card}", which is no {gpu}; take --gpu of that card, or another file')
+    content = read_results(path, "gemm", gpu)
+    card = content["machine"]["device"]
     try:
         made = Measured(content["rows"], f"measured on {card}: {path}, commit {content['machine'].get('commit')}")
         for kind, sparse in product(_MEASURED, (False, True)):
@@ -167,14 +165,17 @@ def _content(path: Path) -> Any:
         return None
 
 
-def read_results(path: Path, benchmark: str) -> dict[str, Any]:
+def read_results(path: Path, benchmark: str, gpu: str) -> dict[str, Any]:
     """The content of a file of results.
 
     Raises:
-        UserError: if it is none, or of another benchmark.
+        UserError: if it is none, of another benchmark, or measured on another card.
     """
     content = _content(path)
     good = isinstance(content, dict) and content.get("benchmark") == benchmark
     if not good or not isinstance(content.get("machine"), dict) or not isinstance(content.get("rows"), list):
         raise UserError(f'{path} is no file of results of "tools/benchmark.py {benchmark}"')
+    card = str(content["machine"].get("device"))
+    if kind_of(card) != gpu:
+        raise UserError(f'{path} was measured on "{card}", which is no {gpu}; take --gpu of that card, or another file')
     return content

@@ -236,7 +236,7 @@ def _kind(config: Config) -> Kind:
     if config.parallel.engine == "fsdp":
         return "fsdp"
     stage = zero_stage(config)
-    if stage == 1 and config.precision == "bf16":
+    if stage == 1 and config.precision == "bf16" and config.parallel.gradient_dtype == "fp32":
         return "bf16"
     kinds: dict[int, Kind] = {0: "whole", 1: "zero 1", 2: "zero 2", 3: "zero 3"}
     return kinds[stage]
@@ -254,7 +254,7 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
     training, model, parallel = config.training, config.model, config.parallel
     adapters = adapters and derived.adapter_rank > 0
     # DeepSpeed's BF16_Optimizer takes each gradient as it comes.
-    widened = torch.float32 if _kind(config) == "bf16" and parallel.gradient_dtype == "fp32" else None
+    widened = torch.float32 if _kind(config) == "bf16" else None
     key = (
         *(model, config.sparsity, config.precision, derived.adapter_rank, adapters, derived.backward_weight, on_gpu),
         *(parallel.tensor, parallel.sequence_parallel, parallel.shards_parameters, parallel.pipeline > 1),

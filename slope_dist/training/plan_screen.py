@@ -73,7 +73,9 @@ def _memory(plan: Plan, form: Form, console: Console) -> None:
         row("host memory while they join", [stage.waiting for stage in stages])
     row("host memory for checkpoints", [stage.copy for stage in stages])
     console.print(table)
-    verdict = "fits" if plan.fits(form) else "does NOT fit"
+    verdict = "fits" if plan.fits(form) else "may NOT fit" if form.most <= plan.cluster.memory else "does NOT fit"
+    host = plan.cluster.gpus_per_node * max(stage.copy + stage.waiting for stage in stages)
+    console.print(f"host memory of a node, checkpoints and the switch: {size_text(host)} at most", highlight=False)
     console.print(
         f"{pattern} {verdict}: {size_text(form.most)} of {size_text(plan.cluster.memory)} at most, "
         f"{MARGIN - 1:.0%} of it to stay free",

@@ -35,7 +35,7 @@ def config() -> Config:
 
 def results(path: Path, benchmark: str, rivals: dict[str, Any], **more: Any) -> Path:
     row = {"cell": "opt1.3b", "config": "opt1.3b", "tokens": TOKENS, "rivals": rivals} | more
-    path.write_text(json.dumps({"benchmark": benchmark, "machine": {}, "rows": [row]}))
+    path.write_text(json.dumps({"benchmark": benchmark, "machine": {"device": "NVIDIA H200"}, "rows": [row]}))
     return path
 
 
@@ -62,7 +62,7 @@ def test_every_rival_is_compared(benchmark: str, config: Config, tmp_path: Path)
     }
     rivals["dense, again"] = {"seconds": 1.0}
     path = results(tmp_path / "r.json", benchmark, rivals, **({"layers": 3} if whole else {}))
-    found = list(compare(path, benchmark, {"opt1.3b": config}, MACHINE))
+    found = list(compare(path, benchmark, {"opt1.3b": config}, "h200-141gb", MACHINE))
     assert [(p.rival, p.is_close) for p in found] == [
         ("dense", True),
         ("resident", True),
@@ -75,9 +75,11 @@ def test_every_rival_is_compared(benchmark: str, config: Config, tmp_path: Path)
 def test_what_is_wrong_is_one_line(config: Config, tmp_path: Path) -> None:
     path = results(tmp_path / "r.json", "block", {"dense": {"seconds": 1.0}}, config="opt9b")
     with pytest.raises(UserError, match="is of the model opt9b, which is not in configs/"):
-        list(compare(path, "block", {"opt1.3b": config}, MACHINE))
+        list(compare(path, "block", {"opt1.3b": config}, "h200-141gb", MACHINE))
     with pytest.raises(UserError, match=r'is no file of results of "tools/benchmark.py step"'):
-        list(compare(path, "step", {}, MACHINE))
+        list(compare(path, "step", {}, "h200-141gb", MACHINE))
+    with pytest.raises(UserError, match='was measured on "NVIDIA H200", which is no a100-80gb'):
+        list(compare(path, "block", {"opt1.3b": config}, "a100-80gb", MACHINE))
     results(path, "block", {"dense": {}})
     with pytest.raises(UserError, match="is damaged: KeyError"):
-        list(compare(path, "block", {"opt1.3b": config}, MACHINE))
+        list(compare(path, "block", {"opt1.3b": config}, "h200-141gb", MACHINE))

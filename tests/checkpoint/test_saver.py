@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from slope_dist.checkpoint import Checkpoint, Retention, Saver, find_newest, saver, writer
-from slope_dist.checkpoint.saver import ATTEMPTS, HostCopy, Outcome
+from slope_dist.checkpoint.host_copy import HostCopy
+from slope_dist.checkpoint.saver import ATTEMPTS, Outcome
 from slope_dist.parallel.collectives import rank
-from slope_dist.parallel.fragments import Fragment, whole
 from tests.distributed import end_ranks, run_ranks
 
 from .states import assert_holds, fragments_of, make_state
@@ -115,23 +114,6 @@ def test_one_save_is_under_way_at_a_time(tmp_path: Path) -> None:
     outcomes = ended(found)
     assert [outcome.step for outcome in outcomes] == [1, 2]
     assert outcomes[1].stall_seconds >= 0.2, "and says so"
-
-
-def test_the_copys_memory_is_that_of_what_is_written_and_serves_again(tmp_path: Path) -> None:
-    copy = HostCopy()
-    big, other = torch.zeros(1000), torch.ones(10, dtype=torch.bfloat16)
-    fragments = [
-        Fragment("a", "weight", (1000,), whole((1000,)), 0, 1000, big),
-        Fragment("b", "weight", (10,), whole((10,)), 0, 10, other),
-        Fragment("c", "weight", (10,), whole((10,)), 0, 10, other, write=False),
-    ]
-    first = copy.take(fragments)
-    assert copy.bytes == 4000 + 20
-    assert [fragment.name for fragment in first] == ["a", "b"]
-    again = copy.take(fragments)
-    assert [f.tensor.data_ptr() for f in again] == [f.tensor.data_ptr() for f in first]
-    copy.take(fragments[1:])
-    assert copy.bytes == 20, "what is not saved any more is let go"
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -1,6 +1,7 @@
 """The runs by which predictions of memory are checked: every layout that two CPU ranks can run, in all its kinds.
 
-Layout, precision and sparsity are crossed; family and recomputation take turns, so that each meets every layout.
+Layout, precision and sparsity are crossed, and bf16 is there once with fp32 gradients and once with its own; family and
+recomputation take turns, so that each meets every layout.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 """Ranks, and the config's changes; a ZeRO stage not named is 1."""
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "bf16 gradients": {"precision": "bf16", "parallel__gradient_dtype": "model"},
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -62,9 +69,9 @@ def cases() -> list[Case]:
     """All of them."""
     made = []
     turns = list(product(FAMILIES, ("none", "blocks")))
-    combinations = product(LAYOUTS, ("fp32", "bf16"), ("dense", "2:4"))
-    for number, (layout, precision, pattern) in enumerate(combinations):
-        if layout.endswith("ZeRO 0") and precision == "bf16":
+    combinations = product(PRECISIONS, LAYOUTS, ("dense", "2:4"))
+    for number, (precision, layout, pattern) in enumerate(combinations):
+        if layout.endswith("ZeRO 0") and precision != "fp32":
             # Is run as ZeRO 1.
             continue
         family, recompute = turns[(number + number // len(turns)) % len(turns)]
@@ -76,7 +83,8 @@ def cases() -> list[Case]:
                 SIZES
                 | FAMILIES[family]
                 | changes
-                | {"precision": precision, "sparsity__pattern": pattern, "training__recompute": recompute},
+                | PRECISIONS[precision]
+                | {"sparsity__pattern": pattern, "training__recompute": recompute},
             )
         )
     return made

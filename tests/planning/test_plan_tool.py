@@ -66,7 +66,8 @@ def gemm(folder: Path, device: str) -> str:
 def test_measured_products_are_used_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, file = str(write_config(tmp_path, tmp_path, **SMALL)), gemm(tmp_path, "NVIDIA A100-SXM4-40GB")
     code, text, _ = run(capsys, "--config", path, *TWO, "--gemm", file)
-    assert code == 0 and "times: measured on NVIDIA A100-SXM4-40GB" in text and "UNVALIDATED" not in text
+    # Links, attention and the pipeline are not measured by that.
+    assert code == 0 and "times: UNVALIDATED; products measured on NVIDIA A100-SXM4-40GB" in text
     assumed, measured = (
         json.loads(run(capsys, "--config", path, *TWO, "--json", *more)[1]) for more in ((), ("--gemm", file))
     )
@@ -77,9 +78,24 @@ def test_measured_products_are_used_and_said(tmp_path: Path, capsys: pytest.Capt
 def test_measured_steps_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "rivals": {"dense": {"seconds": 1e9}}}
     file = tmp_path / "block.json"
-    file.write_text(json.dumps({"benchmark": "block", "machine": {}, "rows": [row]}))
+    machine = {"device": "NVIDIA A100-SXM4-80GB"}
+    file.write_text(json.dumps({"benchmark": "block", "machine": machine, "rows": [row]}))
     code, text, error = run(capsys, "--gpu", "a100-80gb", "--validate", str(file))
     assert code == plan.EXIT_FAR_OFF and "opt125m" in text and "0 of 1 within 15%" in error
+
+
+def test_a_plan_is_validated_by_measured_steps_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, file = str(write_config(tmp_path, tmp_path, **SMALL)), tmp_path / "block.json"
+    row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "rivals": {"dense": {"seconds": 1.0}}}
+    made = {"benchmark": "block", "machine": {"device": "NVIDIA A100-SXM4-40GB"}, "rows": [row]}
+    file.write_text(json.dumps(made))
+    _, shown, _ = run(capsys, "--gpu", "a100-40gb", "--validate", str(file), "--json")
+    predicted = json.loads(shown)[0]["predicted"]
+    for ratio, said in ((1.1, f"all of 1 measured cells in {file} are met within 15%"), (1.2, "UNVALIDATED, 1 of 1")):
+        row["rivals"] = {"dense": {"seconds": predicted / ratio}}
+        file.write_text(json.dumps(made))
+        code, text, _ = run(capsys, "--config", path, *TWO, "--checked-by", str(file))
+        assert code == 0 and f"times: {said}" in text
 
 
 def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,6 +133,7 @@ def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys
         (("--gpu", "a100-40gb", "--nodes", "1", "--gemm", "/none"), "/none cannot be read"),
         (("--gpu", "a100-40gb", "--nodes", "1", "--search", "--validate", "x"), "not allowed with argument"),
         (("--gpu", "a100-40gb", "--validate", "/none"), "/none cannot be read"),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--checked-by", "/none"), "/none cannot be read"),
     ],
 )
 def test_bad_input_is_one_line(
