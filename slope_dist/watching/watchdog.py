@@ -2,7 +2,8 @@
 
 There is one on each machine. All but that of rank 0 tell it every moment what their ranks show, over a connection that
 carries seconds and counts but no times of day: clocks of machines differ. That of rank 0 decides; it then lets all look
-into their ranks, says which is late, and lets all kill theirs. One that has lost it judges its own ranks alone.
+into their ranks, says which is late, and lets all kill theirs. One that has lost it, or hears nothing of it for as long
+as a hang takes, judges its own ranks alone.
 
 It counts only seconds in which it ran itself, so that a job that was suspended as a whole does not hang.
 """
@@ -74,6 +75,8 @@ class Watchdog:
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
         self._line: Line | None = None
+        # Seconds since that of rank 0 has said anything.
+        self._silent = 0.0
         self._lines: dict[socket.socket, Line] = {}
         # Of other machines: how their ranks were seen, and when they said so.
         self._told: dict[socket.socket, tuple[list[Seen], float]] = {}
@@ -104,6 +107,14 @@ class Watchdog:
             self._machine.look(ran)
             last = now
             seen = self._machine.seen()
+            self._silent += ran
+            if self._line is not None and self._silent > self._limits.usual:
+                # Its machine stands still, and a connection to it does not show that.
+                _warn(
+                    f"the watchdog of {self._settings.host} has heard nothing of that of rank 0 for "
+                    f"{self._silent:.0f} s: it judges its own ranks alone"
+                )
+                self._let_go(self._line.socket)
             if self._line is not None:
                 self._line.send({"kind": "seen", "ranks": [one.to_json() for one in seen]})
             elif hangs(everyone := seen + self._others(self._ran), self._limits):
@@ -125,7 +136,6 @@ class Watchdog:
                     connection = socket.create_connection((host, settings.leader["port"]), timeout=_CONNECT)
                 except OSError:
                     continue
-                connection.settimeout(None)
                 self._line = Line(connection, _LONGEST)
                 self._line.send({"kind": "hello", "token": settings.token})
                 self._selector.register(connection, selectors.EVENT_READ, self._obey)
@@ -181,6 +191,7 @@ class Watchdog:
             raise ValueError("not one of ours")
         elif kind == "seen":
             self._told[connection] = [Seen.from_json(seen) for seen in message["ranks"]], self._ran
+            self._lines[connection].send({"kind": "heard"})
         elif kind == "evidence":
             self._found[connection] = [Evidence.from_json(one) for one in message["ranks"]]
         elif kind == "killed":
@@ -191,6 +202,7 @@ class Watchdog:
         assert self._line is not None
         try:
             for message in self._line.arrived():
+                self._silent = 0.0
                 if message["kind"] == "look":
                     found = self._machine.evidence()
                     self._machine.freeze()
@@ -201,10 +213,14 @@ class Watchdog:
                 elif message["kind"] == "bye":
                     raise SystemExit(0)
         except (OSError, ValueError):
-            self._selector.unregister(connection)
-            connection.close()
             # Without a rank 0 the run ends, by the word of its peers; if it does not, somebody must still watch.
-            self._line = None
+            self._let_go(connection)
+
+    def _let_go(self, connection: socket.socket) -> None:
+        """Of the watchdog of rank 0."""
+        self._selector.unregister(connection)
+        connection.close()
+        self._line = None
 
     def _others(self, now: float) -> list[Seen]:
         """The ranks of other machines, as they were seen so long ago."""

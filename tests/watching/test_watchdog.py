@@ -151,6 +151,25 @@ def test_one_that_lost_rank_0s_judges_alone(tmp_path: Path) -> None:
     assert "cannot reach that of rank 0" in text.splitlines()[0] and "rank 1 (node1" in text
 
 
+def test_so_does_one_that_hears_nothing_of_rank_0s(tmp_path: Path) -> None:
+    """A machine that stands still as a whole keeps its connections, and its watchdog sees nothing."""
+    with ExitStack() as stack, listen_on_any_port(2) as listener:
+        ranks = [stack.enter_context(heart(does, owned=True)) for does in ("get_on", "stand_still")]
+        leader = {"hosts": ["127.0.0.1"], "port": listener.getsockname()[1]}
+        told = {"world_size": 2, "token": "secret"}
+        first = stack.enter_context(watchdog(tmp_path, {0: ranks[0][1]}, listener=listener.fileno(), **told))
+        second = stack.enter_context(watchdog(tmp_path, {1: ranks[1][1]}, host="node2", leader=leader, **told))
+        for watching in (first, second):
+            until_it_watches(watching)
+        time.sleep(2 * USUAL)
+        assert second.poll() is None, "while rank 0's gets on it is heard"
+        for process in (first, ranks[0][0]):
+            process.send_signal(signal.SIGSTOP)
+        text = ended(second)
+        assert ranks[1][0].wait(timeout=5) == -signal.SIGKILL
+    assert "has heard nothing of that of rank 0 for" in text.splitlines()[0] and "rank 1 (node2" in text
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"])
 def test_it_leaves_with_its_ranks_and_not_before(tmp_path: Path, name: str) -> None:
     with heart("get_on") as (process, address), watchdog(tmp_path, {0: address}) as watching:
