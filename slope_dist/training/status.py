@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -179,13 +180,19 @@ class Observer:
         parts = self._history(warnings)
         self._read_metrics(warnings)
         config = self._json(_CONFIG, warnings)
-        state = _state(end, lock_is_held(self.folder / LOCK))
-        running = state in ("running", "unclear")
         step = int(self._metrics.last("step") or 0)
         steps = _number(config, "training", "steps")
         per_step = self._metrics.seconds_per_step()
-        quiet = self._quiet(now, parts) if running else None
-        if running and quiet is not None and quiet > max(_QUIET_SECONDS, _QUIET_STEPS * (per_step or 0.0)):
+        quiet = self._quiet(now, parts)
+        too_quiet = quiet is not None and quiet > max(_QUIET_SECONDS, _QUIET_STEPS * (per_step or 0.0))
+        held = lock_is_held(self.folder / LOCK)
+        if held is False and not too_quiet and _text(end, "host") not in (None, socket.gethostname()):
+            # Some file systems keep locks to the machine that took them.
+            held = None
+        state = _state(end, held)
+        running = state in ("running", "unclear")
+        quiet = quiet if running else None
+        if quiet is not None and too_quiet:
             took = f"; the last ones took {duration_text(per_step)} each" if per_step else ""
             warnings.append(f"no step for {duration_text(quiet)}{took}")
         if state == "killed":

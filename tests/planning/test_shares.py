@@ -26,6 +26,9 @@ from slope_dist.training.memory import needs_of
 from tests.distributed import ROOT, run_ranks
 from tests.runs import same_bits, write_config
 
+NODE_MEMORY = 2**40
+"""What nodes of 8 such cards have, or more."""
+
 LARGE = ("opt13b", "opt30b", "opt66b")
 MULTIPLE = 8
 
@@ -174,9 +177,9 @@ def test_no_rank_exceeds_the_memory_of_the_card(name: str, nodes: int) -> None:
     derived = derive(config, 8 * nodes)
     assert config.parallel.gpu is not None
     memory = GPU_MEMORY[config.parallel.gpu]
-    # Room for activations: half the card.
+    # Room for activations: half the card. Of the host, the copy for checkpoints and the state of the switch.
     needs = needs_of(config, derived, on_gpu=True)
-    assert needs.switch == needs.after
+    assert needs.waiting > 0 and 8 * (needs.copy + needs.waiting) < NODE_MEMORY
     for adapters, promised in ((False, needs.before), (True, needs.after)):
         shares = shares_of(config, adapters)
         states = [ModelState.of(share.size, storage(config, derived), derived.data_ranks) for share in shares]

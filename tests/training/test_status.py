@@ -102,6 +102,17 @@ def test_a_killed_run(folders: dict[str, Path]) -> None:
     assert status.goodput is not None and status.goodput == look(folders["killed"], now=time.time() + 1e6).goodput
 
 
+def test_a_lock_of_another_machine_may_not_be_seen_here(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["killed"], tmp_path / "run")
+    end = json.loads((folder / "end.json").read_text())
+    (folder / "end.json").write_text(json.dumps(end | {"host": "another"}))
+    written = step_rows(folder)[-1]["time"]
+    recent = look(folder, now=written + 30)
+    assert recent.state == "unclear" and recent.eta_seconds and recent.warnings == []
+    # Where no rows come either it is dead.
+    assert look(folder, now=written + 1e5).state == "killed"
+
+
 def test_a_finished_run(folders: dict[str, Path]) -> None:
     folder = folders["finished"]
     status = look(folder)
