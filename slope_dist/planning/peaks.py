@@ -142,14 +142,20 @@ def _training(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterato
         later = sum(size.trained for size in sizes[index:])
         buffers = _gradients(share, setting, later) + whole
         if not stage.pipelined:
-            # The head is fullest before its own gradient arrives; a pipeline reduces after its last backward.
-            buffers += _in_transit(setting, sizes) if index < last else _buckets(setting)
+            # A pipeline reduces after its last backward.
+            buffers += _buckets(setting)
         if setting.kind == "fsdp":
             running, after = _fsdp_backward(setting, sizes, index)
             yield buffers + after, alive + layer.given, "backward"
             buffers += running
         alive += layer.saved
         yield buffers, alive + layer.backward, "backward"
+        if index < last and not stage.pipelined:
+            # The head is fullest before its own gradient arrives. A block that is computed again is so when its first
+            # gradients arrive, which are then reduced; another is then as forward has left it. ZeRO 3 reduces at once.
+            first = setting.kind == "zero 2" and not setting.recompute
+            reducing = layer.given if first else layer.backward
+            yield buffers + _reduced(setting, sizes), alive + reducing, "backward"
 
 
 def _gradients(share: ShareSize, setting: EngineSetting, arrived: int) -> int:
@@ -159,10 +165,12 @@ def _gradients(share: ShareSize, setting: EngineSetting, arrived: int) -> int:
         return there * setting.gradient_width
     if setting.kind in ("whole", "zero 1"):
         return there * setting.width
-    if setting.kind == "zero 2" and (there or arrived):
-        # In one dtype, those of a micro-batch are first gathered beside those of the ones before.
-        sets = 2 if setting.width == setting.gradient_width and setting.accumulation > 1 else 1
-        return sets * -(-share.trained // setting.data_ranks) * setting.gradient_width
+    if setting.kind == "zero 2" and setting.width == setting.gradient_width:
+        # Those of a micro-batch gather beside those of the ones before.
+        before = share.trained if setting.accumulation > 1 else 0
+        return -(-(before + arrived) // setting.data_ranks) * setting.gradient_width
+    if setting.kind == "zero 2" and there:
+        return -(-share.trained // setting.data_ranks) * setting.gradient_width
     if setting.kind == "fsdp" and there:
         return -(-share.trained // setting.data_ranks) * 4
     return 0
@@ -174,15 +182,11 @@ def _buckets(setting: EngineSetting) -> int:
     return setting.bucket * widths.get(setting.kind, 0) * (1 + setting.overlap)
 
 
-def _in_transit(setting: EngineSetting, sizes: Sequence[LayerSize]) -> int:
-    """Gradients between backward and where they are accumulated."""
+def _reduced(setting: EngineSetting, sizes: Sequence[LayerSize]) -> int:
+    """What a bucket is copied to while it is reduced."""
     bucket = min(setting.bucket, sum(size.trained for size in sizes))
-    if setting.kind == "zero 2" and setting.width != setting.gradient_width:
-        # What is reduced is widened first.
-        return _buckets(setting) + bucket * setting.gradient_width
-    if setting.kind == "zero 3":
-        return bucket * setting.gradient_width
-    return _buckets(setting)
+    widens = setting.kind == "zero 2" and setting.width != setting.gradient_width
+    return bucket * setting.gradient_width if widens or setting.kind == "zero 3" else 0
 
 
 def _gathered(setting: EngineSetting, sizes: Sequence[LayerSize], index: int) -> int:
@@ -232,7 +236,7 @@ def _update(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterator[
     elif setting.kind in ("zero 1", "zero 2"):
         flat = setting.kind == "zero 1" or width == setting.width
         there = share.trained if setting.kind == "zero 1" else part
-        bucket = _in_transit(setting, stage.sizes) if stage.pipelined else 0
+        bucket = _buckets(setting) + _reduced(setting, stage.sizes) if stage.pipelined else 0
         yield there * width + flat * part * width + bucket, "reduction"
         if width < 4:
             # Narrow ones are joined, and then widened, one group at a time.

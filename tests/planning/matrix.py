@@ -1,7 +1,7 @@
 """The runs by which predictions of memory are checked: every layout that two CPU ranks can run, in all its kinds.
 
 Layout, precision and sparsity are crossed, and bf16 is there once with fp32 gradients and once with its own; family and
-recomputation take turns, so that each meets every layout.
+recomputation take turns, so that each meets every layout. FSDP2 does not train in fp16.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"precision": "fp32"},
     "bf16": {"precision": "bf16"},
     "bf16 gradients": {"precision": "bf16", "parallel__gradient_dtype": "model"},
+    # Scaled so little that no step is left out.
+    "fp16": {"precision": "fp16", "loss_scale__initial_power": 3},
 }
 
 
@@ -73,6 +75,8 @@ def cases() -> list[Case]:
     for number, (precision, layout, pattern) in enumerate(combinations):
         if layout.endswith("ZeRO 0") and precision != "fp32":
             # Is run as ZeRO 1.
+            continue
+        if layout == "FSDP2" and precision == "fp16":
             continue
         family, recompute = turns[(number + number // len(turns)) % len(turns)]
         ranks, changes = LAYOUTS[layout]
