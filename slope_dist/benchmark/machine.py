@@ -19,10 +19,13 @@ COMMIT_VARIABLE = "SLOPE_COMMIT"
 """Of the environment: the commit of files that came to a machine without their repository."""
 
 SETTING = (
-    *("device", "kind", "threads", "python", "torch", "triton", "cuda", "driver", "vendors"),
+    *("device", "kind", "threads", "python", "torch", "triton", "cuda", "vendors"),
     *("arrangement", "power_limit_watts", "commit", "changes"),
 )
 """The facts that must be the same for numbers to stand in one table."""
+
+BY_ROW = ("driver",)
+"""Facts that may change within a table, as from one machine with the same card to the next; a row then has its own."""
 
 _CARD_FACTS = {
     "driver": "driver_version",

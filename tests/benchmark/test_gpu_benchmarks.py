@@ -201,6 +201,56 @@ def test_a_wrong_rival_is_no_result(
     assert not output.exists()
 
 
+def test_a_cell_that_fails_is_in_the_results_and_tried_again_when_asked(
+    tool: ModuleType,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "results.json"
+    right = gemm.measure
+
+    def failing(case: gemm.Case, *arguments: object) -> dict:
+        if case.matrix.rows == 64:
+            raise RuntimeError("CUDA error: invalid argument\na trace")
+        return right(case, *arguments)
+
+    monkeypatch.setattr(gemm, "measure", failing)
+    assert tool.main(options("gemm", config, output)) == 1
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "not measured: 3 cells, the first: forward 64 x 32, 1 tokens, bfloat16: RuntimeError: CUDA error: invalid "
+        "argument\n"
+    )
+    assert len(rows(output)) == 15 and sum("not_measured" in row for row in rows(output)) == 3
+    monkeypatch.setattr(gemm, "measure", right)
+    assert tool.main(options("gemm", config, output)) == 0
+    assert "0 cells measured" in capsys.readouterr().out
+    assert tool.main([*options("gemm", config, output), "--again"]) == 0
+    assert len(rows(output)) == 15 and not any("not_measured" in row for row in rows(output))
+
+
+def test_benchmarks_of_a_folder_share_their_choices(
+    tool: ModuleType, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "find_vendors", lambda *arguments: None)
+    monkeypatch.setattr(kernels, "Dispatcher", lambda device, vendors, store, arrangement: store)
+    paths = set()
+    for name in ("block", "step", "refresh"):
+        parsed = tool.parse(options(name, config, tmp_path / f"{name}-card.json"))
+        paths.add(tool.gpu_benchmarks._dispatcher(parsed, torch.device("cuda", 0)).path)
+    assert paths == {tmp_path / "choices.json"}
+
+
+@pytest.mark.parametrize("name", ["block", "step", "refresh"])
+def test_the_second_model_that_is_trained_is_of_hidden_4096(name: str, tool: ModuleType) -> None:
+    configs = [str(ROOT / "configs" / f"{model}.json") for model in tool.gpu_benchmarks.MODELS]
+    parsed = tool.parse([name, "--device", "cpu", "--configs", *configs])
+    order = [model for model, _, _ in tool.gpu_benchmarks._trained(parsed)]
+    assert order == ["opt66b", "llama3-8b", "opt30b", "opt13b", "mistral-7b", "opt6.7b", "opt2.7b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
