@@ -313,8 +313,9 @@ def test_mfu_has_a_column(mfu: float | None, shown: str, tool: ModuleType) -> No
     rival |= {"peak_bytes": None, "adapter_rank": 0, "why_eager": None, "host_excess": None, "mfu": mfu}
     row = {"config": "small", "layers": 1, "layers_of_model": 2, "tokens": 8, "rivals": {"dense": rival}}
     table = tool.gpu_benchmarks.tables.step_table(
-        [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1}
+        [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1, "vendors": {"cuSPARSELt": "0.8.0"}}
     )
+    assert "{'cuSPARSELt': '0.8.0'}" in str(table.title)
     [column] = [column for column in table.columns if column.header == "MFU"]
     assert list(column.cells) == [shown] and len(table.columns) == 15
 
