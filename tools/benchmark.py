@@ -35,7 +35,8 @@ are seen to give the same logits.
 
 gemm, block, step, decode, refresh: the 2:4 kernels of a GPU, or with small sizes the reference on the CPU. The most
 important cells come first; each is in --output as soon as it is done, and the same command goes on behind them. It
-refuses results of another card, version or commit.
+refuses results of another card, version or commit. A cell that cannot be measured is in the results with its reason,
+and is tried again with --again alone. choices.json beside --output has what was chosen for each product, for all five.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slope_dist.benchmark import inference, layer, loading, machine, memory, preparing, ranks, traffic
+from slope_dist.benchmark.cells import CellFailedError
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.command_line import EXIT_INTERRUPTED, Parser
 from slope_dist.config import load_config
@@ -357,6 +359,9 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except ranks.RankFailedError as error:
         # A rank has failed, on a full disk for one; the text ends in its own words.
+        print(f"not measured: {error}", file=sys.stderr)
+        return EXIT_WRONG_RESULT
+    except CellFailedError as error:
         print(f"not measured: {error}", file=sys.stderr)
         return EXIT_WRONG_RESULT
     except WrongResultError as error:

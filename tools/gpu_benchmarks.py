@@ -26,8 +26,14 @@ from slope_dist.sparse.kernels.vendors import NAMES
 
 MODELS = ("opt66b", "opt30b", "opt13b", "opt6.7b", "opt2.7b", "llama3-8b", "mistral-7b")
 TRAINED_TOKENS = 8192
+SECOND_WIDTH = 4096
+"""Hidden size of the second model that is trained: time may end before the smaller ones."""
+
 CPU_TOKENS = 512
 """A default that ends on a CPU."""
+
+CHOICES = "choices.json"
+"""Beside --output: which kernels were chosen, by card and versions."""
 
 ARRANGEMENTS = {"in-place": "in place", "kept": "kept", "derived": "derived"}
 
@@ -88,6 +94,7 @@ def _command(
     add_output(options)
     options.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (beside --output)")
     options.add_argument("--fresh", action="store_true", help="replace the results that --output holds")
+    options.add_argument("--again", action="store_true", help="try again what could not be measured")
     return options
 
 
@@ -135,6 +142,7 @@ def run(name: str, made: Cells, options: argparse.Namespace) -> None:
     Raises:
         UserError: the results were measured in another setting.
         WrongResultError: a sparse rival of a cell is wrong; the others are measured, and in the table.
+        CellFailedError: a cell ended with an unforeseen error, which is in the table too.
     """
     device = _device(options)
     if options.threads is not None:
@@ -151,7 +159,9 @@ def run(name: str, made: Cells, options: argparse.Namespace) -> None:
     planned = list(made(options, dispatcher))
     file = ResultFile(options.output, name, facts, fresh=options.fresh)
     with Console(stderr=True).status("") as status, kernels.using(dispatcher):
-        outcome = cells.run(planned, file, options.minutes, lambda key: status.update(f"{name}: {key}"))
+        outcome = cells.run(
+            planned, file, options.minutes, lambda key: status.update(f"{name}: {key}"), again=options.again
+        )
     console = Console()
     # A file or a pipe has no width; a table cut to 80 columns says nothing.
     console = console if console.is_terminal else Console(width=tables.WIDTH)
@@ -162,6 +172,9 @@ def run(name: str, made: Cells, options: argparse.Namespace) -> None:
     console.print(f"{outcome}" + (f"; every number is in {file.path}" if file.path and file.rows else ""))
     if outcome.wrong:
         raise WrongResultError("; ".join(outcome.wrong))
+    if outcome.failed:
+        end = "; the GPU takes no more calls of this process: start the command again" if outcome.unusable else ""
+        raise cells.CellFailedError(f"{len(outcome.failed)} cells, the first: {outcome.failed[0]}{end}")
 
 
 def _dispatcher(options: argparse.Namespace, device: torch.device) -> Dispatcher:
@@ -170,7 +183,8 @@ def _dispatcher(options: argparse.Namespace, device: torch.device) -> Dispatcher
         return None
     store = None
     if options.output is not None:
-        store = kernels.ChoiceStore(options.output.with_name(f"{options.output.stem}-choices.json"))
+        # One for all results of a folder: what gemm has searched, block and step need not.
+        store = kernels.ChoiceStore(options.output.with_name(CHOICES))
     vendors = kernels.find_vendors(device, options.vendors)
     return kernels.Dispatcher(device, vendors, store, arrangement=ARRANGEMENTS[options.arrangement])  # type: ignore[arg-type]
 
@@ -190,10 +204,14 @@ def gemm_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[
 
 
 def _trained(options: argparse.Namespace) -> Iterator[tuple[str, Config, int]]:
-    """Models, largest first, with the tokens of a micro-batch."""
+    """Models, the largest first, then one of the other width with a goal, with the tokens of a micro-batch."""
+    largest, *others = options.loaded
+    second = next((pair for pair in others if pair[1].model.hidden_size == SECOND_WIDTH), None)
+    ordered = [largest] if second is None else [largest, second]
+    ordered += [pair for pair in others if pair is not second]
     fallback = TRAINED_TOKENS if options.device == "cuda" else CPU_TOKENS
     for tokens in options.tokens or [fallback]:
-        for name, config in options.loaded:
+        for name, config in ordered:
             block.batch_of(config, tokens)
             yield name, config, tokens
 

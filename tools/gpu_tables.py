@@ -17,7 +17,12 @@ Facts = dict[str, Any]
 
 _X = "x: median of the ratios to dense, round by round, with quartiles; below 1 is faster."
 
-_TRAINING = ("ms", "x", "state GB", "x", "peak GB", "x", "host ms", "eager")
+_TRAINING = ("ms", "x", "state GB", "x", "peak GB", "x", "host ms", "more", "eager")
+
+_HOST = (
+    "host: until the host has launched a step; more: than it takes for dense, of the step's time, - on the CPU; where "
+    "the GPU's queue is full the host waits for it, in either. "
+)
 
 
 def gemm_table(rows: Rows, facts: Facts) -> Table:
@@ -58,7 +63,7 @@ def block_table(rows: Rows, facts: Facts) -> Table:
         "a training step of one transformer block: forward, backward, AdamW on fp32 masters",
         facts,
         f"{_X} state: weights, metadata, transposes, gradients, masters, moments. peak: of a step, measured; - on the "
-        "CPU. eager: why torch.compile did not take it.",
+        f"CPU. {_HOST}eager: why torch.compile did not take it.",
         ("model", "tokens", "", *_TRAINING),
     )
     for row in rows:
@@ -74,23 +79,8 @@ def step_table(rows: Rows, facts: Facts) -> Table:
         facts,
         "Rivals one after another, dense first and last; x: time over the mean of the two. MFU: what the dense model "
         "computes for these tokens, of the card's dense 16-bit peak, for every rival alike; - where that is not known. "
-        "state and peak as of a block.",
-        (
-            "model",
-            "layers",
-            "tokens",
-            "",
-            "tokens/s",
-            "MFU",
-            "ms",
-            "x",
-            "state GB",
-            "x",
-            "peak GB",
-            "x",
-            "host ms",
-            "eager",
-        ),
+        "state, peak and host as of a block.",
+        ("model", "layers", "tokens", "", "tokens/s", "MFU", *_TRAINING),
     )
     for row in rows:
         if not _skipped(table, row):
@@ -120,6 +110,7 @@ def _training_rows(table: Table, row: dict[str, Any], first: tuple[str, ...]) ->
             f"{rival['state_bytes'] / dense['state_bytes']:.3f}",
             *peak,
             f"{rival['host_seconds'] * 1e3:.2f}",
+            "-" if rival["host_excess"] is None else f"{100 * rival['host_excess']:.1f} %",
             rival["why_eager"] or "",
         )
         first = ("",) * len(first)

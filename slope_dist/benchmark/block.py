@@ -88,6 +88,8 @@ def measure(
     timed = timing.in_turns({rival: made.step for rival, made in trainers.items()}, device, seconds)
     for rival, taken in timed.items():
         numbers[rival] |= taken.summary()
+    for found in numbers.values():
+        found["host_excess"] = timing.host_excess(found, numbers[DENSE]["host_seconds"], device)
     return describe(name, config, tokens, dtype) | {"rivals": numbers}
 
 

@@ -12,10 +12,29 @@ import torch
 
 from slope_dist.benchmark.results import ResultFile
 from slope_dist.benchmark.timing import WrongResultError
+from slope_dist.errors import UserError
 
 
 class NotMeasuredError(Exception):
     """Why a cell cannot be measured here, which stands in the results in its place."""
+
+
+class CellFailedError(Exception):
+    """Cells ended with errors that nobody foresaw; the results say which, in their place."""
+
+
+UNUSABLE = (
+    "illegal memory access",
+    "unspecified launch failure",
+    "device-side assert",
+    "misaligned address",
+    "illegal instruction",
+    "illegal address",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ECC",
+)
+"""What CUDA calls the errors after which every call of the process fails."""
 
 
 @dataclass(frozen=True)
@@ -35,36 +54,54 @@ class Outcome:
         skipped: how many were there already.
         left: how many there was no time for.
         wrong: why a rival of a cell is wrong; such a cell is not timed and has no row.
+        failed: cells that ended with an unforeseen error, and its words; each has a row that says so.
+        unusable: the last of them took the device with it, and no other cell was begun.
     """
 
     measured: int = 0
     skipped: int = 0
     left: int = 0
     wrong: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    unusable: bool = False
 
     def __str__(self) -> str:
         text = f"{self.measured} cells measured, {self.skipped} were there"
         return f"{text}, {self.left} left for the next run" if self.left else text
 
 
-def run(cells: Iterable[Cell], file: ResultFile, minutes: float | None, say: Callable[[str], None]) -> Outcome:
+def run(
+    cells: Iterable[Cell],
+    file: ResultFile,
+    minutes: float | None,
+    say: Callable[[str], None],
+    *,
+    again: bool = False,
+) -> Outcome:
     """Measure the cells that the file does not have, in their order, each appended as it is done.
+
+    A cell that fails has a row too, so that the next run does not meet it first. After an error that leaves CUDA's
+    context unusable nothing else is begun: the next process goes on behind it.
 
     Args:
         cells: in order of importance.
         file: of the results.
         minutes: none is begun later than this, but one is in any case; None: all.
         say: told of each cell before it is measured.
+        again: also measure the cells of which the file says only why they were not measured.
+
+    Raises:
+        UserError: results or choices cannot be written.
     """
     outcome = Outcome()
-    done = file.cells
+    done = file.measured if again else file.cells
     start = time.monotonic()
     for cell in cells:
         if cell.key in done:
             outcome.skipped += 1
             continue
         tried = outcome.measured + len(outcome.wrong)
-        if minutes is not None and tried and time.monotonic() - start >= minutes * 60:
+        if outcome.unusable or (minutes is not None and tried and time.monotonic() - start >= minutes * 60):
             outcome.left += 1
             continue
         say(cell.key)
@@ -77,11 +114,37 @@ def run(cells: Iterable[Cell], file: ResultFile, minutes: float | None, say: Cal
             row = {"not_measured": str(error)}
         except torch.OutOfMemoryError:
             row = {"not_measured": "out of memory"}
+        except UserError:
+            raise
+        except Exception as error:
+            # Of a compiler, a driver or a library, each with kinds of its own; only the words are kept, since the
+            # error itself would keep the cell's tensors.
+            row = {"not_measured": _words(error)}
+            outcome.failed.append(f"{cell.key}: {row['not_measured']}")
+            outcome.unusable = _leaves_unusable(error)
         finally:
             # Whatever the cell held on a GPU must not count in the next one's memory.
-            if torch.cuda.is_available():
+            if torch.cuda.is_available() and not outcome.unusable:
                 gc.collect()
                 torch.cuda.empty_cache()
         file.add(cell.key, row)
         outcome.measured += 1
     return outcome
+
+
+def _words(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _leaves_unusable(error: Exception) -> bool:
+    """Whether no later call on the GPU can succeed: by CUDA's words, which a library may hide, and by trying."""
+    if any(words in str(error) for words in UNUSABLE):
+        return True
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+    return False

@@ -15,11 +15,17 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
+COMMIT_VARIABLE = "SLOPE_COMMIT"
+"""Of the environment: the commit of files that came to a machine without their repository."""
+
 SETTING = (
-    *("device", "kind", "threads", "python", "torch", "triton", "cuda", "driver", "vendors"),
+    *("device", "kind", "threads", "python", "torch", "triton", "cuda", "vendors"),
     *("arrangement", "power_limit_watts", "commit", "changes"),
 )
 """The facts that must be the same for numbers to stand in one table."""
+
+BY_ROW = ("driver",)
+"""Facts that may change within a table, as from one machine with the same card to the next; a row then has its own."""
 
 _CARD_FACTS = {
     "driver": "driver_version",
@@ -103,7 +109,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """Commit of this checkout, "+changes" if files differ from it; None outside a repository.
+    """Commit of this checkout, "+changes" if files differ from it; outside a repository what `COMMIT_VARIABLE` holds.
 
     Results do not count: they are written while it measures.
     """
@@ -111,7 +117,7 @@ def commit() -> str | None:
         name = _git("rev-parse", "HEAD")
         return f"{name}+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", ".", _RESULTS) else name
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(COMMIT_VARIABLE) or None
 
 
 def changes() -> str | None:

@@ -45,19 +45,28 @@ class ResultFile:
                     "--fresh to replace it"
                 )
             self.facts, self.rows = content["machine"], content["rows"]
+        self._others = {name: facts.get(name) for name in machine.BY_ROW if facts.get(name) != self.facts.get(name)}
 
     @property
     def cells(self) -> set[str]:
         """Keys of the cells that are there."""
         return {row["cell"] for row in self.rows}
 
+    @property
+    def measured(self) -> set[str]:
+        """Keys of those with numbers, not only with the reason why there are none."""
+        return {row["cell"] for row in self.rows if "not_measured" not in row}
+
     def add(self, cell: str, row: Mapping[str, Any]) -> None:
-        """Append the row of a cell.
+        """Append the row of a cell, in place of one that it may have.
 
         Raises:
             UserError: if the file cannot be written.
         """
-        self.rows.append({"cell": cell, "time": datetime.now(UTC).isoformat(timespec="seconds")} | dict(row))
+        self.rows = [before for before in self.rows if before["cell"] != cell]
+        self.rows.append(
+            {"cell": cell, "time": datetime.now(UTC).isoformat(timespec="seconds")} | self._others | dict(row)
+        )
         if self.path is None:
             return
         text = json.dumps({"benchmark": self.benchmark, "machine": self.facts, "rows": self.rows}, indent=1)

@@ -127,9 +127,12 @@ def measure(
         }
         del made
         gc.collect()
-    baseline = (numbers[dense.name]["seconds"] + numbers[DENSE_AGAIN]["seconds"]) / 2
+    baseline, host = (
+        (numbers[dense.name][what] + numbers[DENSE_AGAIN][what]) / 2 for what in ("seconds", "host_seconds")
+    )
     for found in numbers.values():
         found["ratio"] = found["seconds"] / baseline
+        found["host_excess"] = timing.host_excess(found, host, device)
     return block.describe(name, config, tokens, dtype) | {
         "layers": layers,
         "layers_of_model": config.model.num_layers,

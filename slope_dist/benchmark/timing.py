@@ -49,6 +49,21 @@ class Timing:
         return numbers
 
 
+def host_excess(summary: Mapping[str, float], dense_host_seconds: float, device: torch.device) -> float | None:
+    """What the host takes longer for a call than for the dense one, as a share of the call's time.
+
+    Where the GPU is behind by as much as its queue holds, the host waits for it, in either call: then this says little.
+
+    Args:
+        summary: of the call.
+        dense_host_seconds: median of the dense one.
+        device: on the CPU, where the host's time is all there is, the share is None.
+    """
+    if device.type != "cuda":
+        return None
+    return (summary["host_seconds"] - dense_host_seconds) / summary["seconds"]
+
+
 def _quartiles(numbers: list[float]) -> tuple[float, float]:
     low, _, high = statistics.quantiles(numbers, n=4, method="inclusive")
     return low, high

@@ -99,6 +99,67 @@ def test_what_cannot_be_measured_says_why_and_is_not_tried_again(error: Exceptio
     assert again.calls == []
 
 
+def test_an_unforeseen_error_has_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    outcome = run(Measured(b=RuntimeError("no image\nand a trace")), ResultFile(path, "gemm", FACTS))
+    assert on_disk(path) == ["a", "b", "c"] and not outcome.unusable
+    assert json.loads(path.read_text())["rows"][1]["not_measured"] == "RuntimeError: no image"
+    assert outcome.failed == ["b: RuntimeError: no image"]
+    again = Measured()
+    run(again, ResultFile(path, "gemm", FACTS))
+    assert again.calls == []
+
+
+@pytest.mark.parametrize("words", ["an illegal memory access was encountered", "unspecified launch failure"])
+def test_a_broken_context_ends_the_run_and_the_next_goes_on_behind(words: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    broken = Measured(a=RuntimeError(f"CUDA error: {words}\nCompile with ..."))
+    outcome = run(broken, ResultFile(path, "gemm", FACTS))
+    assert broken.calls == on_disk(path) == ["a"] and outcome.unusable and outcome.left == 2
+    again = Measured()
+    run(again, ResultFile(path, "gemm", FACTS))
+    assert again.calls == ["b", "c"] and on_disk(path) == ["a", "b", "c"]
+
+
+def test_a_context_that_takes_no_calls_is_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a library's own error does not say why."""
+
+    def refuse() -> None:
+        raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", refuse)
+    monkeypatch.setattr(torch.cuda, "empty_cache", refuse)
+    path = tmp_path / "results.json"
+    assert run(Measured(a=ValueError("status 7")), ResultFile(path, "gemm", FACTS)).unusable and on_disk(path) == ["a"]
+
+
+def test_asked_for_what_could_not_be_measured_is_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run(Measured(b=ValueError("off")), ResultFile(path, "gemm", FACTS))
+    again = Measured()
+    cells.run(again.cells(), ResultFile(path, "gemm", FACTS), None, lambda line: None, again=True)
+    assert again.calls == ["b"] and sorted(on_disk(path)) == ["a", "b", "c"]
+    assert "not_measured" not in path.read_text()
+
+
+def test_choices_that_cannot_be_written_end_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(UserError, match="the disk is full"):
+        run(Measured(b=UserError("the disk is full")), ResultFile(path, "gemm", FACTS))
+    assert on_disk(path) == ["a"]
+
+
+def test_another_driver_goes_on_and_its_rows_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    run(Measured(), ResultFile(path, "gemm", FACTS | {"driver": "580.1"}), minutes=0)
+    run(Measured(), ResultFile(path, "gemm", FACTS | {"driver": "580.2"}), minutes=0)
+    run(Measured(), ResultFile(path, "gemm", FACTS | {"driver": "580.1"}))
+    content = json.loads(path.read_text())
+    assert content["machine"]["driver"] == "580.1"
+    assert [row.get("driver") for row in content["rows"]] == [None, "580.2", None]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

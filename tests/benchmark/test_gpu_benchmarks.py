@@ -5,12 +5,14 @@ Run: pytest tests/benchmark/test_gpu_benchmarks.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slope_dist.benchmark import gemm, machine
+from slope_dist.benchmark import gemm, machine, timing
 from slope_dist.sparse import kernels, reference
 from tests.distributed import ROOT
 from tests.programs import program
@@ -201,6 +203,56 @@ def test_a_wrong_rival_is_no_result(
     assert not output.exists()
 
 
+def test_a_cell_that_fails_is_in_the_results_and_tried_again_when_asked(
+    tool: ModuleType,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "results.json"
+    right = gemm.measure
+
+    def failing(case: gemm.Case, *arguments: object) -> dict:
+        if case.matrix.rows == 64:
+            raise RuntimeError("CUDA error: invalid argument\na trace")
+        return right(case, *arguments)
+
+    monkeypatch.setattr(gemm, "measure", failing)
+    assert tool.main(options("gemm", config, output)) == 1
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "not measured: 3 cells, the first: forward 64 x 32, 1 tokens, bfloat16: RuntimeError: CUDA error: invalid "
+        "argument\n"
+    )
+    assert len(rows(output)) == 15 and sum("not_measured" in row for row in rows(output)) == 3
+    monkeypatch.setattr(gemm, "measure", right)
+    assert tool.main(options("gemm", config, output)) == 0
+    assert "0 cells measured" in capsys.readouterr().out
+    assert tool.main([*options("gemm", config, output), "--again"]) == 0
+    assert len(rows(output)) == 15 and not any("not_measured" in row for row in rows(output))
+
+
+def test_benchmarks_of_a_folder_share_their_choices(
+    tool: ModuleType, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "find_vendors", lambda *arguments: None)
+    monkeypatch.setattr(kernels, "Dispatcher", lambda device, vendors, store, arrangement: store)
+    paths = set()
+    for name in ("block", "step", "refresh"):
+        parsed = tool.parse(options(name, config, tmp_path / f"{name}-card.json"))
+        paths.add(tool.gpu_benchmarks._dispatcher(parsed, torch.device("cuda", 0)).path)
+    assert paths == {tmp_path / "choices.json"}
+
+
+@pytest.mark.parametrize("name", ["block", "step", "refresh"])
+def test_the_second_model_that_is_trained_is_of_hidden_4096(name: str, tool: ModuleType) -> None:
+    configs = [str(ROOT / "configs" / f"{model}.json") for model in tool.gpu_benchmarks.MODELS]
+    parsed = tool.parse([name, "--device", "cpu", "--configs", *configs])
+    order = [model for model, _, _ in tool.gpu_benchmarks._trained(parsed)]
+    assert order == ["opt66b", "llama3-8b", "opt30b", "opt13b", "mistral-7b", "opt6.7b", "opt2.7b"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -258,10 +310,38 @@ def test_cuda_is_not_promised_where_there_is_none(
 @pytest.mark.parametrize(("mfu", "shown"), [(0.4123, "41.2 %"), (None, "-")], ids=["known", "unknown"])
 def test_mfu_has_a_column(mfu: float | None, shown: str, tool: ModuleType) -> None:
     rival = dict.fromkeys(("seconds", "host_seconds", "ratio", "state_bytes", "tokens_per_second"), 1.0)
-    rival |= {"peak_bytes": None, "adapter_rank": 0, "why_eager": None, "mfu": mfu}
+    rival |= {"peak_bytes": None, "adapter_rank": 0, "why_eager": None, "host_excess": None, "mfu": mfu}
     row = {"config": "small", "layers": 1, "layers_of_model": 2, "tokens": 8, "rivals": {"dense": rival}}
     table = tool.gpu_benchmarks.tables.step_table(
-        [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1}
+        [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1, "vendors": {"cuSPARSELt": "0.8.0"}}
     )
+    assert "{'cuSPARSELt': '0.8.0'}" in str(table.title)
     [column] = [column for column in table.columns if column.header == "MFU"]
-    assert list(column.cells) == [shown] and len(table.columns) == 14
+    assert list(column.cells) == [shown] and len(table.columns) == 15
+
+
+@pytest.mark.parametrize("name", ["block", "step"])
+def test_the_hosts_time_beside_dense_is_a_share_of_the_step(
+    name: str, tool: ModuleType, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the times of a card made up: dense takes the host 2 ms of 10, twice 3 on average in `step`, 2:4 5 of 8."""
+    dense = itertools.cycle([0.002, 0.004] if name == "step" else [0.002])
+
+    def timed(rivals: Mapping[str, object], *arguments: object) -> dict[str, timing.Timing]:
+        def of(rival: str) -> timing.Timing:
+            seconds, host = (0.010, next(dense)) if rival.startswith("dense") else (0.008, 0.005)
+            return timing.Timing([seconds] * 5, [seconds / 0.010] * 5, [1.0] * 5, [host] * 5)
+
+        return {rival: of(rival) for rival in rivals}
+
+    monkeypatch.setattr(timing, "in_turns", timed)
+    right = timing.host_excess
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(timing, "host_excess", lambda summary, host, device: right(summary, host, card))
+    output = tmp_path / "results.json"
+    assert tool.main(options(name, config, output)) == 0
+    found = {rival: numbers["host_excess"] for rival, numbers in rows(output)[0]["rivals"].items()}
+    expected = (0.005 - (0.003 if name == "step" else 0.002)) / 0.008
+    assert found["resident"] == found["derived"] == found["adapters"] == pytest.approx(expected)
+    assert found["dense"] == pytest.approx(-0.1 if name == "step" else 0)
+    assert right({"host_seconds": 1.0, "seconds": 1.0}, 0.5, torch.device("cpu")) is None
