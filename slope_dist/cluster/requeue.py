@@ -10,9 +10,10 @@ started. The second prints how many of the nodes to use.
 
 What counts is what the run has written into the end file, not the exit codes of launchers. A part that was asked to
 make room (the early signal, preemption) goes on, as long as one in `IDLE` leaves a new checkpoint. A part that failed
-goes on at most `most` times, and not after `STUCK` failures in a row that left no new checkpoint, nor when it was
-refused (exit code 2) for what will not pass: the next part would end alike. The journal keeps one line a part, of one
-job or of all elements of an array.
+goes on at most `most` times, and not after `STUCK` failures in a row that left no new checkpoint. A part that was
+refused (exit code 2) for what will not pass by itself ends the chain, since the next one would end alike; but not where
+this chain has run before: what ran once is in order, so that a machine or a file system is not, and the refusal is a
+failure like others. The journal keeps one line a part, of one job or of all elements of an array.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, Literal
 from slope_dist.command_line import Parser, visible
 from slope_dist.config import Config, load_config, run_folder
 from slope_dist.config.resolve import fit
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, UserError, may_pass
 from slope_dist.files import read_bounded
 
 Verdict = Literal["go on", "done", "give up", "stop"]
@@ -90,9 +91,12 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
 
     if how == "finished" or (not end and code == 0):
         return part("done", f"the run is finished after step {step}" if end else "nothing was left to do")
-    if end.get("exit_code") == EXIT_BAD_INPUT and end.get("temporary") is not True:
+    refused = end.get("exit_code") == EXIT_BAD_INPUT
+    not_started = not end and code in _NOT_STARTED
+    ran = _has_run(end, earlier)
+    if refused and end.get("temporary") is not True and not ran:
         return part("give up", f"the run was refused, and would be again: {cause}")
-    if not end and code in _NOT_STARTED:
+    if not_started and not ran:
         return part("give up", f"the run could not be started (exit code {code}), and could not again")
     if job == "preempted":
         return part("go on", f"the job is being preempted; {saved}")
@@ -109,10 +113,14 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
         return made_room
     if how == "stopped" and cause != _LOST_LAUNCHER:
         return part("stop", f"stopped by {cause} after step {step}, as somebody asked for; {saved}")
-    if not end:
+    if not_started:
+        failure = f"the run could not be started (exit code {code}), though it could before"
+    elif not end:
         failure = f"the run ended before it could say why (exit code {code})"
     elif how == "running":
         failure = f"the run was killed without a word (exit code {code})"
+    elif refused and ran:
+        failure = f"the run was refused, though it has run before, as if a machine or a file system failed: {cause}"
     else:
         failure = f"the run failed after step {step}: {cause}"
     failed = part("go on", f"{failure}; {saved}", counted=True)
@@ -126,6 +134,15 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
             "give up", f"{failure}; it has failed {failures} times, and may {most} times; {saved}", counted=True
         )
     return part("go on", f"{failure}; failure {failures} of at most {most}; {saved}", counted=True)
+
+
+def _has_run(end: dict[str, Any], earlier: Sequence[Part]) -> bool:
+    """Whether this chain has trained: here, or in a part that left a checkpoint; its config and its data are in order.
+
+    A run names a folder, and so a checkpoint, only once it stands there as its own.
+    """
+    trained = end.get("trained")
+    return (isinstance(trained, int) and trained > 0) or any(part.checkpoint is not None for part in earlier)
 
 
 def _count(parts: Sequence[Part]) -> tuple[int, int]:
@@ -178,11 +195,17 @@ def before(journal: Path, arguments: Sequence[str]) -> Part | None:
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
         return Part(verdict=parts[-1].verdict, reason=f"an earlier part has ended the chain: {parts[-1].reason}")
-    config = _config(arguments)
-    if config is None:
-        return None
-    folder = Path(run_folder(config))
-    end = _read_object(folder / "end.json") or {}
+    try:
+        config = _config(arguments)
+        if config is None:
+            return None
+        folder = Path(run_folder(config))
+        end = _read_object(folder / "end.json") or {}
+    except UserError as error:
+        if may_pass(error):
+            # A file server in trouble: the run says so, and after it such a failure is counted.
+            return None
+        raise
     step = end.get("step")
     if end.get("how") == "finished" and isinstance(step, int) and step >= config.training.steps:
         return Part(verdict="done", reason=f"the run in {folder} is finished after step {step}")
@@ -202,7 +225,12 @@ def nodes_to_use(nodes: int, ranks: int, arguments: Sequence[str]) -> int:
     Raises:
         UserError: if the config cannot be a run.
     """
-    config = _config(arguments)
+    try:
+        config = _config(arguments)
+    except UserError as error:
+        if may_pass(error):
+            return nodes
+        raise
     if config is not None and config.parallel.alternatives:
         for some in range(nodes, 0, -1):
             with contextlib.suppress(UserError):

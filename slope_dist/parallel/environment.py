@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError
 
 Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 
@@ -164,8 +164,8 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
         deterministic: whether torch and cuBLAS compute alike each time, from here to `stop`.
 
     Raises:
-        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
-            the port is in use.
+        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs.
+        UnfinishedError: if the port is in use.
         MeetingError: if another rank never came, or went before all were there.
     """
     torch.set_num_threads(threads)
@@ -207,7 +207,8 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
                 where_to = f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}"
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise MeetingError(f"the ranks did not meet at {where_to}: {reason}") from error
-            raise UserError(
+            # Whoever has it leaves sooner or later, and a job script draws another the next time.
+            raise UnfinishedError(
                 f"port {where['MASTER_PORT']}, where ranks are to meet, is in use on this machine (by another run?); "
                 "give the launcher another --master_port, or set MASTER_PORT under srun"
             ) from error

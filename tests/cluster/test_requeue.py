@@ -6,7 +6,9 @@ Run: pytest tests/cluster/test_requeue.py
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +123,40 @@ def test_a_refusal_that_may_pass_is_a_failure_like_others() -> None:
     assert chain(busy | {"temporary": False})[0].verdict == "give up"
 
 
+REFUSED = end("failed", None, "4 processes have no GPU each", EXIT_BAD_INPUT) | {"trained": 0}
+
+
+def test_a_refusal_after_the_chain_has_run_is_a_failure_like_others() -> None:
+    """A GPU that has fallen off, a corpus that cannot be read any more."""
+    saved = end("stopped", 20, "SIGUSR1", EXIT_STOPPED)
+    parts = chain(saved, REFUSED, saved | {"checkpoint": "step-00000030"}, REFUSED, REFUSED)
+    assert [part.verdict for part in parts] == ["go on"] * 4 + ["give up"]
+    assert [part.counted for part in parts] == [False, True, False, True, True]
+    assert "refused, though it has run before, as if a machine or a file system failed: 4 proc" in parts[1].reason
+    assert "failure 1 of at most 5" in parts[1].reason and "2 failures in a row" in parts[4].reason
+    assert chain(saved, REFUSED, most=0)[1].verdict == "give up"
+    # A part that was cut short before its first checkpoint has not shown that its input is in order.
+    assert chain(end("running", None), REFUSED)[1].verdict == "give up"
+
+
+def test_a_refusal_counts_steps_that_the_part_itself_has_trained() -> None:
+    midway = end("failed", 20, "cannot read corpus at byte 7: Input/output error", EXIT_BAD_INPUT)
+    assert chain(midway | {"trained": 3})[0].verdict == "go on" and chain(midway | {"trained": 3})[0].counted
+    # It went on from an older job's checkpoint, and was refused before its first step.
+    assert chain(midway | {"trained": 0})[0].verdict == "give up"
+    assert chain(midway | {"trained": "3"})[0].verdict == "give up"
+
+
+def test_a_program_that_is_gone_after_the_chain_has_run_may_come_back() -> None:
+    saved = end("stopped", 20, "SIGUSR1", EXIT_STOPPED)
+    earlier = chain(saved)
+    for code in (EXIT_BAD_INPUT, 126, 127):
+        part = decide(None, code, "running", earlier, 5)
+        assert part.verdict == "go on" and part.counted and "though it could before" in part.reason
+    assert decide(None, 127, "ending", earlier, 5).verdict == "done"
+    assert decide(REFUSED, 1, "preempted", earlier, 5).verdict == "go on"
+
+
 def test_making_room_is_not_counted() -> None:
     stopped = [end("stopped", 10 * step, "SIGUSR1", EXIT_STOPPED) for step in range(1, 30)]
     assert {part.verdict for part in chain(*stopped, most=0)} == {"go on"}
@@ -222,6 +258,19 @@ def test_a_chain_that_has_ended_does_not_begin_again(job: Path, ended: dict[str,
 def test_a_chain_that_has_not_ended_goes_on(job: Path, ended: dict[str, Any]) -> None:
     assert after(job, json.dumps(ended)) in (0, 3)
     assert before(job) == 0
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_config_that_cannot_be_read_for_now_is_left_to_the_run(
+    number: int, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, *arguments: Any) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    nodes = ["nodes", "--nodes=3", "--ranks=2", "--", "--config", str(job / "config.json")]
+    monkeypatch.setattr(Path, "open", fail)
+    expected = EXIT_BAD_INPUT if number == errno.EACCES else 0
+    assert before(job) == expected and main(nodes) == expected
 
 
 def test_the_journal_keeps_each_part(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UserError, may_pass
 from slope_dist.parallel.environment import (
     Environment,
     discover,
@@ -192,7 +192,7 @@ def start_on(port: int) -> str:
     try:
         start(Environment(0, 2, 0, 2, "deepspeed or torchrun"), threads=1)
     except UserError as error:
-        return str(error)
+        return f"{error}: {may_pass(error)}"
     return "not refused"
 
 
@@ -204,7 +204,7 @@ def test_a_port_in_use_is_told_in_a_line() -> None:
         [outcome] = end_ranks(start_on, 1, port, process_group=False)
     assert outcome.result == (
         f"port {port}, where ranks are to meet, is in use on this machine (by another run?); give the launcher another "
-        "--master_port, or set MASTER_PORT under srun"
+        "--master_port, or set MASTER_PORT under srun: True"
     ), outcome.errors
 
 
