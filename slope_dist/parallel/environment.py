@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from slope_dist.errors import UnfinishedError, UserError
+from slope_dist.gpus import DRIVER, gpus_are_missed
 
 Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 
@@ -164,7 +166,8 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
         deterministic: whether torch and cuBLAS compute alike each time, from here to `stop`.
 
     Raises:
-        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs.
+        UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
+            torch sees none of the GPUs that are there.
         UnfinishedError: if the port is in use.
         MeetingError: if another rank never came, or went before all were there.
     """
@@ -174,6 +177,12 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
         # cuBLAS reads it when the first product is computed on a GPU.
         os.environ[CUBLAS_WORKSPACE] = DETERMINISTIC_WORKSPACES[0]
     gpu = torch.cuda.is_available()
+    if torch.version.cuda is not None and gpus_are_missed(gpu, DRIVER):
+        # Days of training on CPUs are not what was meant. The machine's other ranks see as little, and refuse alike.
+        raise UserError(
+            f"{socket.gethostname()} has NVIDIA GPUs ({DRIVER}), and torch {torch.__version__} sees none of them: is "
+            "the driver too old, or a GPU out of order (see nvidia-smi)? CUDA_VISIBLE_DEVICES= trains on the CPU"
+        )
     # Every rank of the machine refuses, not only those without a GPU: the others would wait for them.
     processes = max(environment.local_world_size, environment.local_rank + 1)
     if gpu and processes > torch.cuda.device_count():
