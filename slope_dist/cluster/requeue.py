@@ -1,6 +1,6 @@
 """Whether a job goes on: asked by launch/slurm/pretrain.sbatch before and after each part of a run.
 
-    python -m slope_dist.cluster.requeue before --journal FILE -- --config configs/tiny.json ...
+    python -m slope_dist.cluster.requeue before --journal FILE --end FILE -- --config configs/tiny.json ...
     python -m slope_dist.cluster.requeue nodes --nodes 13 --ranks 8 -- --config configs/tiny.json ...
     python -m slope_dist.cluster.requeue after --journal FILE --end FILE --code 1 --job running --most 5
 
@@ -13,7 +13,9 @@ make room (the early signal, preemption) goes on, as long as one in `IDLE` leave
 goes on at most `most` times, and not after `STUCK` failures in a row that left no new checkpoint. A part that was
 refused (exit code 2) for what will not pass by itself ends the chain, since the next one would end alike; but not where
 this chain has run before: what ran once is in order, so that a machine or a file system is not, and the refusal is a
-failure like others. The journal keeps one line a part, of one job or of all elements of an array.
+failure like others. What SLURM starts again by itself, as it does when a node has failed, goes on and is not counted.
+The journal keeps one line a part, of one job or of all elements of an array. An end file that is still there before a
+part is of one whose script was killed, with its node or by SLURM, before it could ask.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
     Args:
         end: what the run wrote into the end file; None if nothing.
         code: exit code of its launcher.
-        job: what SLURM says of the job: "running", "preempted", or "ending" (cancelled, or out of time).
+        job: what SLURM says of the job: "running", "preempted", "requeued" (by SLURM itself), "held" (the same,
+            and not started before it is released), "lost" (with a node, and not requeued), or "ending" (cancelled, or
+            out of time).
         earlier: the parts before it.
         most: failures after which the run still goes on.
     """
@@ -100,6 +104,12 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
         return part("give up", f"the run could not be started (exit code {code}), and could not again")
     if job == "preempted":
         return part("go on", f"the job is being preempted; {saved}")
+    if job == "requeued":
+        return part("go on", f"SLURM took the job back, as when a node fails, and starts it again by itself; {saved}")
+    if job == "held":
+        return part("go on", f"SLURM took the job back, and holds it until `scontrol release`; {saved}")
+    if job == "lost":
+        return part("done", f"a node failed, and SLURM does not requeue this job; {saved}; submit it again to go on")
     if job != "running":
         return part("done", f"the job was cancelled or is out of time; {saved}; submit it again to go on")
     if how == "stopped" and cause in ROOM:
@@ -182,19 +192,28 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def before(journal: Path, arguments: Sequence[str]) -> Part | None:
+def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | None:
     """Return why a part need not be started; None if it is to be.
 
     Args:
         journal: that of the job.
+        end_file: how a part has ended of which the journal does not know yet; it need not exist.
         arguments: of launch/pretrain.py.
 
     Raises:
-        UserError: if the config cannot be a run.
+        UserError: if the config cannot be a run, or the journal not be written.
     """
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
         return Part(verdict=parts[-1].verdict, reason=f"an earlier part has ended the chain: {parts[-1].reason}")
+    unknown = _read_object(end_file)
+    if unknown is not None:
+        # Its script would have removed the file.
+        part = decide(unknown, 1, "requeued", parts, 0)
+        write_journal(journal, part)
+        if part.verdict == "give up":
+            return part
+        print(visible(f"{part.verdict}: the part before: {part.reason}"), flush=True)
     try:
         config = _config(arguments)
         if config is None:
@@ -295,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     questions = parser.add_subparsers(dest="question", required=True)
     first = questions.add_parser("before", help="before a part: is there anything to do?")
     first.add_argument("--journal", type=Path, required=True)
+    first.add_argument("--end", type=Path, required=True, help="where an earlier part may have said how it ended")
     first.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of launch/pretrain.py")
     between = questions.add_parser("nodes", help="how many of the job's nodes fit a layout of the run?")
     between.add_argument("--nodes", type=int, required=True)
@@ -304,7 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     second.add_argument("--journal", type=Path, required=True)
     second.add_argument("--end", type=Path, required=True, help="what the run has written to SLOPE_END_FILE")
     second.add_argument("--code", type=int, required=True, help="exit code of the launcher")
-    second.add_argument("--job", choices=("running", "preempted", "ending"), default="running")
+    second.add_argument(
+        "--job", choices=("running", "preempted", "requeued", "held", "lost", "ending"), default="running"
+    )
     second.add_argument("--most", type=int, default=5, help="failures after which the run still goes on")
     try:
         options = parser.parse_args(arguments)
@@ -314,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(nodes_to_use(options.nodes, options.ranks, rest), flush=True)
             return 0
         if options.question == "before":
-            part = before(options.journal, rest)
+            part = before(options.journal, options.end, rest)
             if part is None:
                 return EXIT_CODES["go on"]
         else:

@@ -65,6 +65,12 @@ def chain(*ends: dict[str, Any] | None, most: int = 5) -> list[Part]:
         (end("running"), 137, "preempted", "go on", "preempted; the newest checkpoint is of step 10"),
         (end("running"), 137, "ending", "done", "cancelled or is out of time"),
         (end("failed", cause="no corpus", code=EXIT_BAD_INPUT), 2, "preempted", "give up", "would be again"),
+        # A node has died.
+        (end("failed", cause=LOST, code=1), 1, "requeued", "go on", "took the job back, as when a node fails"),
+        (end("running"), 143, "requeued", "go on", "starts it again by itself; the newest checkpoint is of step 10"),
+        (end("running"), 143, "held", "go on", "holds it until `scontrol release`"),
+        (end("failed", cause=LOST, code=1), 1, "lost", "done", "a node failed, and SLURM does not requeue this job"),
+        (end("finished", code=0), 1, "requeued", "done", "finished after step 10"),
     ],
 )
 def test_what_is_no_failure_of_the_run(
@@ -198,8 +204,12 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def before_words(job: Path) -> list[str]:
+    return ["before", "--journal", str(job / "j"), "--end", str(job / "unknown"), "--"]
+
+
 def before(job: Path, *more: str) -> int:
-    return main(["before", "--journal", str(job / "j"), "--", "--config", str(job / "config.json"), *more])
+    return main([*before_words(job), "--config", str(job / "config.json"), *more])
 
 
 def after(job: Path, content: str | None, code: int = 1, most: int = 5) -> int:
@@ -220,7 +230,7 @@ def test_before_a_part(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert before(job, "--set", "training.steps=20", "--resume", "auto") == 0
     assert before(job, "--set", "training.steps=0") == EXIT_BAD_INPUT
     assert "training.steps: must be at least 1, not 0 (from --set)" in capsys.readouterr().err
-    assert main(["before", "--journal", str(job / "j"), "--", "--no-config"]) == 0
+    assert main([*before_words(job), "--no-config"]) == 0
     (job / "run/end.json").write_text("torn")
     assert before(job) == 0
 
@@ -258,6 +268,29 @@ def test_a_chain_that_has_ended_does_not_begin_again(job: Path, ended: dict[str,
 def test_a_chain_that_has_not_ended_goes_on(job: Path, ended: dict[str, Any]) -> None:
     assert after(job, json.dumps(ended)) in (0, 3)
     assert before(job) == 0
+
+
+def test_a_part_whose_script_was_killed_is_in_the_journal_before_the_next(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = job / "unknown"
+    unknown.write_text(json.dumps(end("running", 10)))
+    assert before(job) == 0
+    assert "go on: the part before: SLURM took the job back" in capsys.readouterr().out
+    [part] = read_journal(job / "j")
+    assert (part.verdict, part.counted, part.checkpoint) == ("go on", False, 10)
+    # So that a node without a GPU, after that, is not taken for a mistake.
+    assert after(job, json.dumps(REFUSED)) == 0
+    unknown.write_text(json.dumps(end("finished", 10)))
+    assert before(job) == 0, "what the run's own folder says decides"
+    unknown.write_text(json.dumps(end("stopped", 10, "the file stop", EXIT_STOPPED)))
+    assert after(job, json.dumps(end("stopped", 10, "the file stop", EXIT_STOPPED))) == 5
+    assert before(job) == 5, "nor does it begin a chain anew that has ended"
+
+
+def test_a_refusal_whose_script_was_killed_ends_the_chain(job: Path) -> None:
+    (job / "unknown").write_text(json.dumps(REFUSED))
+    assert before(job) == before(job) == 4
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
