@@ -6,17 +6,15 @@ does not see the GPUs that are there.
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 from pathlib import Path
 
 from slope_dist import __version__
+from slope_dist.gpus import DRIVER, gpus_are_missed
 
-_DRIVER = Path("/dev/nvidiactl")
 
-
-def check(driver: Path = _DRIVER) -> str:
+def check(driver: Path = DRIVER) -> str:
     """Return what is installed, in one line; `driver` is there where GPUs have been given to this machine.
 
     Raises `ImportError` or `OSError` for a library that does not load, `RuntimeError` for GPUs that torch does not see.
@@ -26,14 +24,13 @@ def check(driver: Path = _DRIVER) -> str:
 
     # Counts without a CUDA context, which would take memory on every GPU beside the run that is being watched.
     gpus = torch.cuda.device_count()
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if gpus == 0 and driver.exists() and not hidden:
+    if gpus_are_missed(gpus, driver):
         raise RuntimeError(f"torch {torch.__version__} sees no GPU though {driver} is there: is the driver too old?")
     versions = f"slope_dist {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
     return f"healthy: {versions}, CUDA {torch.version.cuda}, deepspeed {deepspeed.__version__}, {gpus} GPUs"
 
 
-def main(driver: Path = _DRIVER) -> int:
+def main(driver: Path = DRIVER) -> int:
     """Print the answer; returns the exit code."""
     try:
         print(check(driver))

@@ -258,15 +258,15 @@ def find_newest_on_all_ranks(checkpoints: Path, transfer: Transfer | None = None
     """
     names: list[str] = []
     leftovers: list[str] = []
-    error = None
+    error, cause = None, None
     if rank() == 0:
         try:
             names, leftovers = _listing(checkpoints)
         except CheckpointError as caught:
-            error = str(caught)
+            error, cause = str(caught), caught.__cause__
     names, leftovers, error = broadcast_json([names, leftovers, error])
     if error is not None:
-        raise CheckpointError(error)
+        raise CheckpointError(error) from cause
     return Search(*_search(checkpoints, names, rank(), world_size(), all_gather_json, transfer), leftovers)
 
 

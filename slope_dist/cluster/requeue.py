@@ -1,6 +1,6 @@
 """Whether a job goes on: asked by launch/slurm/pretrain.sbatch before and after each part of a run.
 
-    python -m slope_dist.cluster.requeue before --journal FILE -- --config configs/tiny.json ...
+    python -m slope_dist.cluster.requeue before --journal FILE --end FILE -- --config configs/tiny.json ...
     python -m slope_dist.cluster.requeue nodes --nodes 13 --ranks 8 -- --config configs/tiny.json ...
     python -m slope_dist.cluster.requeue after --journal FILE --end FILE --code 1 --job running --most 5
 
@@ -10,9 +10,12 @@ started. The second prints how many of the nodes to use.
 
 What counts is what the run has written into the end file, not the exit codes of launchers. A part that was asked to
 make room (the early signal, preemption) goes on, as long as one in `IDLE` leaves a new checkpoint. A part that failed
-goes on at most `most` times, and not after `STUCK` failures in a row that left no new checkpoint, nor when it was
-refused (exit code 2) for what will not pass: the next part would end alike. The journal keeps one line a part, of one
-job or of all elements of an array.
+goes on at most `most` times, and not after `STUCK` failures in a row that left no new checkpoint. A part that was
+refused (exit code 2) for what will not pass by itself ends the chain, since the next one would end alike; but not where
+this chain has run before: what ran once is in order, so that a machine or a file system is not, and the refusal is a
+failure like others. What SLURM starts again by itself, as it does when a node has failed, goes on and is not counted.
+The journal keeps one line a part, of one job or of all elements of an array. An end file that is still there before a
+part is of one whose script was killed, with its node or by SLURM, before it could ask.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any, Literal
 from slope_dist.command_line import Parser, visible
 from slope_dist.config import Config, load_config, run_folder
 from slope_dist.config.resolve import fit
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, UserError, may_pass
 from slope_dist.files import read_bounded
 
 Verdict = Literal["go on", "done", "give up", "stop"]
@@ -76,7 +79,9 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
     Args:
         end: what the run wrote into the end file; None if nothing.
         code: exit code of its launcher.
-        job: what SLURM says of the job: "running", "preempted", or "ending" (cancelled, or out of time).
+        job: what SLURM says of the job: "running", "preempted", "requeued" (by SLURM itself), "held" (the same,
+            and not started before it is released), "lost" (with a node, and not requeued), or "ending" (cancelled, or
+            out of time).
         earlier: the parts before it.
         most: failures after which the run still goes on.
     """
@@ -90,12 +95,21 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
 
     if how == "finished" or (not end and code == 0):
         return part("done", f"the run is finished after step {step}" if end else "nothing was left to do")
-    if end.get("exit_code") == EXIT_BAD_INPUT and end.get("temporary") is not True:
+    refused = end.get("exit_code") == EXIT_BAD_INPUT
+    not_started = not end and code in _NOT_STARTED
+    ran = _has_run(end, earlier)
+    if refused and end.get("temporary") is not True and not ran:
         return part("give up", f"the run was refused, and would be again: {cause}")
-    if not end and code in _NOT_STARTED:
+    if not_started and not ran:
         return part("give up", f"the run could not be started (exit code {code}), and could not again")
     if job == "preempted":
         return part("go on", f"the job is being preempted; {saved}")
+    if job == "requeued":
+        return part("go on", f"SLURM took the job back, as when a node fails, and starts it again by itself; {saved}")
+    if job == "held":
+        return part("go on", f"SLURM took the job back, and holds it until `scontrol release`; {saved}")
+    if job == "lost":
+        return part("done", f"a node failed, and SLURM does not requeue this job; {saved}; submit it again to go on")
     if job != "running":
         return part("done", f"the job was cancelled or is out of time; {saved}; submit it again to go on")
     if how == "stopped" and cause in ROOM:
@@ -109,10 +123,14 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
         return made_room
     if how == "stopped" and cause != _LOST_LAUNCHER:
         return part("stop", f"stopped by {cause} after step {step}, as somebody asked for; {saved}")
-    if not end:
+    if not_started:
+        failure = f"the run could not be started (exit code {code}), though it could before"
+    elif not end:
         failure = f"the run ended before it could say why (exit code {code})"
     elif how == "running":
         failure = f"the run was killed without a word (exit code {code})"
+    elif refused and ran:
+        failure = f"the run was refused, though it has run before, as if a machine or a file system failed: {cause}"
     else:
         failure = f"the run failed after step {step}: {cause}"
     failed = part("go on", f"{failure}; {saved}", counted=True)
@@ -126,6 +144,15 @@ def decide(end: dict[str, Any] | None, code: int, job: str, earlier: Sequence[Pa
             "give up", f"{failure}; it has failed {failures} times, and may {most} times; {saved}", counted=True
         )
     return part("go on", f"{failure}; failure {failures} of at most {most}; {saved}", counted=True)
+
+
+def _has_run(end: dict[str, Any], earlier: Sequence[Part]) -> bool:
+    """Whether this chain has trained: here, or in a part that left a checkpoint; its config and its data are in order.
+
+    A run names a folder, and so a checkpoint, only once it stands there as its own.
+    """
+    trained = end.get("trained")
+    return (isinstance(trained, int) and trained > 0) or any(part.checkpoint is not None for part in earlier)
 
 
 def _count(parts: Sequence[Part]) -> tuple[int, int]:
@@ -165,24 +192,39 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-def before(journal: Path, arguments: Sequence[str]) -> Part | None:
+def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | None:
     """Return why a part need not be started; None if it is to be.
 
     Args:
         journal: that of the job.
+        end_file: how a part has ended of which the journal does not know yet; it need not exist.
         arguments: of launch/pretrain.py.
 
     Raises:
-        UserError: if the config cannot be a run.
+        UserError: if the config cannot be a run, or the journal not be written.
     """
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
         return Part(verdict=parts[-1].verdict, reason=f"an earlier part has ended the chain: {parts[-1].reason}")
-    config = _config(arguments)
-    if config is None:
-        return None
-    folder = Path(run_folder(config))
-    end = _read_object(folder / "end.json") or {}
+    unknown = _read_object(end_file)
+    if unknown is not None:
+        # Its script would have removed the file.
+        part = decide(unknown, 1, "requeued", parts, 0)
+        write_journal(journal, part)
+        if part.verdict == "give up":
+            return part
+        print(visible(f"{part.verdict}: the part before: {part.reason}"), flush=True)
+    try:
+        config = _config(arguments)
+        if config is None:
+            return None
+        folder = Path(run_folder(config))
+        end = _read_object(folder / "end.json") or {}
+    except UserError as error:
+        if may_pass(error):
+            # A file server in trouble: the run says so, and after it such a failure is counted.
+            return None
+        raise
     step = end.get("step")
     if end.get("how") == "finished" and isinstance(step, int) and step >= config.training.steps:
         return Part(verdict="done", reason=f"the run in {folder} is finished after step {step}")
@@ -202,7 +244,12 @@ def nodes_to_use(nodes: int, ranks: int, arguments: Sequence[str]) -> int:
     Raises:
         UserError: if the config cannot be a run.
     """
-    config = _config(arguments)
+    try:
+        config = _config(arguments)
+    except UserError as error:
+        if may_pass(error):
+            return nodes
+        raise
     if config is not None and config.parallel.alternatives:
         for some in range(nodes, 0, -1):
             with contextlib.suppress(UserError):
@@ -267,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     questions = parser.add_subparsers(dest="question", required=True)
     first = questions.add_parser("before", help="before a part: is there anything to do?")
     first.add_argument("--journal", type=Path, required=True)
+    first.add_argument("--end", type=Path, required=True, help="where an earlier part may have said how it ended")
     first.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of launch/pretrain.py")
     between = questions.add_parser("nodes", help="how many of the job's nodes fit a layout of the run?")
     between.add_argument("--nodes", type=int, required=True)
@@ -276,7 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     second.add_argument("--journal", type=Path, required=True)
     second.add_argument("--end", type=Path, required=True, help="what the run has written to SLOPE_END_FILE")
     second.add_argument("--code", type=int, required=True, help="exit code of the launcher")
-    second.add_argument("--job", choices=("running", "preempted", "ending"), default="running")
+    second.add_argument(
+        "--job", choices=("running", "preempted", "requeued", "held", "lost", "ending"), default="running"
+    )
     second.add_argument("--most", type=int, default=5, help="failures after which the run still goes on")
     try:
         options = parser.parse_args(arguments)
@@ -286,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(nodes_to_use(options.nodes, options.ranks, rest), flush=True)
             return 0
         if options.question == "before":
-            part = before(options.journal, rest)
+            part = before(options.journal, options.end, rest)
             if part is None:
                 return EXIT_CODES["go on"]
         else:

@@ -61,7 +61,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     except ValidationError as error:
         raise UserError(_one_line(f"{path}: {explain(error, overridden)}")) from None
     except _RefusedError as error:
-        raise UserError(_one_line(f"{path}: {error}")) from None
+        raise UserError(_one_line(f"{path}: {error}")) from error.__cause__
     if config.run.folder is None:
         run = config.run.model_copy(update={"folder": f"runs/{Path(path).stem}"})
         config = config.model_copy(update={"run": run})
@@ -82,7 +82,7 @@ def _read(path: Path) -> str:
     except IsADirectoryError:
         raise _RefusedError("is a folder; give the JSON file of a run") from None
     except (OSError, ValueError) as error:
-        raise _RefusedError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise _RefusedError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > _MAX_BYTES:
         raise _RefusedError(f"is larger than {_MAX_BYTES} bytes; a run's file is a few kilobytes of JSON")
     if not raw.strip():

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError, may_pass
 from slope_dist.watching.heartbeat import beat
 
 BEAT_SECONDS = 30.0
@@ -93,16 +93,22 @@ def _padded(value: Any, group: dist.ProcessGroup | None) -> tuple[Tensor, list[i
     return padded, counts
 
 
-def agree(error: str | None) -> None:
+def agree(error: str | None, *, passing: bool = False) -> None:
     """Let all ranks fail together: the first rank's error is raised on every rank, none goes on alone.
+
+    Args:
+        error: this rank's; None if it has none.
+        passing: whether the same may succeed later.
 
     Raises:
         UserError: if any rank passed an error.
+        UnfinishedError: the same, if that rank's may pass.
     """
-    errors = [(index, text) for index, text in enumerate(all_gather_json(error)) if text is not None]
+    found = all_gather_json(None if error is None else [error, passing])
+    errors = [(index, *each) for index, each in enumerate(found) if each is not None]
     if errors:
-        index, text = errors[0]
-        raise UserError(text if index == 0 else f"rank {index}: {text}")
+        index, text, passes = errors[0]
+        raise (UnfinishedError if passes else UserError)(text if index == 0 else f"rank {index}: {text}")
 
 
 @contextmanager
@@ -117,10 +123,10 @@ def together() -> Iterator[None]:
     except UserError as failure:
         own = failure
     try:
-        agree(None if own is None else str(own))
+        agree(None if own is None else str(own), passing=may_pass(own))
     except UserError:
         if own is not None and rank() == 0:
-            raise own from None
+            raise own from own.__cause__
         raise
 
 
@@ -136,7 +142,7 @@ def alone(work: Callable[[Callable[[], None]], T]) -> T | None:
     Raises:
         UserError: on every rank, what `work` raises.
     """
-    result, error = None, None
+    result, error, passing = None, None, False
     if rank() == 0:
         spoke = time.monotonic()
 
@@ -150,13 +156,13 @@ def alone(work: Callable[[Callable[[], None]], T]) -> T | None:
         try:
             result = work(alive)
         except UserError as failure:
-            error = str(failure)
+            error, passing = str(failure), may_pass(failure)
         finally:
             broadcast_json(False)
     else:
         while broadcast_json(None):
             pass
-    agree(error)
+    agree(error, passing=passing)
     return result
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +13,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError, UserError
+from slope_dist.gpus import DRIVER, gpus_are_missed
 
 Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 
@@ -165,7 +167,8 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
 
     Raises:
         UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
-            the port is in use.
+            torch sees none of the GPUs that are there.
+        UnfinishedError: if the port is in use.
         MeetingError: if another rank never came, or went before all were there.
     """
     torch.set_num_threads(threads)
@@ -174,6 +177,12 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
         # cuBLAS reads it when the first product is computed on a GPU.
         os.environ[CUBLAS_WORKSPACE] = DETERMINISTIC_WORKSPACES[0]
     gpu = torch.cuda.is_available()
+    if torch.version.cuda is not None and gpus_are_missed(gpu, DRIVER):
+        # Days of training on CPUs are not what was meant. The machine's other ranks see as little, and refuse alike.
+        raise UserError(
+            f"{socket.gethostname()} has NVIDIA GPUs ({DRIVER}), and torch {torch.__version__} sees none of them: is "
+            "the driver too old, or a GPU out of order (see nvidia-smi)? CUDA_VISIBLE_DEVICES= trains on the CPU"
+        )
     # Every rank of the machine refuses, not only those without a GPU: the others would wait for them.
     processes = max(environment.local_world_size, environment.local_rank + 1)
     if gpu and processes > torch.cuda.device_count():
@@ -207,7 +216,8 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
                 where_to = f"{where['MASTER_ADDR']}:{where['MASTER_PORT']}"
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 raise MeetingError(f"the ranks did not meet at {where_to}: {reason}") from error
-            raise UserError(
+            # Whoever has it leaves sooner or later, and a job script draws another the next time.
+            raise UnfinishedError(
                 f"port {where['MASTER_PORT']}, where ranks are to meet, is in use on this machine (by another run?); "
                 "give the launcher another --master_port, or set MASTER_PORT under srun"
             ) from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from slope_dist.command_line import EXIT_INTERRUPTED
 from slope_dist.config import Config, derive, dump_config, load_config, run_folder
 from slope_dist.config.resolve import fit, threads_per_process, world_size
-from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UnfinishedError, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError, may_pass
 from slope_dist.parallel import collectives, environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
@@ -184,7 +184,7 @@ class _Run:
         if isinstance(error, UserError | RunFailedError):
             cause, line = str(error), f"error: {rank}{error}"
             code = EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILED
-            temporary = isinstance(error, UnfinishedError)
+            temporary = may_pass(error)
         elif isinstance(error, KeyboardInterrupt):
             # At the terminal all ranks get it, and who pressed the keys knows.
             cause, line = "interrupted", f"{rank}interrupted" if rank else ""
@@ -231,6 +231,7 @@ class _Run:
             None if folder is None else folder.path,
             how,
             step=0 if self.trainer is None else self.trainer.step,
+            trained=0 if self.trainer is None else self.trainer.step - self.trainer.first_step + 1,
             checkpoint=None if checkpoint is None else checkpoint.name,
             exit_code=code,
             cause=cause,
@@ -279,7 +280,8 @@ def _refused(error: UserError, place: Environment | None) -> int:
     # Before the rank is known, or where reading it failed, every process speaks for itself.
     if place is None or place.is_first:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        write_end(None, "failed", step=0, checkpoint=None, exit_code=EXIT_BAD_INPUT, cause=str(error))
+        details = {"step": 0, "checkpoint": None, "exit_code": EXIT_BAD_INPUT, "cause": str(error)}
+        write_end(None, "failed", temporary=may_pass(error), **details)
     return EXIT_BAD_INPUT
 
 

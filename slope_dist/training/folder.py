@@ -16,7 +16,7 @@ from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
 from slope_dist.config.model import ModelConfig
 from slope_dist.config.sections import SparsityConfig
-from slope_dist.errors import UserError
+from slope_dist.errors import UserError, may_pass
 from slope_dist.files import read_bounded
 from slope_dist.parallel import collectives
 from slope_dist.training.corpora import Corpora
@@ -143,7 +143,7 @@ class RunFolder:
         Raises:
             UserError: on every rank, if the folder cannot be made, read or written.
         """
-        error = None
+        error, passing = None, False
         if collectives.rank() == 0:
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,8 @@ class RunFolder:
                 os.replace(partial, self.path / CONFIG)
             except OSError as failure:
                 error = f"run.folder {self.path} cannot be used: {failure.strerror or failure} ({failure.filename})"
-        collectives.agree(error)
+                passing = may_pass(failure)
+        collectives.agree(error, passing=passing)
 
     def newest_complete(self) -> Path | None:
         """The newest checkpoint that looks complete, for a message; its bytes are not read."""

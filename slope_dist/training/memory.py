@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import psutil
 import torch
@@ -20,6 +19,7 @@ from slope_dist.planning import GPU_MEMORY, ModelState
 from slope_dist.planning.activations import PredictedTooLateError
 from slope_dist.training.build import count_state, storage
 from slope_dist.training.forecast import MARGIN, fits, forecast, most_of
+from slope_dist.training.host_memory import memory_limits
 from slope_dist.transfer import size_text
 
 
@@ -177,9 +177,5 @@ def _certain_peaks(config: Config, derived: Derived) -> dict[str, int]:
 
 
 def _machine_memory() -> int:
-    """Bytes of memory this process may use together with the others: the machine's, or its container's limit."""
-    total = psutil.virtual_memory().total
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):
-        return total
+    """Bytes of memory this process may use together with the others: the machine's, or a container's or job's limit."""
+    return min([psutil.virtual_memory().total, *memory_limits()])

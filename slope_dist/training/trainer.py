@@ -53,6 +53,8 @@ class Trainer:
         stopper: hears of requests to stop; None: one that hears of no signals.
 
     Attributes:
+        step: the last one that is done, here or before the checkpoint that the run goes on from.
+        first_step: the first that is to be done here.
         stopped: why the run left before its last step; "" if it did not.
     """
 
@@ -118,12 +120,13 @@ class Trainer:
             self.guard.skipped = state.skipped_steps
             self.guard.in_a_row = state.skipped_in_a_row
             self.last_checkpoint = found.path
+        self.first_step = self.step + 1
         self._engine: Engine | None = None
         self.saver: Saver | None = None
         self.journal: Journal | None = None
         self.ranks = RankComparison(config.watch, config.training.steps)
         self.progress = ProgressLine(
-            first_step=self.step + 1,
+            first_step=self.first_step,
             steps=config.training.steps,
             tokens_per_step=self.derived.tokens_per_step,
             utilization=find_utilization(config, self.derived),

@@ -6,7 +6,9 @@ Run: pytest tests/cluster/test_requeue.py
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,12 @@ def chain(*ends: dict[str, Any] | None, most: int = 5) -> list[Part]:
         (end("running"), 137, "preempted", "go on", "preempted; the newest checkpoint is of step 10"),
         (end("running"), 137, "ending", "done", "cancelled or is out of time"),
         (end("failed", cause="no corpus", code=EXIT_BAD_INPUT), 2, "preempted", "give up", "would be again"),
+        # A node has died.
+        (end("failed", cause=LOST, code=1), 1, "requeued", "go on", "took the job back, as when a node fails"),
+        (end("running"), 143, "requeued", "go on", "starts it again by itself; the newest checkpoint is of step 10"),
+        (end("running"), 143, "held", "go on", "holds it until `scontrol release`"),
+        (end("failed", cause=LOST, code=1), 1, "lost", "done", "a node failed, and SLURM does not requeue this job"),
+        (end("finished", code=0), 1, "requeued", "done", "finished after step 10"),
     ],
 )
 def test_what_is_no_failure_of_the_run(
@@ -121,6 +129,40 @@ def test_a_refusal_that_may_pass_is_a_failure_like_others() -> None:
     assert chain(busy | {"temporary": False})[0].verdict == "give up"
 
 
+REFUSED = end("failed", None, "4 processes have no GPU each", EXIT_BAD_INPUT) | {"trained": 0}
+
+
+def test_a_refusal_after_the_chain_has_run_is_a_failure_like_others() -> None:
+    """A GPU that has fallen off, a corpus that cannot be read any more."""
+    saved = end("stopped", 20, "SIGUSR1", EXIT_STOPPED)
+    parts = chain(saved, REFUSED, saved | {"checkpoint": "step-00000030"}, REFUSED, REFUSED)
+    assert [part.verdict for part in parts] == ["go on"] * 4 + ["give up"]
+    assert [part.counted for part in parts] == [False, True, False, True, True]
+    assert "refused, though it has run before, as if a machine or a file system failed: 4 proc" in parts[1].reason
+    assert "failure 1 of at most 5" in parts[1].reason and "2 failures in a row" in parts[4].reason
+    assert chain(saved, REFUSED, most=0)[1].verdict == "give up"
+    # A part that was cut short before its first checkpoint has not shown that its input is in order.
+    assert chain(end("running", None), REFUSED)[1].verdict == "give up"
+
+
+def test_a_refusal_counts_steps_that_the_part_itself_has_trained() -> None:
+    midway = end("failed", 20, "cannot read corpus at byte 7: Input/output error", EXIT_BAD_INPUT)
+    assert chain(midway | {"trained": 3})[0].verdict == "go on" and chain(midway | {"trained": 3})[0].counted
+    # It went on from an older job's checkpoint, and was refused before its first step.
+    assert chain(midway | {"trained": 0})[0].verdict == "give up"
+    assert chain(midway | {"trained": "3"})[0].verdict == "give up"
+
+
+def test_a_program_that_is_gone_after_the_chain_has_run_may_come_back() -> None:
+    saved = end("stopped", 20, "SIGUSR1", EXIT_STOPPED)
+    earlier = chain(saved)
+    for code in (EXIT_BAD_INPUT, 126, 127):
+        part = decide(None, code, "running", earlier, 5)
+        assert part.verdict == "go on" and part.counted and "though it could before" in part.reason
+    assert decide(None, 127, "ending", earlier, 5).verdict == "done"
+    assert decide(REFUSED, 1, "preempted", earlier, 5).verdict == "go on"
+
+
 def test_making_room_is_not_counted() -> None:
     stopped = [end("stopped", 10 * step, "SIGUSR1", EXIT_STOPPED) for step in range(1, 30)]
     assert {part.verdict for part in chain(*stopped, most=0)} == {"go on"}
@@ -162,8 +204,12 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def before_words(job: Path) -> list[str]:
+    return ["before", "--journal", str(job / "j"), "--end", str(job / "unknown"), "--"]
+
+
 def before(job: Path, *more: str) -> int:
-    return main(["before", "--journal", str(job / "j"), "--", "--config", str(job / "config.json"), *more])
+    return main([*before_words(job), "--config", str(job / "config.json"), *more])
 
 
 def after(job: Path, content: str | None, code: int = 1, most: int = 5) -> int:
@@ -184,7 +230,7 @@ def test_before_a_part(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert before(job, "--set", "training.steps=20", "--resume", "auto") == 0
     assert before(job, "--set", "training.steps=0") == EXIT_BAD_INPUT
     assert "training.steps: must be at least 1, not 0 (from --set)" in capsys.readouterr().err
-    assert main(["before", "--journal", str(job / "j"), "--", "--no-config"]) == 0
+    assert main([*before_words(job), "--no-config"]) == 0
     (job / "run/end.json").write_text("torn")
     assert before(job) == 0
 
@@ -222,6 +268,42 @@ def test_a_chain_that_has_ended_does_not_begin_again(job: Path, ended: dict[str,
 def test_a_chain_that_has_not_ended_goes_on(job: Path, ended: dict[str, Any]) -> None:
     assert after(job, json.dumps(ended)) in (0, 3)
     assert before(job) == 0
+
+
+def test_a_part_whose_script_was_killed_is_in_the_journal_before_the_next(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unknown = job / "unknown"
+    unknown.write_text(json.dumps(end("running", 10)))
+    assert before(job) == 0
+    assert "go on: the part before: SLURM took the job back" in capsys.readouterr().out
+    [part] = read_journal(job / "j")
+    assert (part.verdict, part.counted, part.checkpoint) == ("go on", False, 10)
+    # So that a node without a GPU, after that, is not taken for a mistake.
+    assert after(job, json.dumps(REFUSED)) == 0
+    unknown.write_text(json.dumps(end("finished", 10)))
+    assert before(job) == 0, "what the run's own folder says decides"
+    unknown.write_text(json.dumps(end("stopped", 10, "the file stop", EXIT_STOPPED)))
+    assert after(job, json.dumps(end("stopped", 10, "the file stop", EXIT_STOPPED))) == 5
+    assert before(job) == 5, "nor does it begin a chain anew that has ended"
+
+
+def test_a_refusal_whose_script_was_killed_ends_the_chain(job: Path) -> None:
+    (job / "unknown").write_text(json.dumps(REFUSED))
+    assert before(job) == before(job) == 4
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_config_that_cannot_be_read_for_now_is_left_to_the_run(
+    number: int, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, *arguments: Any) -> None:
+        raise OSError(number, os.strerror(number), str(self))
+
+    nodes = ["nodes", "--nodes=3", "--ranks=2", "--", "--config", str(job / "config.json")]
+    monkeypatch.setattr(Path, "open", fail)
+    expected = EXIT_BAD_INPUT if number == errno.EACCES else 0
+    assert before(job) == expected and main(nodes) == expected
 
 
 def test_the_journal_keeps_each_part(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

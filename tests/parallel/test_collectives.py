@@ -5,6 +5,7 @@ Run: pytest tests/parallel/test_collectives.py
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UserError, may_pass
 from slope_dist.parallel import collectives
 from tests.distributed import run_ranks
 
@@ -63,6 +64,37 @@ def test_two_ranks() -> None:
 )
 def test_all_ranks_fail_alike(errors: list[str | None], said: str | None) -> None:
     assert run_ranks(disagree, 2, errors) == [said, said]
+
+
+def meet_errors(number: int, failing: int) -> list[str]:
+    """What `agree`, `together` and `alone` raise on this rank where rank `failing` has a system's error."""
+
+    def fail(alive: object = None) -> None:
+        try:
+            raise OSError(number, "no answer")
+        except OSError as error:
+            raise UserError("cannot read it") from error
+
+    def together() -> None:
+        with collectives.together():
+            if collectives.rank() == failing:
+                fail()
+
+    raised = []
+    for work in (together, lambda: collectives.alone(fail)):
+        try:
+            work()
+        except UserError as error:
+            raised.append(f"{error}: {may_pass(error)}")
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("number", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EHOSTDOWN, True), (errno.ENOENT, False)]
+)
+def test_all_ranks_know_whether_an_error_may_pass(number: int, passes: bool) -> None:
+    assert run_ranks(meet_errors, 2, number, 0) == [[f"cannot read it: {passes}"] * 2] * 2
+    assert [raised[0] for raised in run_ranks(meet_errors, 2, number, 1)] == [f"rank 1: cannot read it: {passes}"] * 2
 
 
 def test_without_a_process_group_a_process_talks_to_itself() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UserError, may_pass
 from slope_dist.parallel.environment import (
     Environment,
     discover,
@@ -192,7 +192,7 @@ def start_on(port: int) -> str:
     try:
         start(Environment(0, 2, 0, 2, "deepspeed or torchrun"), threads=1)
     except UserError as error:
-        return str(error)
+        return f"{error}: {may_pass(error)}"
     return "not refused"
 
 
@@ -204,8 +204,58 @@ def test_a_port_in_use_is_told_in_a_line() -> None:
         [outcome] = end_ranks(start_on, 1, port, process_group=False)
     assert outcome.result == (
         f"port {port}, where ranks are to meet, is in use on this machine (by another run?); give the launcher another "
-        "--master_port, or set MASTER_PORT under srun"
+        "--master_port, or set MASTER_PORT under srun: True"
     ), outcome.errors
+
+
+BLIND = (
+    r"error: \S+ has NVIDIA GPUs \(.*driver\), and torch \S+ sees none of them: .* CUDA_VISIBLE_DEVICES= trains on .*"
+)
+
+
+def start_blind(config: str, driver: str, cuda: str | None, hidden: str | None) -> None:
+    """A run with a torch that sees no GPU."""
+    import torch
+
+    from slope_dist.parallel import environment
+
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if hidden is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+    torch.version.cuda = cuda
+    torch.cuda.is_available = lambda: False
+    environment.DRIVER = Path(driver)
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_gpus_that_torch_does_not_see_are_not_replaced_by_the_cpu(corpus: Path, tmp_path: Path) -> None:
+    """By every rank of the machine, of which one says it."""
+    config, driver = write_config(tmp_path, corpus, training__steps=1), tmp_path / "driver"
+    driver.touch()
+    first, second = end_ranks(start_blind, 2, str(config), str(driver), "12.8", None, process_group=False, timeout=60)
+    assert (first.code, second.code) == (2, 2)
+    assert re.fullmatch(BLIND, first.errors.strip()) and second.errors == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "hidden", "code"),
+    [
+        ("driver", "12.8", "0,1", 2),
+        ("driver", "12.8", "", 0),
+        ("driver", "12.8", "-1", 0),
+        ("driver", None, None, 0),
+        ("none", "12.8", None, 0),
+    ],
+)
+def test_a_machine_without_gpus_or_with_hidden_ones_trains_on_the_cpu(
+    driver: str, cuda: str | None, hidden: str | None, code: int, corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, corpus, training__steps=1)
+    (tmp_path / "driver").touch()
+    arguments = (str(config), str(tmp_path / driver), cuda, hidden)
+    [outcome] = end_ranks(start_blind, 1, *arguments, process_group=False, timeout=60)
+    assert outcome.code == code, outcome.errors
 
 
 def left_alone(config: str) -> None:

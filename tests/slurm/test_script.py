@@ -1,19 +1,27 @@
-"""Claim: the job script is sound shell, names all its variables at its head, and says what it wants where it is no job.
+"""Claim: the job script is sound shell, names all its variables at its head, and says what it wants where it is no job;
+ranks are started by the words of SLOPE_PYTHON or SLOPE_RANK_PYTHON; `--resume never` holds until a chain has
+checkpoints of its own; what SLURM requeues by itself is left to it.
+
+With programs in place of SLURM's that only note what they are asked; test_slurm.py has the real ones.
 
 Run: pytest tests/slurm/test_script.py
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from tests.distributed import ROOT
 from tests.slurm.conftest import SCRIPT
+from tests.slurm.fake import FakeJob
 
 TEXT = (ROOT / SCRIPT).read_text()
 
@@ -37,3 +45,148 @@ def test_outside_a_job_it_says_how_it_is_used() -> None:
     done = subprocess.run(["bash", SCRIPT], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: this is a job script; submit it: sbatch ") and done.stderr.count("\n") == 1
+
+
+SAVED = {"how": "stopped", "cause": "SIGUSR1", "exit_code": 75, "step": 20, "checkpoint": "step-00000020"}
+UNSAVED = {"how": "failed", "cause": "rank 1 was lost", "exit_code": 1, "step": 0, "checkpoint": None}
+
+
+def test_ranks_are_started_by_the_words_of_slope_python(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    done = job.part(code=1, SLOPE_PYTHON=f"env SLOPE_PREFIX=1 {sys.executable}")
+    assert "failure 1 of at most 5" in done.stdout and job.requeued, done.stderr
+    at = job.started.index("env")
+    assert job.started[at:][:4] == ["env", "SLOPE_PREFIX=1", sys.executable, "launch/pretrain.py"]
+
+
+def test_a_path_with_spaces_is_one_word(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    python = job.program(tmp_path / "my env/bin/python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+    done = job.part(code=1, SLOPE_PYTHON=str(python))
+    assert "failure 1 of at most 5" in done.stdout, done.stderr
+    assert job.started[-4:-2] == [str(python), "launch/pretrain.py"]
+
+
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_what_srun_starts_may_have_a_python_of_its_own(launcher: str, tmp_path: Path) -> None:
+    """As in a container that srun enters (Pyxis), where the script's own Python is not."""
+    job = FakeJob(tmp_path)
+    variables = {
+        "SLOPE_RANK_PYTHON": "/opt/venv/bin/python",
+        "SLOPE_SRUN_ARGS": "--container-image=x --container-mounts=y",
+    }
+    done = job.part(code=1, SLOPE_LAUNCHER=launcher, **variables)
+    assert "failure 1 of at most 5" in done.stdout, done.stderr
+    assert "--container-image=x" in job.started and "--container-mounts=y" in job.started
+    assert "/opt/venv/bin/python" in job.started and sys.executable not in job.started
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SLOPE_RANK_PYTHON": "/opt/venv/bin/python"}, "it has no SLOPE_RANK_PYTHON"),
+        ({"SLOPE_PYTHON": f"env SLOPE_PREFIX=1 {sys.executable}"}, "with the last word of SLOPE_PYTHON alone"),
+    ],
+)
+def test_the_hostfile_launcher_refuses_what_ssh_would_not_start(
+    variables: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    done = FakeJob(tmp_path).part(SLOPE_LAUNCHER="hostfile", **variables)
+    assert done.returncode == 2 and done.stderr.startswith("error: hostfile ") and said in done.stderr
+
+
+def test_a_python_of_no_words_is_refused(tmp_path: Path) -> None:
+    done = FakeJob(tmp_path).part(SLOPE_PYTHON="  ")
+    assert done.returncode == 2 and done.stderr == "error: there is no python; set SLOPE_PYTHON\n"
+
+
+def test_variables_that_hostfile_passes_on(tmp_path: Path) -> None:
+    """The launcher, whose words are those of deepspeed, is noted in place of started."""
+    job = FakeJob(tmp_path, nodes=1)
+    noted = f'[[ $* != *deepspeed.launcher.runner* ]] || exec "{tmp_path}/bin/srun" "$@"'
+    python = job.program(tmp_path / "python", f'#!/bin/bash\n{noted}\nexec "{sys.executable}" "$@"\n')
+    passed = {
+        "FI_PROVIDER": "efa",
+        "UCX_TLS": "rc,sm",
+        "HF_HOME": "/scratch/hf",
+        "TORCH_NCCL_BLOCKING_WAIT": "1",
+        "TORCHINDUCTOR_CACHE_DIR": "/tmp/a=b",
+        "TRITON_CACHE_DIR": "/tmp/t",
+        "OMP_PLACES": "{0:4},{4:4}",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_IB_HCA": "=mlx5_0",
+    }
+    kept = {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "HF_TOKEN": "secret",
+        "FILES": "x",
+        "OMP_TWO_LINES": "1\nHF_HOME=2",
+        "OTHER": "1",
+    }
+    done = job.part(code=1, SLOPE_LAUNCHER="hostfile", SLOPE_PYTHON=str(python), **passed, **kept)
+    assert "failure 1 of at most 5" in done.stdout and "launch/pretrain.py" in job.started, done.stderr
+    lines = (tmp_path / "jobs/7.environment").read_text().splitlines()
+    found = dict(line.split("=", 1) for line in lines)
+    assert passed.items() <= found.items() and not kept.keys() & found.keys()
+    assert found["SLOPE_LAUNCHER"] == "hostfile" and found["SLURM_JOB_ID"] == "7" and "PATH" in found
+
+
+@pytest.mark.parametrize("words", [["--resume", "never"], ["--resume=never"]])
+def test_resume_never_is_about_the_first_part_of_a_chain(words: list[str], tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    job.part(*words, "--accept-steps", end=SAVED, code=75)
+    assert job.requeued and job.started[-len(words) - 1 :] == [*words, "--accept-steps"]
+    done = job.part(*words, "--accept-steps", end=SAVED, code=75)
+    assert job.started[-3:] == ["--config", str(ROOT / "configs/tiny.json"), "--accept-steps"]
+    assert f"{words[0]} is left out: an earlier part of this job has left checkpoints" in done.stdout
+    # Any other value is left as it is.
+    job.part("--resume", "auto", end=SAVED, code=75)
+    assert job.started[-2:] == ["--resume", "auto"]
+
+
+def test_resume_never_stays_while_the_chain_has_no_checkpoint_of_its_own(tmp_path: Path) -> None:
+    """What is in the folder then is somebody else's, and not to be gone on from."""
+    job = FakeJob(tmp_path)
+    for _ in range(2):
+        job.part("--resume", "never", end=UNSAVED, code=1)
+        assert job.started[-2:] == ["--resume", "never"]
+
+
+@pytest.mark.parametrize(
+    ("job_state", "verdict", "said"),
+    [
+        # What SLURM 22.05 shows while the script is still there; Restarts is one more than this part's number.
+        ("JobState=COMPLETING Reason=None Restarts=1", "go on", "starts it again by itself"),
+        ("JobState=PENDING Reason=BeginTime Restarts=1", "go on", "starts it again by itself"),
+        ("JobState=COMPLETING Reason=job_requeued_in_held_state Restarts=1", "go on", "until `scontrol release`"),
+        ("JobState=COMPLETING Reason=NodeDown Restarts=0", "done", "SLURM does not requeue this job"),
+        ("JobState=NODE_FAIL Reason=None Restarts=0", "done", "SLURM does not requeue this job"),
+        ("JobState=COMPLETING Reason=None Restarts=0", "done", "cancelled or is out of time"),
+    ],
+)
+def test_a_job_that_slurm_takes_back_is_left_to_it(job_state: str, verdict: str, said: str, tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    done = job.part(end=UNSAVED | {"how": "running"}, code=143, job=job_state)
+    assert said in done.stdout and done.returncode == 0 and not job.requeued, done.stderr
+    assert job.verdicts == [verdict]
+
+
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_a_job_that_runs_is_requeued_by_the_script(restarts: int, tmp_path: Path) -> None:
+    job = FakeJob(tmp_path, restarts=restarts)
+    job.part(end=SAVED, code=75)
+    assert job.requeued and job.verdicts == ["go on"] and not list(tmp_path.glob("jobs/*.end.json"))
+
+
+@pytest.mark.parametrize(("restarts", "told"), [(0, False), (1, True), (2, False)])
+def test_a_part_whose_script_was_killed_with_its_node_is_told_by_its_end_file(
+    restarts: int, told: bool, tmp_path: Path
+) -> None:
+    job = FakeJob(tmp_path, restarts=restarts)
+    left = tmp_path / "jobs/7.0.end.json"
+    left.parent.mkdir()
+    left.write_text(json.dumps(SAVED | {"how": "running"}))
+    job.part("--resume", "never", end=UNSAVED, code=1)
+    # One from before SLURM began its numbers anew is nobody's, nor is one of a part before the last.
+    assert job.verdicts == ["go on"] * (1 + told)
+    assert ("never" in job.started) != told

@@ -11,6 +11,7 @@ Run: pytest -m slurm tests/slurm
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_each_launcher_gives_the_same_run(
     assert f"{nodes} nodes x {ranks} ranks by {launcher}" in job.log
     assert "2 = tensor 1 x pipeline 1 x data 2" in job.log
     assert [part["verdict"] for part in job.parts] == ["done"]
+
+
+@pytest.mark.parametrize("launcher", ["srun", "deepspeed"])
+def test_words_before_the_python_reach_each_rank(launcher: str, submit: Submit, straight: Job, tmp_path: Path) -> None:
+    """As those that enter a container do."""
+    # The script's own interpreter needs no prefix.
+    variables = {"SLOPE_RANK_PYTHON": f"env SLOPE_PREFIX=1 {sys.executable}"}
+    job = submit(tmp_path, "--nodes=2", launcher=launcher, variables=variables)
+    job.reached(10)
+    assert {rank: process.environ().get("SLOPE_PREFIX") for rank, process in job.ranks().items()} == {0: "1", 1: "1"}
+    job.ended()
+    assert job.losses == straight.losses
 
 
 def test_the_straight_run_is_one_part_in_one_log(straight: Job) -> None:
@@ -74,6 +87,33 @@ def test_a_job_that_is_preempted_goes_on_when_there_is_room(submit: Submit, stra
     job.ended()
     assert job.resumed_after == [part["checkpoint"]]
     assert job.losses == straight.losses
+
+
+@pytest.mark.parametrize("node", ["n1", "n0"])
+def test_a_node_that_fails_is_left_to_slurm_to_requeue(
+    node: str, submit: Submit, straight: Job, tmp_path: Path
+) -> None:
+    """With the script on the other node, which hears of it, and on the node itself."""
+    job = submit(tmp_path, "--nodes=2", variables={"SLOPE_MAX_REQUEUES": "0"}, arguments=("--resume", "never"))
+    job.reached(30)
+    # Its daemon lives, so that it is back at once.
+    job.slurm.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    part = job.decided(1)
+    assert (part["verdict"], part["counted"]) == ("go on", False), part
+    assert part["reason"].startswith("SLURM took the job back, as when a node fails") and part["checkpoint"] >= 20
+    job.ended()
+    assert "slope: job" in job.log and "requeued" not in job.log, "not by the script"
+    assert [part["verdict"] for part in job.parts] == ["go on", "done"] and len(job.resumed_after) == 1
+    assert job.losses == straight.losses
+
+
+def test_a_node_that_fails_ends_a_job_that_is_not_to_be_requeued(submit: Submit, tmp_path: Path) -> None:
+    job = submit(tmp_path, "--nodes=2", "--no-requeue")
+    job.reached(30)
+    job.slurm.run("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    job.ended("NODE_FAIL")
+    assert [part["verdict"] for part in job.parts] == ["done"]
+    assert "a node failed, and SLURM does not requeue this job" in job.log and "submit it again to go on" in job.log
 
 
 @pytest.mark.parametrize(("launcher", "rank"), [("srun", 1), ("srun", 0), ("deepspeed", 1)])

@@ -5,12 +5,14 @@ Run: pytest tests/training/test_entry.py
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from slope_dist.errors import EXIT_STOPPED, UserError
+from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from slope_dist.parallel.environment import Environment
 from slope_dist.training.entry import Request, how_to_go_on
 from slope_dist.training.folder import read_rows
@@ -24,8 +26,6 @@ def entry_point(*arguments: str) -> None:
 
 def refuse_on_rank_one(config: str) -> None:
     """The fit check fails on rank 1 alone, as on a machine with less memory than the others."""
-    import os
-
     from slope_dist.training import trainer
 
     def refuse(*arguments: object) -> None:
@@ -50,9 +50,61 @@ def test_a_refusal_of_one_rank_ends_all_with_its_reason(corpus: Path, tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def fail_on(config: str, end: str, where: str, rank: str, number: int) -> None:
+    """A file server's error, as a rank meets it in its config, before training, or in its third step."""
+    from slope_dist.data.corpus import Corpus
+    from slope_dist.training import entry, trainer
+    from slope_dist.training.ending import END_FILE
+
+    def fail(*arguments: object) -> None:
+        try:
+            raise OSError(number, os.strerror(number))
+        except OSError as error:
+            raise UserError(f"cannot read it: {error.strerror}") from error
+
+    def fail_in_third_step(step: int) -> None:
+        begin_step(step)
+        if step == 3:
+            Corpus._read = fail
+
+    begin_step = trainer.begin_step
+    os.environ[END_FILE] = end
+    if os.environ.get("RANK", "0") == rank:
+        if where == "config":
+            entry.load_config = fail
+        elif where == "before":
+            trainer.refuse_what_will_not_fit = fail
+        else:
+            trainer.begin_step = fail_in_third_step
+    entry_point("--config", config)
+
+
+@pytest.mark.parametrize(
+    ("where", "rank", "number", "temporary", "trained"),
+    [
+        ("config", "0", errno.EIO, True, None),
+        ("config", "0", errno.EACCES, False, None),
+        ("before", "0", errno.ESTALE, True, 0),
+        ("before", "1", errno.ESTALE, True, 0),
+        ("before", "1", errno.ENOENT, False, 0),
+        ("training", "0", errno.EIO, True, 2),
+        ("training", "1", errno.ENOENT, False, 2),
+    ],
+)
+def test_the_end_says_what_may_pass_and_how_far_training_came(
+    where: str, rank: str, number: int, temporary: bool, trained: int | None, corpus: Path, tmp_path: Path
+) -> None:
+    config, end = write_config(tmp_path, corpus), tmp_path / "job.json"
+    ranks = 1 if where == "config" else 2
+    outcomes = end_ranks(fail_on, ranks, str(config), str(end), where, rank, number, process_group=False, timeout=60)
+    assert outcomes[int(rank)].code == EXIT_BAD_INPUT, outcomes[int(rank)].errors
+    said = json.loads(end.read_text())
+    assert said["exit_code"] == EXIT_BAD_INPUT and os.strerror(number) in said["cause"]
+    assert (said["temporary"], said.get("trained")) == (temporary, trained)
+
+
 def asked_while_it_reads_its_config(config: str, end: str, name: str) -> None:
     """A signal comes before this rank has met the others."""
-    import os
     import signal
 
     from slope_dist.training import entry
