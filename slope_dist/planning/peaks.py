@@ -234,14 +234,15 @@ def _update(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterator[
         yield share.trained * width if max(share.groups) <= _ALL_REDUCE else 0, "reduction"
         yield 0 if setting.fused else 2 * group * 4, "update"
     elif setting.kind in ("zero 1", "zero 2"):
-        flat = setting.kind == "zero 1" or width == setting.width
-        there = share.trained if setting.kind == "zero 1" else part
-        bucket = _buckets(setting) + _reduced(setting, stage.sizes) if stage.pipelined else 0
-        yield there * width + flat * part * width + bucket, "reduction"
+        # In another dtype than the parameters' they are gathered in one buffer from the first.
+        apart = width == setting.width
+        there = share.trained + part if setting.kind == "zero 1" else part * (1 + apart)
+        bucket = _buckets(setting) + (_reduced(setting, stage.sizes) if stage.pipelined else 0)
+        yield there * width + bucket, "reduction"
         if width < 4:
             # Narrow ones are joined, and then widened, one group at a time.
             yield part * width + group * (width + 4), "widening"
-        yield part * (4 + flat * width) + (0 if setting.fused else 2 * group * 4), "update"
+        yield part * (4 + apart * width) + (0 if setting.fused else 2 * group * 4), "update"
     elif setting.kind == "zero 3":
         at_once = min(group, _SUB_GROUP)
         yield min(part, _SUB_GROUP) * 4 + (0 if setting.fused else 2 * at_once * 4), "update"
