@@ -20,9 +20,10 @@ from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.kernels import candidates as ways
 from slope_dist.sparse.kernels import measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
+from slope_dist.sparse.kernels.failures import reason_of
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
-from slope_dist.sparse.kernels.vendor import VendorError, on
+from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, on
 from slope_dist.sparse.kernels.vendors import Vendors
 
 Kind: TypeAlias = Literal["product", "input gradient"]
@@ -103,12 +104,12 @@ class Choice:
         return f"; {len(reasons)} failed, such as {label}: {reason}"
 
     def as_data(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON; without what there was only no memory for."""
         return {
             "label": self.label,
             "seconds": self.seconds,
             "dense_seconds": self.dense_seconds,
-            "rejected": self.rejected,
+            "rejected": {label: why for label, why in self.rejected.items() if not why.startswith(NO_MEMORY)},
         }
 
 
@@ -286,9 +287,17 @@ class Dispatcher:
             with on(self.device):
                 choice = self._measure(kind, problem)
             self._keep(kind, problem, choice)
-            if self._store is not None:
+            if self._store is not None and not self._passing(problem, choice):
                 self._store.add(self.setting, {_key(kind, problem): choice.as_data()})
         return choice
+
+    def _passing(self, problem: Problem, choice: Choice) -> bool:
+        """Whether a choice went without something for want of memory, and so is this process's alone.
+
+        In deterministic mode it is not: a run that goes on must have the same bits, whatever memory there is.
+        """
+        reasons = (*choice.rejected.values(), *ways.refusals(problem, self.vendors).values())
+        return not self.deterministic and any(reason.startswith(NO_MEMORY) for reason in reasons)
 
     def _known(self, kind: Kind, problem: Problem) -> Choice | None:
         choice = self._choices.get((kind, problem))
@@ -323,22 +332,24 @@ class Dispatcher:
     def _measure(self, kind: Kind, problem: Problem) -> Choice:
         operands, dense, expected = _sample(kind, problem)
         right: dict[str, tuple[Candidate, Operands]] = {}
+        # By form, whose algorithms share them: each set of operands "in place" is another copy of the weight.
+        laid: dict[str, Operands] = {}
         rejected: dict[str, str] = {}
         for candidate in self.candidates(kind, problem):
             if self.deterministic and not candidate.deterministic:
                 rejected[candidate.label] = NOT_DETERMINISTIC
                 continue
             try:
-                given = self.given(candidate, operands)
+                if candidate.form not in laid:
+                    laid[candidate.form] = self.given(candidate, operands)
+                given = laid[candidate.form]
                 wrong = _why_wrong(kind, candidate, given, expected)
-            except VendorError as error:
-                wrong = str(error)
             except AssertionError:
                 raise
             except Exception as error:
                 # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left, and the
                 # report says so.
-                wrong = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
+                wrong = reason_of(error)
             if wrong is None:
                 right[candidate.label] = candidate, given
             else:

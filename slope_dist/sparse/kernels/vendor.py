@@ -11,6 +11,9 @@ from torch import Tensor
 
 from slope_dist.sparse.kernels.problem import Problem
 
+NO_MEMORY = "no memory"
+"""How a reason begins that is true of this moment alone, and is no reason to leave a way out another time."""
+
 
 class VendorError(Exception):
     """A vendor's library is missing, or refuses what it was asked; one line."""

@@ -89,14 +89,65 @@ def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
 class BrokenVendor(PlainVendor):
     """Its product fails as a compiler, a driver or an allocator would: not by the contract's own error."""
 
+    error: Exception = RuntimeError("no such instruction\nin line 3")
+
     def product(self, *args: object, **options: object) -> torch.Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        raise self.error
 
 
 def test_a_way_that_fails_in_a_way_of_its_own_is_rejected_by_name() -> None:
     choice = Dispatcher(CPU, vendors(BrokenVendor()), timer=preferring("plain")).product_choice(SQUARE)
     assert choice.route == "expand"
-    assert choice.rejected == {"plain/1 right": "OutOfMemoryError: CUDA out of memory."}
+    assert choice.rejected == {"plain/1 right": "RuntimeError: no such instruction"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        VendorError("cuSPARSELt 0.8.1: cusparseLtMatmul returned CUSPARSE_STATUS_ALLOC_FAILED (no resources)"),
+    ],
+    ids=["allocator", "driver", "library"],
+)
+def test_what_found_no_memory_is_tried_again_by_the_next_process(error: Exception, tmp_path: Path) -> None:
+    store, vendor = kernels.ChoiceStore(tmp_path / "kernels.json"), BrokenVendor()
+    vendor.error = error
+    dispatcher = Dispatcher(CPU, vendors(vendor), store, timer=preferring("plain"))
+    choice = dispatcher.product_choice(SQUARE)
+    assert choice.route == "expand" and choice.rejected["plain/1 right"].startswith("no memory: ")
+    dispatcher._timer = never
+    assert dispatcher.product_choice(SQUARE) is choice
+    again = Dispatcher(CPU, vendors(PlainVendor()), store, timer=preferring("plain"))
+    assert again.product_choice(SQUARE).algorithm == "right"
+
+
+def test_a_library_that_found_no_memory_to_be_asked_is_asked_again_by_the_next_process(tmp_path: Path) -> None:
+    class Short(PlainVendor):
+        def unsupported(self, problem: kernels.Problem) -> str:
+            return "no memory to learn"
+
+    store = kernels.ChoiceStore(tmp_path / "kernels.json")
+    assert Dispatcher(CPU, vendors(Short()), store, timer=preferring()).product_choice(SQUARE).route == "expand"
+    again = Dispatcher(CPU, vendors(PlainVendor()), store, timer=preferring("plain"))
+    assert again.product_choice(SQUARE).algorithm == "right"
+
+
+def test_a_deterministic_run_keeps_its_choices_whatever_memory_there_was(tmp_path: Path) -> None:
+    store, vendor = kernels.ChoiceStore(tmp_path / "kernels.json"), BrokenVendor()
+    vendor.error = torch.OutOfMemoryError("CUDA out of memory.")
+    for found, timer in ((vendor, preferring("plain")), (PlainVendor(), never)):
+        dispatcher = Dispatcher(CPU, vendors(found), store, timer=timer, deterministic=True)
+        assert dispatcher.product_choice(SQUARE).route == "expand"
+    assert "no memory" not in store.path.read_text()
+
+
+def test_algorithms_of_a_form_share_one_copy_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    laid, lay = [], Dispatcher.lay
+    monkeypatch.setattr(Dispatcher, "lay", lambda self, *given: laid.append(1) or lay(self, *given))
+    vendor = PlainVendor(tuple(PlainAlgorithm(f"right {number}") for number in range(5)))
+    dispatcher = Dispatcher(CPU, vendors(vendor), arrangement="in place", timer=preferring("plain"))
+    assert len(dispatcher.product_choice(SQUARE).seconds) == 6 and len(laid) == 1
 
 
 class RefusingVendor(PlainVendor):

@@ -33,7 +33,7 @@ from slope_dist.sparse.kernels.cusparselt.plan import (
 from slope_dist.sparse.kernels.cusparselt.probe import UnknownLayoutError, learn_layout
 from slope_dist.sparse.kernels.metadata import MetadataLayout
 from slope_dist.sparse.kernels.problem import Problem
-from slope_dist.sparse.kernels.vendor import VendorError, on, stream_of
+from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, on, stream_of
 
 STANDING = "not yet proven on a card"
 
@@ -219,7 +219,7 @@ class CusparseltRoute:
                 except UnknownLayoutError as error:
                     self._layouts[key] = str(error)
                 except torch.OutOfMemoryError as error:
-                    raise VendorError(f"no memory to learn how weights of {rows} x {columns} are ordered") from error
+                    raise VendorError(f"{NO_MEMORY} to learn how weights of {rows} x {columns} are ordered") from error
             return self._layouts[key]
 
 
