@@ -39,6 +39,8 @@ DENSE = "dense"
 
 NOT_DETERMINISTIC = "not deterministic"
 
+OTHER_BITS = "gives other bits the second time, though it is called deterministic"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -401,15 +403,20 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
 
 def _why_wrong(kind: Kind, candidate: Candidate, operands: Operands, expected: Tensor) -> str | None:
     """What is wrong with a candidate's result, also where it is to add a bias and an addend; None: nothing."""
-    wrong = measuring.why_wrong(candidate.run(operands), expected)
-    if wrong is not None or kind == "input gradient":
+    terms, dtype = operands.x.shape[1], operands.x.dtype
+    y = candidate.run(operands)
+    wrong = measuring.why_wrong(y, expected, terms)
+    if wrong is not None:
         return wrong
-    dtype = operands.x.dtype
+    # By bits: NaN is not equal to itself.
+    if candidate.deterministic and not codec.as_integers(candidate.run(operands)).equal(codec.as_integers(y)):
+        return OTHER_BITS
+    if kind == "input gradient":
+        return None
     # Numbers of the product's own size, or leaving them out would pass.
     bias, addend = expected[0].to(dtype), expected.flip(0).to(dtype)
-    wrong = measuring.why_wrong(
-        candidate.run(replace(operands, bias=bias, addend=addend)), expected + bias.float() + addend.float()
-    )
+    y = candidate.run(replace(operands, bias=bias, addend=addend))
+    wrong = measuring.why_wrong(y, expected, terms, bias=bias, addend=addend)
     return None if wrong is None else f"with bias and addend {wrong}"
 
 

@@ -86,6 +86,14 @@ def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
     assert ("not supported" if kind == "failing" else "off the reference") in reason
 
 
+@pytest.mark.parametrize("claims", [True, False], ids=["called deterministic", "not called so"])
+def test_other_bits_the_second_time_are_wrong_where_the_same_are_promised(claims: bool) -> None:
+    vendor = PlainVendor((PlainAlgorithm("unsteady", deterministic=claims), PlainAlgorithm("right")))
+    choice = Dispatcher(CPU, vendors(vendor), timer=preferring("unsteady", "right")).product_choice(SQUARE)
+    assert choice.algorithm == ("right" if claims else "unsteady in any order")
+    assert choice.rejected == ({"plain/1 unsteady": dispatch.OTHER_BITS} if claims else {})
+
+
 class BrokenVendor(PlainVendor):
     """Its product fails as a compiler, a driver or an allocator would: not by the contract's own error."""
 

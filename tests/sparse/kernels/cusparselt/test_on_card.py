@@ -84,7 +84,7 @@ def test_values_overwritten_where_they_lie_are_the_next_products(
             if right.get(algorithm) is not None:
                 continue
             try:
-                why = measuring.why_wrong(route.product(x, values, indices, tail, algorithm), expected)
+                why = measuring.why_wrong(route.product(x, values, indices, tail, algorithm), expected, columns)
             except VendorError as error:
                 why = str(error)
             if number == 0:
