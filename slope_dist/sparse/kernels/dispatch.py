@@ -35,8 +35,6 @@ with the weight, whose values lie elsewhere; or it is made of ours for every pro
 WORST_RATIO = 1.02
 """A product that takes longer than this times the dense one is said to."""
 
-DENSE = "dense"
-
 NOT_DETERMINISTIC = "not deterministic"
 
 OTHER_BITS = "gives other bits the second time, though it is called deterministic"
@@ -358,9 +356,9 @@ class Dispatcher:
                 rejected[candidate.label] = wrong
         del expected
         calls: dict[str, Any] = {name: lambda c=c, o=o: c.run(o) for name, (c, o) in right.items()}
-        calls[DENSE] = lambda: dense(operands.x)
+        calls[measuring.DENSE] = lambda: dense(operands.x)
         seconds = self._timer(calls, self.device, problem.tokens <= ways.MOST_DECODED_TOKENS)
-        dense_seconds = seconds.pop(DENSE)
+        dense_seconds = seconds.pop(measuring.DENSE)
         if not seconds:
             raise RuntimeError(f"{kind} {problem}: not even the expanded product is right: {rejected}")
         best = min(seconds, key=lambda name: seconds[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ CHUNK = 2**24
 """Elements that are looked at in one go, so that a check takes 64 MiB a copy and not one of a whole output."""
 
 ROUNDS = 11
+FIRST_ROUNDS = 3
+FINALISTS = 4
+"""A library has dozens of algorithms, most of them far behind: 3 samples, whose median one disturbance cannot move,
+tell the few that may be the fastest, and those alone are timed as often as a difference of a percent asks for."""
+
+DENSE = "dense"
+"""Name of the call that the others are judged beside; it is timed as often as the best."""
+
 SAMPLE_SECONDS = 1e-3
 MOST_CALLS = 100
 
@@ -120,6 +128,9 @@ def _first(wrong: Tensor) -> tuple[int, ...] | None:
 def median_seconds(calls: Mapping[str, Callable[[], object]], device: torch.device, cold: bool) -> dict[str, float]:
     """Time calls in turns, so that what else happens to the device falls on all of them alike.
 
+    All in a few rounds, then the fastest and `DENSE` in more. One that is left behind is given the ratio to the fastest
+    that it had in the first rounds, so that it is never before it.
+
     Each sample is of as many calls as take about a millisecond. Where few tokens meet a weight, its bytes are the time,
     and in a model they never lie in a cache: such calls are timed `cold`, a card's cache emptied before each.
     """
@@ -131,11 +142,22 @@ def median_seconds(calls: Mapping[str, Callable[[], object]], device: torch.devi
         time_calls(call, 1, device)
         once = time_calls(call, 3, device) / 3
         repeats[name] = max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / max(once, 1e-9))))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            taken[name].append(time_calls(call, repeats[name], device) / repeats[name])
-    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+    def medians(names: Iterable[str], rounds: int) -> dict[str, float]:
+        taken: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name, seconds in taken.items():
+                seconds.append(time_calls(calls[name], repeats[name], device) / repeats[name])
+        return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+    first = medians(calls, FIRST_ROUNDS)
+    rivals = sorted(first.keys() - {DENSE}, key=lambda name: first[name])
+    if not rivals:
+        return medians(calls, ROUNDS)
+    finalists = rivals[:FINALISTS]
+    final = medians((name for name in calls if name in finalists or name == DENSE), ROUNDS)
+    scale = final[rivals[0]] / max(first[rivals[0]], 1e-9)
+    return {name: final[name] if name in final else first[name] * scale for name in calls}
 
 
 def _cuda_seconds(call: Callable[[], object], times: int, device: torch.device) -> float:

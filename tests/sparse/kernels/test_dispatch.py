@@ -6,7 +6,7 @@ Run: pytest tests/sparse/kernels/test_dispatch.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -378,6 +378,26 @@ def test_the_clock_measures_every_call() -> None:
     taken = measuring.median_seconds({name: lambda name=name: count(name) for name in counts}, CPU, cold=False)
     assert set(taken) == set(counts) and all(seconds > 0 for seconds in taken.values())
     assert all(count >= measuring.ROUNDS for count in counts.values())
+
+
+def test_only_the_fastest_are_timed_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And dense, however slow; what was left behind stays behind, whatever the later rounds say."""
+    costs = {f"way {number}": 1.0 + number for number in range(20)} | {"dense": 100.0}
+    samples = dict.fromkeys(costs, 0)
+
+    def time_calls(call: Callable[[], str], times: int, device: torch.device) -> float:
+        name = call()
+        samples[name] += 1
+        # The machine is slower later on.
+        return times * costs[name] * (1 if samples[name] <= 2 + measuring.FIRST_ROUNDS else 5)
+
+    monkeypatch.setattr(measuring, "_cpu_seconds", time_calls)
+    taken = measuring.median_seconds({name: lambda name=name: name for name in costs}, CPU, cold=False)
+    assert taken == {name: 5 * cost for name, cost in costs.items()}
+    # Two samples tell how long a call takes.
+    long = {name for name, count in samples.items() if count == 2 + measuring.FIRST_ROUNDS + measuring.ROUNDS}
+    assert long == {"way 0", "way 1", "way 2", "way 3", "dense"}
+    assert {count for name, count in samples.items() if name not in long} == {2 + measuring.FIRST_ROUNDS}
 
 
 def test_no_kernel_is_used_without_a_dispatcher() -> None:
