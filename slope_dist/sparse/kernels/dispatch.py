@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slope_dist.errors import UnfinishedError, UserError
 from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.kernels import candidates as ways
 from slope_dist.sparse.kernels import measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
-from slope_dist.sparse.kernels.failures import reason_of
+from slope_dist.sparse.kernels.failures import CRASHED, breaks_device, reason_of
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
 from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, on
@@ -147,6 +149,9 @@ class Dispatcher:
         self._settled = False
         self._store = store
         self._stored = {} if store is None else store.choices(self.setting)
+        self._crashed = {} if store is None else store.crashed(self.setting)
+        if store is not None:
+            self._take_findings(store.findings(self.setting))
         self._choices: dict[tuple[Kind, Problem], Choice] = {}
         self._ready: dict[tuple[Kind, int, int, int, torch.dtype], Candidate] = {}
         self._forms: dict[tuple[int, int, torch.dtype], str] = {}
@@ -236,9 +241,18 @@ class Dispatcher:
         """All choices as plain data, for `adopt` on another rank with the same card."""
         return {_key(kind, problem): choice.as_data() for (kind, problem), choice in self._choices.items()}
 
-    def adopt(self, data: dict[str, dict[str, Any]]) -> None:
-        """Take over choices that another process has made in the same setting."""
+    def findings(self) -> dict[str, dict[str, bool]]:
+        """What long trials of the device have told, by library: plain data, for `adopt` too."""
+        return {route.name: dict(route.findings) for route in self.vendors.routes}
+
+    def adopt(self, data: dict[str, dict[str, Any]], findings: dict[str, dict[str, bool]]) -> None:
+        """Take over choices and findings that another process has made in the same setting."""
         self._stored |= data
+        self._take_findings(findings)
+
+    def _take_findings(self, findings: dict[str, dict[str, bool]]) -> None:
+        for route in self.vendors.routes:
+            route.findings.update(findings.get(route.name, {}))
 
     def report(self) -> list[str]:
         """What was chosen and why, a line each."""
@@ -253,6 +267,11 @@ class Dispatcher:
         lines += dict.fromkeys(f"without {form}: {reason}" for form, reason in refused)
         for (kind, problem), choice in self._choices.items():
             lines.append(f"{kind} {problem}: {choice.label}, {choice.why}{choice.failed}")
+            lines += [
+                f"{kind} {problem}: {label} is never tried again: it {reason}"
+                for label, reason in choice.rejected.items()
+                if reason.startswith(CRASHED)
+            ]
         return lines
 
     def _candidate(self, kind: Kind, operands: Operands) -> Candidate:
@@ -335,21 +354,32 @@ class Dispatcher:
         # By form, whose algorithms share them: each set of operands "in place" is another copy of the weight.
         laid: dict[str, Operands] = {}
         rejected: dict[str, str] = {}
-        for candidate in self.candidates(kind, problem):
+        found = self.candidates(kind, problem)
+        if self._store is not None:
+            # Before anything runs that may end this process: a trial takes up to minutes.
+            self._store.add_findings(self.setting, self.findings())
+        for candidate in found:
             if self.deterministic and not candidate.deterministic:
                 rejected[candidate.label] = NOT_DETERMINISTIC
                 continue
+            crashed = self._crashed.get(_key(kind, problem), {}).get(candidate.label)
+            if crashed is not None:
+                rejected[candidate.label] = crashed
+                continue
             try:
-                if candidate.form not in laid:
-                    laid[candidate.form] = self.given(candidate, operands)
-                given = laid[candidate.form]
-                wrong = _why_wrong(kind, candidate, given, expected)
-            except AssertionError:
+                with self._trying(kind, problem, candidate):
+                    if candidate.form not in laid:
+                        laid[candidate.form] = self.given(candidate, operands)
+                    given = laid[candidate.form]
+                    wrong = _why_wrong(kind, candidate, given, expected)
+            except (AssertionError, UserError):
                 raise
             except Exception as error:
                 # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left, and the
                 # report says so.
                 wrong = reason_of(error)
+                if breaks_device(error, self.device):
+                    raise self._broken(kind, problem, candidate, wrong) from error
             if wrong is None:
                 right[candidate.label] = candidate, given
             else:
@@ -363,6 +393,20 @@ class Dispatcher:
             raise RuntimeError(f"{kind} {problem}: not even the expanded product is right: {rejected}")
         best = min(seconds, key=lambda name: seconds[name])
         return Choice(right[best][0], seconds, dense_seconds, rejected)
+
+    def _trying(self, kind: Kind, problem: Problem, candidate: Candidate) -> AbstractContextManager[None]:
+        """Mark a library's way while it first runs; the expanded product is left when all else is gone."""
+        if self._store is None or candidate.route == "expand":
+            return nullcontext()
+        return self._store.trying(self.setting, _key(kind, problem), candidate.label)
+
+    def _broken(self, kind: Kind, problem: Problem, candidate: Candidate, reason: str) -> UnfinishedError:
+        """What a candidate has done after which nothing runs in this process; the next leaves it out."""
+        text = f"{candidate.label} broke {self.device} when it was tried for {kind} {problem}: {reason}"
+        if self._store is None or candidate.route == "expand":
+            return UnfinishedError(text)
+        self._store.reject(self.setting, _key(kind, problem), candidate.label, f"{CRASHED} when it was tried: {reason}")
+        return UnfinishedError(f"{text}; {self._store.path} has it, so the next start leaves it out")
 
     def given(self, candidate: Candidate, operands: Operands) -> Operands:
         """Operands as a run would give them: with the metadata that the weight would have been given."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slope_dist.errors import UserError
+from slope_dist.errors import UnfinishedError
 from slope_dist.sparse import codec, kernels
 from slope_dist.sparse.kernels import dispatch, measuring, primitives
 from slope_dist.sparse.kernels.candidates import Operands
@@ -158,6 +158,84 @@ def test_algorithms_of_a_form_share_one_copy_of_the_weight(monkeypatch: pytest.M
     assert len(dispatcher.product_choice(SQUARE).seconds) == 6 and len(laid) == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be"),
+        RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
+        VendorError("CUTLASS 64x64 refuses: device-side assert triggered"),
+    ],
+    ids=["torch", "Triton", "library"],
+)
+def test_a_way_that_breaks_the_device_ends_the_process_by_name_and_is_left_out_by_the_next(
+    error: Exception, tmp_path: Path
+) -> None:
+    store, vendor = kernels.ChoiceStore(tmp_path / "kernels.json"), BrokenVendor()
+    vendor.kinds = (PlainAlgorithm("first"), PlainAlgorithm("second"))
+    vendor.error = error
+    with pytest.raises(UnfinishedError, match=r"^plain/1 first broke cpu when it was tried for product .*next start"):
+        Dispatcher(CPU, vendors(vendor), store, timer=never).product_choice(SQUARE)
+    assert list(tmp_path.glob("*trying*")) == []
+    right = PlainVendor((PlainAlgorithm("first"), PlainAlgorithm("right")))
+    again = Dispatcher(CPU, vendors(right), kernels.ChoiceStore(store.path), timer=preferring("first", "right"))
+    choice = again.product_choice(SQUARE)
+    assert choice.algorithm == "right" and choice.rejected["plain/1 first"].startswith("crashed when it was tried: ")
+    assert [line for line in again.report() if "plain/1 first is never tried again: it crashed when" in line]
+    # Only for what it was tried for.
+    assert again.product_choice(PROBLEM).algorithm == "first"
+
+
+def test_without_a_store_a_way_that_breaks_the_device_is_named_too() -> None:
+    vendor = BrokenVendor()
+    vendor.error = RuntimeError("CUDA error: misaligned address")
+    with pytest.raises(UnfinishedError, match=r"^plain/1 right broke cpu .*misaligned address$"):
+        Dispatcher(CPU, vendors(vendor), timer=never).product_choice(SQUARE)
+
+
+def test_each_way_of_a_library_is_marked_while_it_first_runs_and_not_when_it_is_used(tmp_path: Path) -> None:
+    marked: list[tuple[str, ...]] = []
+
+    class Watching(PlainVendor):
+        def product(self, *args: object, **options: object) -> torch.Tensor:
+            marks = [json.loads(mark.read_text()) for mark in tmp_path.glob("kernels.json.trying.*")]
+            marked.append(tuple(mark["label"] for mark in marks))
+            return super().product(*args, **options)  # type: ignore[arg-type]
+
+    store = kernels.ChoiceStore(tmp_path / "kernels.json")
+    vendor = Watching((PlainAlgorithm("first"), PlainAlgorithm("second")))
+    dispatcher = Dispatcher(CPU, vendors(vendor), store, timer=preferring("plain"))
+    dispatcher.product_choice(SQUARE)
+    assert list(dict.fromkeys(marked)) == [("plain/1 first",), ("plain/1 second",)]
+    marked.clear()
+    check_product(dispatcher, SQUARE)
+    assert marked == [()]
+
+
+def test_what_trials_of_the_device_told_is_kept_and_taken_over(tmp_path: Path) -> None:
+    class Trying(PlainVendor):
+        """Tries something for minutes, unless it is known."""
+
+        tried = 0
+
+        def algorithms(self, problem: kernels.Problem) -> tuple[PlainAlgorithm, ...]:
+            if "long" not in self.findings:
+                self.tried += 1
+                self.findings["long"] = False
+            return self.kinds
+
+    path = tmp_path / "kernels.json"
+    made = []
+    for problem in (SQUARE, PROBLEM):
+        made.append(Trying())
+        first = Dispatcher(CPU, vendors(made[-1]), kernels.ChoiceStore(path), timer=preferring("plain"))
+        first.product_choice(problem)
+    other = Trying()
+    adopting = Dispatcher(CPU, vendors(other), timer=preferring("plain"))
+    adopting.adopt(*json.loads(json.dumps([first.as_data(), first.findings()])))
+    adopting.product_choice(SQUARE)
+    assert [vendor.tried for vendor in (*made, other)] == [1, 0, 0]
+
+
 class RefusingVendor(PlainVendor):
     """Refuses a shape only when it is asked for algorithms."""
 
@@ -287,7 +365,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
     assert again.input_gradient_choice(PROBLEM).label == first.input_gradient_choice(PROBLEM).label
     check_product(again, PROBLEM)
     adopting = Dispatcher(CPU, vendors(PlainVendor()), timer=never)
-    adopting.adopt(json.loads(json.dumps(first.as_data())))
+    adopting.adopt(json.loads(json.dumps(first.as_data())), {})
     assert adopting.product_choice(PROBLEM).label == "plain/2 right"
 
 
@@ -302,34 +380,6 @@ def test_a_choice_of_another_setting_is_measured_anew(change: str, tmp_path: Pat
     arrangement: Arrangement = "in place" if change == "arrangement" else "kept"
     changed = Dispatcher(CPU, vendors(other), store, timer=preferring("expand"), arrangement=arrangement)
     assert changed.product_choice(PROBLEM).route == "expand"
-
-
-def choice_text(**changed: object) -> str:
-    choice = {"label": "expand", "seconds": {"expand": 1.0}, "dense_seconds": 1.0, "rejected": {}} | changed
-    return json.dumps({"format": 1, "settings": {"a": {"b": choice}}})
-
-
-def test_a_file_of_choices_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "kernels.json"
-    path.write_text(choice_text())
-    assert kernels.ChoiceStore(path).choices("a").keys() == {"b"}
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "[]", '{"format": 2, "settings": {}}', '{"format": 1, "settings": {"a": {"b": 3}}}', "[" * 10000),
-        '{"format": 1, "settings": {"a": {"b": {"label": "expand"}}}}',
-        *(choice_text(seconds={}), choice_text(seconds={"expand": "1"}), choice_text(dense_seconds=None)),
-        *(choice_text(dense_seconds=float("nan")), choice_text(rejected=[]), choice_text(rejected={"other": 1})),
-    ],
-)
-def test_a_file_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "kernels.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="no file of kernel choices"):
-        kernels.ChoiceStore(path)
-    assert path.read_text() == text
 
 
 def test_deterministic_mode_neither_measures_in_passing_nor_takes_what_varies() -> None:

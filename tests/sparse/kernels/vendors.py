@@ -43,6 +43,7 @@ class PlainVendor:
     version: str = "1"
     standing: str = "a stand-in"
     seen: list[str] = field(default_factory=list)
+    findings: dict[str, bool] = field(default_factory=dict)
 
     def unsupported(self, problem: Problem) -> str | None:
         return f"fewer than {self.least_rows} rows" if problem.rows < self.least_rows else None

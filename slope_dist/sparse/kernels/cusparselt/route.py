@@ -72,6 +72,7 @@ class CusparseltRoute:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
+        self.findings: dict[str, bool] = {}
         self.version = library.version
         self._handle = Handle(library, device)
         self._plans = PlanCache(self._handle, plans)
@@ -125,7 +126,7 @@ class CusparseltRoute:
         description = Description(self._handle, tokens, problem.rows, problem.columns, problem.dtype, bias=0)
         configs = description.configs()
         found = [Algorithm(config) for config in configs]
-        if _generation(self.device) == HOPPER and segment_k.answers(self._handle.library.path, self.device):
+        if _generation(self.device) == HOPPER and self._takes_segment_k():
             found += [Algorithm(config, SEGMENT_K) for config in configs]
         return found
 
@@ -180,6 +181,14 @@ class CusparseltRoute:
         if padding:
             y = y[:tokens]
         return y if late_bias is None else y.add_(late_bias)
+
+    def _takes_segment_k(self) -> bool:
+        if segment_k.NAME not in self.findings:
+            answers = segment_k.answers(self._handle.library.path, self.device)
+            if answers is None:
+                return False
+            self.findings[segment_k.NAME] = answers
+        return self.findings[segment_k.NAME]
 
     def _stream(self) -> ctypes.Array:
         stream = stream_of(self.device)
