@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("nan_scratch")
 
 SMALL = ((16, 16), (64, 64), (80, 144), (272, 48))
 WHOLE = 64
-"""Where both sides are multiples of it there is nothing that the library would pad, and models have no other shapes."""
+"""Where both sides are multiples of it there is nothing that the library would pad."""
 
 MODELS = ((4096, 4096), (14336, 4096), (5120, 20480), (36864, 9216))
 """A square, LLaMA-3-8B's gate, OPT-13B's second, OPT-66B's first feed-forward weight."""
