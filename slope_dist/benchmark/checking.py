@@ -13,7 +13,7 @@ from torch import Tensor
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.layers import Linear
 from slope_dist.sparse import SparseWeight, codec
-from slope_dist.sparse.kernels.measuring import BOUNDS
+from slope_dist.sparse.kernels import measuring
 
 
 def largest_two(scores: Tensor) -> Tensor:
@@ -28,24 +28,30 @@ def doubly_kept(magnitudes: Tensor, kept: Tensor) -> Tensor:
     return largest_two(torch.where(kept, magnitudes, -1.0).t().contiguous()).t() & kept
 
 
-def relative_error(found: Tensor | None, expected: Tensor) -> float:
-    """Norm of the difference over that of what is expected."""
-    assert found is not None
-    difference = torch.linalg.vector_norm(found.detach().float() - expected)
-    return float(difference / torch.linalg.vector_norm(expected))
-
-
-def require_right(what: str, name: str, found: Tensor | None, expected: Tensor, dtype: torch.dtype) -> float:
-    """The error of a result.
+def require_right(
+    what: str,
+    name: str,
+    found: Tensor | None,
+    product: Tensor,
+    terms: int,
+    *,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> float:
+    """The error of a result, relative by norm. Arguments as of `measuring.off_by`.
 
     Raises:
-        WrongResultError: it is above the bound of the dtype.
+        WrongResultError: it is above what the result's dtype allows, anywhere.
     """
-    error = relative_error(found, expected)
-    # Not `error > bound`: NaN must not pass.
-    if not error <= BOUNDS[dtype]:
-        raise WrongResultError(f"{what}: {name} is off the dense masked product by {error:.1e}")
-    return error
+    assert found is not None
+    found = found.detach()
+    off = measuring.off_by(found, product, terms, bias=bias, addend=addend)
+    if off is not None:
+        raise WrongResultError(f"{what}: {name} is off the dense masked product {off}")
+    expected = product
+    for term in (addend, bias):
+        expected = expected if term is None else expected + term.float()
+    return float(torch.linalg.vector_norm(found.float() - expected) / torch.linalg.vector_norm(expected))
 
 
 @torch.no_grad()
@@ -59,13 +65,12 @@ def check_linear(layer: Linear, tokens: int, what: str) -> None:
     assert isinstance(weight, SparseWeight)
     dtype = weight.values.dtype
     x = torch.randn(tokens, weight.shape[1], device=weight.values.device).to(dtype)
-    expected = x.float() @ codec.expand(weight.values, weight.indices, weight.pattern).float().t()
+    product = x.float() @ codec.expand(weight.values, weight.indices, weight.pattern).float().t()
+    addend = None
     if layer.adapter is not None:
         down, up = layer.adapter.down.float(), layer.adapter.up.float()
-        expected += x.float() @ down.t() * layer.adapter.scale @ up.t()
-    if layer.bias is not None:
-        expected += layer.bias.float()
-    require_right(what, "output", layer(x), expected, dtype)
+        addend = x.float() @ down.t() * layer.adapter.scale @ up.t()
+    require_right(what, "output", layer(x), product, weight.shape[1], bias=layer.bias, addend=addend)
 
 
 def one_of_each_shape(weights: Iterable[SparseWeight]) -> list[SparseWeight]:
@@ -87,16 +92,16 @@ def check_weight(weight: SparseWeight, tokens: int, what: str) -> None:
     dense = codec.expand(weight.values.detach(), weight.indices, weight.pattern).float()
     x = torch.randn(tokens, weight.shape[1], device=device).to(dtype).requires_grad_()
     y = weight(x)
-    require_right(what, "output", y, x.detach().float() @ dense.t(), dtype)
+    require_right(what, "output", y, x.detach().float() @ dense.t(), weight.shape[1])
     grad_y = torch.randn(tokens, weight.shape[0], device=device).to(dtype)
     before, weight.values.grad = weight.values.grad, None
     y.backward(grad_y)
     grad_values, weight.values.grad = weight.values.grad, before
     expected = grad_y.float().t() @ x.detach().float()
-    require_right(what, "weight_gradient", grad_values, expected[kept].view_as(weight.values), dtype)
+    require_right(what, "weight_gradient", grad_values, expected[kept].view_as(weight.values), tokens)
     del expected
     if weight.column_mask is None:
         kept = doubly_kept(dense.abs(), kept)
     else:
         kept = kept & codec.unpack_bits(weight.column_mask)
-    require_right(what, "input_gradient", x.grad, grad_y.float() @ (dense * kept), dtype)
+    require_right(what, "input_gradient", x.grad, grad_y.float() @ (dense * kept), weight.shape[0])

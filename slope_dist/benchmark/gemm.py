@@ -116,7 +116,7 @@ def measure(case: Case, dispatcher: Dispatcher | None, seconds: float, peaks: Pe
         choice = {"label": found.label, "route": found.route, "why": found.why, "rejected": found.rejected}
         rivals = _rivals(case, dispatcher, x, values, indices)
     expected = _expected(case, x, values, indices)
-    errors = {name: require_right(str(case), name, run(), expected, case.dtype) for name, run in rivals.items()}
+    errors = {name: require_right(str(case), name, run(), expected, x.shape[1]) for name, run in rivals.items()}
     del expected
     # A dense weight has no zeros: products of zeros draw less power, and a card that draws less runs faster.
     weight = torch.randn(rows, columns, device=case.device).to(case.dtype)

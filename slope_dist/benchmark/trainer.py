@@ -104,6 +104,8 @@ class Trainer:
         return torch.cuda.max_memory_allocated(self.device)
 
     def _compile(self, blocks: Sequence[nn.Module]) -> None:
+        # The graphs of other cells would count against this one's limit, where torch has one for all.
+        torch._dynamo.reset()
         compiler = BlockCompiler()
         for block in blocks:
             compiler(block)

@@ -52,11 +52,10 @@ class BlockCompiler:
     def __init__(self) -> None:
         # Isolated: the graphs of an engine that is closed would count against the next one's.
         limits: dict[str, Any] = {"recompile_limit": MOST_GRAPHS, "isolate_recompiles": True}
-        # torch before 2.13 has other limits, and neither of these.
+        # torch before 2.13 has neither.
         known = {name: limit for name, limit in limits.items() if name in signature(torch.compile).parameters}
-        self._forward: Callable[..., Tensor] = torch.compile(
-            _forward, fullgraph=True, dynamic=False, backend=BACKEND, **known
-        )
+        compiled = torch.compile(_forward, fullgraph=True, dynamic=False, backend=BACKEND, **known)
+        self._forward: Callable[..., Tensor] = compiled if "recompile_limit" in known else _with_limit(compiled)
 
     def __call__(self, block: nn.Module) -> None:
         """Compile a block, [B, S, H] -> [B, S, H]."""
@@ -71,6 +70,21 @@ class BlockCompiler:
             return block
 
         return made
+
+
+def _with_limit(compiled: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same under torch's own limit for each function, which is 8 graphs of all engines together if nobody sets it.
+
+    It is looked at in every call: torch keeps a setting for each thread, and what is recomputed in a backward pass is
+    compiled in a thread of autograd's.
+    """
+
+    def forward(block: nn.Module, hidden: Tensor) -> Tensor:
+        if torch._dynamo.config.recompile_limit < MOST_GRAPHS:
+            torch._dynamo.config.recompile_limit = MOST_GRAPHS
+        return compiled(block, hidden)
+
+    return forward
 
 
 def _forward(block: nn.Module, hidden: Tensor) -> Tensor:

@@ -140,9 +140,11 @@ def alone(work: Callable[[Callable[[], None]], T]) -> T | None:
         What `work` returns on the first rank, None on the others.
 
     Raises:
-        UserError: on every rank, what `work` raises.
+        UserError: on every rank, what `work` raises. What the first rank cannot tell, since the device by which ranks
+            speak is broken, it raises alone.
     """
-    result, error, passing = None, None, False
+    result: T | None = None
+    raised: BaseException | None = None
     if rank() == 0:
         spoke = time.monotonic()
 
@@ -155,14 +157,27 @@ def alone(work: Callable[[Callable[[], None]], T]) -> T | None:
 
         try:
             result = work(alive)
-        except UserError as failure:
-            error, passing = str(failure), may_pass(failure)
-        finally:
+        except BaseException as failure:
+            raised = failure
+        try:
             broadcast_json(False)
+        except Exception:
+            # A failure may have broken the device by which ranks speak. It is what is to be told, not that.
+            if raised is None:
+                raise
+            raise raised from raised.__cause__
+        if raised is not None and not isinstance(raised, UserError):
+            raise raised
     else:
         while broadcast_json(None):
             pass
-    agree(error, passing=passing)
+    try:
+        agree(None if raised is None else str(raised), passing=may_pass(raised))
+    except UserError:
+        if raised is not None:
+            # As it is, class and all.
+            raise raised from raised.__cause__
+        raise
     return result
 
 

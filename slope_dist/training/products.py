@@ -48,7 +48,8 @@ def make_dispatcher(config: Config, folder: Path, device: torch.device) -> kerne
     """A dispatcher as the run's engine needs it; the first rank's reads and writes the run folder's file."""
     first = collectives.rank() == 0
     with collectives.together():
-        store = kernels.ChoiceStore(folder / FILE) if first else None
+        # The run folder is this run's alone, so what an earlier one left is nobody's, on whatever machine it was.
+        store = kernels.ChoiceStore(folder / FILE, alone=True) if first else None
     return kernels.Dispatcher(
         device,
         kernels.find_vendors(device, config.sparsity.vendors),
@@ -84,8 +85,9 @@ def share_choices(dispatcher: kernels.Dispatcher, uses: list[tuple[Kind, kernels
             alive()
 
     collectives.alone(measure)
-    setting, choices = collectives.broadcast_json([dispatcher.setting, dispatcher.as_data()])
+    made = collectives.broadcast_json([dispatcher.setting, dispatcher.as_data(), dispatcher.findings()])
+    setting, choices, findings = made
     if setting == dispatcher.setting:
-        dispatcher.adopt(choices)
+        dispatcher.adopt(choices, findings)
     dispatcher.warm_up(uses)
     dispatcher.settle()

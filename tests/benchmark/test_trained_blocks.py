@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -139,6 +140,18 @@ def test_a_compiled_block_is_one_graph_in_all_steps(config: Config, monkeypatch:
         made.step()
     assert made.why_eager is None and graphs.count == 1
     assert "slope_dist.product" in graphs.code and "slope_dist.transpose" not in graphs.code
+
+
+def test_the_graphs_of_one_cell_do_not_count_against_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", graphs := Counted())
+    monkeypatch.setattr(compilation, "MOST_GRAPHS", 1)
+    # torch before 2.13 has one limit for all.
+    monkeypatch.setattr(compilation, "signature", lambda function: signature(lambda: None))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for family in ("opt", "llama"):
+            build = partial(build_block, small(family), Form("dense", sparse=False), CPU, BF16)
+            assert OnACard(build, summed, CPU).why_eager is None
+    assert graphs.count == 2
 
 
 class Counted:

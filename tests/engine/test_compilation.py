@@ -9,11 +9,13 @@ Run: pytest tests/engine/test_compilation.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slope_dist.config import load_config
 from slope_dist.engine import compilation
@@ -97,6 +99,48 @@ def test_generated_code(expected: Callable, corpus: Path, tmp_path_factory: pyte
     make = maker_of_runs(generated_run, corpus, tmp_path_factory, training__compile=True)
     found, _ = make(1, parallel__zero_stage=0)
     assert_same_run(found, plain)
+
+
+@pytest.fixture
+def older_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile before 2.13, which takes no limits; the setting that it has instead is put back."""
+    newer = torch.compile
+
+    def older(forward: Callable, *, fullgraph: bool, dynamic: bool, backend: Callable) -> Callable:
+        return newer(forward, fullgraph=fullgraph, dynamic=dynamic, backend=backend)
+
+    monkeypatch.setattr(torch, "compile", older)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("older_torch")
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_blocks_of_many_sizes_are_compiled_by_an_older_torch_too(monkeypatch: pytest.MonkeyPatch, thread: str) -> None:
+    """In every thread, since torch keeps a setting for each and recomputes in one of autograd's."""
+    sizes = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        sizes.append(inputs[0].shape[-1])
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    compiler = compilation.BlockCompiler()
+
+    def run() -> None:
+        for width in range(1, 13):
+            block = torch.nn.Linear(width, width)
+            compiler(block)
+            block(torch.randn(2, width))
+
+    if thread == "main":
+        run()
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run).result()
+    assert len(sizes) == 12
 
 
 def test_a_machine_without_a_compiler_is_told(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

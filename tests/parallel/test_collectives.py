@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from slope_dist.errors import UserError, may_pass
+from slope_dist.errors import UnfinishedError, UserError, may_pass
 from slope_dist.parallel import collectives
 from tests.distributed import run_ranks
 
@@ -105,6 +105,29 @@ def test_without_a_process_group_a_process_talks_to_itself() -> None:
     collectives.agree(None)
     with pytest.raises(UserError, match=r"^bad$"):
         collectives.agree("bad")
+
+
+@pytest.mark.parametrize(
+    "failure", [UnfinishedError("the card is broken"), ValueError("a defect")], ids=["told", "defect"]
+)
+def test_what_broke_the_ranks_device_is_raised_and_not_that_it_is_broken(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(value: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def work(alive: Callable[[], None]) -> None:
+        raise failure
+
+    with pytest.raises(type(failure)) as told:
+        collectives.alone(work)
+    assert told.value is failure
+    monkeypatch.setattr(collectives, "broadcast_json", broken)
+    with pytest.raises(type(failure)) as told:
+        collectives.alone(work)
+    assert told.value is failure
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        collectives.alone(lambda alive: None)
 
 
 def wait_longer_than_a_collective(outcome: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Measuring kernels leaves nothing behind that would count as the run's own memory.
+"""One rank measures kernels for all, and leaves nothing behind that would count as the run's own memory.
 
 The card is a stand-in that notes what is asked of it.
 
@@ -15,8 +15,34 @@ import torch
 from slope_dist.config import load_config
 from slope_dist.sparse import kernels
 from slope_dist.training import products
+from tests.distributed import run_ranks
+from tests.sparse.kernels.vendors import PlainAlgorithm, PlainVendor, preferring, vendors
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "tiny.json"
+
+
+class Trying(PlainVendor):
+    """Tries the card for minutes, unless it is known what that tells."""
+
+    tried = 0
+
+    def algorithms(self, problem: kernels.Problem) -> tuple[PlainAlgorithm, ...]:
+        if "long" not in self.findings:
+            self.tried += 1
+            self.findings["long"] = True
+        return self.kinds
+
+
+def share() -> tuple[int, list[str]]:
+    vendor, cpu = Trying(), torch.device("cpu")
+    dispatcher = kernels.Dispatcher(cpu, vendors(vendor), timer=preferring("plain/1"))
+    products.share_choices(dispatcher, [("product", kernels.Problem(16, 64, 64, torch.float32, cpu))])
+    return vendor.tried, [choice["label"] for choice in dispatcher.as_data().values()]
+
+
+def test_one_rank_tries_and_measures_for_all() -> None:
+    tried, labels = zip(*run_ranks(share, 2), strict=True)
+    assert tried == (1, 0) and list(labels) == [["plain/1 right"]] * 2
 
 
 def test_what_measuring_took_is_not_in_the_runs_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from slope_dist.errors import UnfinishedError, UserError
 from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.kernels import candidates as ways
 from slope_dist.sparse.kernels import measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
+from slope_dist.sparse.kernels.failures import CRASHED, breaks_device, reason_of
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
-from slope_dist.sparse.kernels.vendor import VendorError, on
+from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, on
 from slope_dist.sparse.kernels.vendors import Vendors
 
 Kind: TypeAlias = Literal["product", "input gradient"]
@@ -34,9 +37,9 @@ with the weight, whose values lie elsewhere; or it is made of ours for every pro
 WORST_RATIO = 1.02
 """A product that takes longer than this times the dense one is said to."""
 
-DENSE = "dense"
-
 NOT_DETERMINISTIC = "not deterministic"
+
+OTHER_BITS = "gives other bits the second time, though it is called deterministic"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class Choice:
         if self.route == "expand" and not others:
             text += "; nothing else was right" if self.rejected else "; nothing else is there"
         if self.ratio > WORST_RATIO:
-            text += "; no way that keeps the weight compressed is as fast as dense"
+            text += f"; {100 * (self.ratio - 1):.0f} % slower than dense: no way that keeps the weight compressed is"
+            text += " as fast, and a dense copy of it is not held (rule R1)"
         return text
 
     @property
@@ -103,12 +107,12 @@ class Choice:
         return f"; {len(reasons)} failed, such as {label}: {reason}"
 
     def as_data(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Plain data, for JSON; without what there was only no memory for."""
         return {
             "label": self.label,
             "seconds": self.seconds,
             "dense_seconds": self.dense_seconds,
-            "rejected": self.rejected,
+            "rejected": {label: why for label, why in self.rejected.items() if not why.startswith(NO_MEMORY)},
         }
 
 
@@ -146,6 +150,9 @@ class Dispatcher:
         self._settled = False
         self._store = store
         self._stored = {} if store is None else store.choices(self.setting)
+        self._crashed = {} if store is None else store.crashed(self.setting)
+        if store is not None:
+            self._take_findings(store.findings(self.setting))
         self._choices: dict[tuple[Kind, Problem], Choice] = {}
         self._ready: dict[tuple[Kind, int, int, int, torch.dtype], Candidate] = {}
         self._forms: dict[tuple[int, int, torch.dtype], str] = {}
@@ -235,9 +242,18 @@ class Dispatcher:
         """All choices as plain data, for `adopt` on another rank with the same card."""
         return {_key(kind, problem): choice.as_data() for (kind, problem), choice in self._choices.items()}
 
-    def adopt(self, data: dict[str, dict[str, Any]]) -> None:
-        """Take over choices that another process has made in the same setting."""
+    def findings(self) -> dict[str, dict[str, bool]]:
+        """What long trials of the device have told, by library: plain data, for `adopt` too."""
+        return {route.name: dict(route.findings) for route in self.vendors.routes}
+
+    def adopt(self, data: dict[str, dict[str, Any]], findings: dict[str, dict[str, bool]]) -> None:
+        """Take over choices and findings that another process has made in the same setting."""
         self._stored |= data
+        self._take_findings(findings)
+
+    def _take_findings(self, findings: dict[str, dict[str, bool]]) -> None:
+        for route in self.vendors.routes:
+            route.findings.update(findings.get(route.name, {}))
 
     def report(self) -> list[str]:
         """What was chosen and why, a line each."""
@@ -252,6 +268,11 @@ class Dispatcher:
         lines += dict.fromkeys(f"without {form}: {reason}" for form, reason in refused)
         for (kind, problem), choice in self._choices.items():
             lines.append(f"{kind} {problem}: {choice.label}, {choice.why}{choice.failed}")
+            lines += [
+                f"{kind} {problem}: {label} is never tried again: it {reason}"
+                for label, reason in choice.rejected.items()
+                if reason.startswith(CRASHED)
+            ]
         return lines
 
     def _candidate(self, kind: Kind, operands: Operands) -> Candidate:
@@ -286,9 +307,17 @@ class Dispatcher:
             with on(self.device):
                 choice = self._measure(kind, problem)
             self._keep(kind, problem, choice)
-            if self._store is not None:
+            if self._store is not None and not self._passing(problem, choice):
                 self._store.add(self.setting, {_key(kind, problem): choice.as_data()})
         return choice
+
+    def _passing(self, problem: Problem, choice: Choice) -> bool:
+        """Whether a choice went without something for want of memory, and so is this process's alone.
+
+        In deterministic mode it is not: a run that goes on must have the same bits, whatever memory there is.
+        """
+        reasons = (*choice.rejected.values(), *ways.refusals(problem, self.vendors).values())
+        return not self.deterministic and any(reason.startswith(NO_MEMORY) for reason in reasons)
 
     def _known(self, kind: Kind, problem: Problem) -> Choice | None:
         choice = self._choices.get((kind, problem))
@@ -323,35 +352,62 @@ class Dispatcher:
     def _measure(self, kind: Kind, problem: Problem) -> Choice:
         operands, dense, expected = _sample(kind, problem)
         right: dict[str, tuple[Candidate, Operands]] = {}
+        # By form, whose algorithms share them: each set of operands "in place" is another copy of the weight.
+        laid: dict[str, Operands] = {}
         rejected: dict[str, str] = {}
-        for candidate in self.candidates(kind, problem):
+        found = self.candidates(kind, problem)
+        if self._store is not None:
+            # Before anything runs that may end this process: a trial takes up to minutes.
+            self._store.add_findings(self.setting, self.findings())
+        for candidate in found:
             if self.deterministic and not candidate.deterministic:
                 rejected[candidate.label] = NOT_DETERMINISTIC
                 continue
+            crashed = self._crashed.get(_key(kind, problem), {}).get(candidate.label)
+            if crashed is not None:
+                rejected[candidate.label] = crashed
+                continue
             try:
-                given = self.given(candidate, operands)
-                wrong = _why_wrong(kind, candidate, given, expected)
-            except VendorError as error:
-                wrong = str(error)
-            except AssertionError:
+                with self._trying(kind, problem, candidate):
+                    if candidate.form not in laid:
+                        laid[candidate.form] = self.given(candidate, operands)
+                    given = laid[candidate.form]
+                    wrong = _why_wrong(kind, candidate, given, expected)
+            except (AssertionError, UserError):
                 raise
             except Exception as error:
                 # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left, and the
                 # report says so.
-                wrong = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0][:200]}"
+                wrong = reason_of(error)
+                if breaks_device(error, self.device):
+                    raise self._broken(kind, problem, candidate, wrong) from error
             if wrong is None:
                 right[candidate.label] = candidate, given
             else:
                 rejected[candidate.label] = wrong
         del expected
         calls: dict[str, Any] = {name: lambda c=c, o=o: c.run(o) for name, (c, o) in right.items()}
-        calls[DENSE] = lambda: dense(operands.x)
+        calls[measuring.DENSE] = lambda: dense(operands.x)
         seconds = self._timer(calls, self.device, problem.tokens <= ways.MOST_DECODED_TOKENS)
-        dense_seconds = seconds.pop(DENSE)
+        dense_seconds = seconds.pop(measuring.DENSE)
         if not seconds:
             raise RuntimeError(f"{kind} {problem}: not even the expanded product is right: {rejected}")
         best = min(seconds, key=lambda name: seconds[name])
         return Choice(right[best][0], seconds, dense_seconds, rejected)
+
+    def _trying(self, kind: Kind, problem: Problem, candidate: Candidate) -> AbstractContextManager[None]:
+        """Mark a library's way while it first runs; the expanded product is left when all else is gone."""
+        if self._store is None or candidate.route == "expand":
+            return nullcontext()
+        return self._store.trying(self.setting, _key(kind, problem), candidate.label)
+
+    def _broken(self, kind: Kind, problem: Problem, candidate: Candidate, reason: str) -> UnfinishedError:
+        """What a candidate has done after which nothing runs in this process; the next leaves it out."""
+        text = f"{candidate.label} broke {self.device} when it was tried for {kind} {problem}: {reason}"
+        if self._store is None or candidate.route == "expand":
+            return UnfinishedError(text)
+        self._store.reject(self.setting, _key(kind, problem), candidate.label, f"{CRASHED} when it was tried: {reason}")
+        return UnfinishedError(f"{text}; {self._store.path} has it, so the next start leaves it out")
 
     def given(self, candidate: Candidate, operands: Operands) -> Operands:
         """Operands as a run would give them: with the metadata that the weight would have been given."""
@@ -390,15 +446,20 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
 
 def _why_wrong(kind: Kind, candidate: Candidate, operands: Operands, expected: Tensor) -> str | None:
     """What is wrong with a candidate's result, also where it is to add a bias and an addend; None: nothing."""
-    wrong = measuring.why_wrong(candidate.run(operands), expected)
-    if wrong is not None or kind == "input gradient":
+    terms, dtype = operands.x.shape[1], operands.x.dtype
+    y = candidate.run(operands)
+    wrong = measuring.why_wrong(y, expected, terms)
+    if wrong is not None:
         return wrong
-    dtype = operands.x.dtype
+    # By bits: NaN is not equal to itself.
+    if candidate.deterministic and not codec.as_integers(candidate.run(operands)).equal(codec.as_integers(y)):
+        return OTHER_BITS
+    if kind == "input gradient":
+        return None
     # Numbers of the product's own size, or leaving them out would pass.
     bias, addend = expected[0].to(dtype), expected.flip(0).to(dtype)
-    wrong = measuring.why_wrong(
-        candidate.run(replace(operands, bias=bias, addend=addend)), expected + bias.float() + addend.float()
-    )
+    y = candidate.run(replace(operands, bias=bias, addend=addend))
+    wrong = measuring.why_wrong(y, expected, terms, bias=bias, addend=addend)
     return None if wrong is None else f"with bias and addend {wrong}"
 
 

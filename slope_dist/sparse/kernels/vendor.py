@@ -11,6 +11,9 @@ from torch import Tensor
 
 from slope_dist.sparse.kernels.problem import Problem
 
+NO_MEMORY = "no memory"
+"""How a reason begins that is true of this moment alone, and is no reason to leave a way out another time."""
+
 
 class VendorError(Exception):
     """A vendor's library is missing, or refuses what it was asked; one line."""
@@ -43,6 +46,8 @@ class VendorRoute(Protocol):
     version: str
     standing: str
     """What is to be said beside the name wherever the route is shown; empty once it is proven on a card."""
+    findings: dict[str, bool]
+    """What long trials of the device have told, by their names; a dispatcher keeps it between processes."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why the route cannot compute a product, in words, or None if it can."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.kernels import Dispatcher, Problem, Vendors, find_vendors, measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
-from slope_dist.sparse.kernels.dispatch import Choice, Kind
+from slope_dist.sparse.kernels.dispatch import OTHER_BITS, Choice, Kind
 from slope_dist.sparse.kernels.primitives import TWO_FOUR
 from slope_dist.sparse.kernels.vendor import VendorError
 from slope_dist.sparse.kernels.vendors import NAMES
@@ -112,8 +112,8 @@ def _why_wrong(dispatcher: Dispatcher, way: Candidate, operands: Operands, expec
         return "overwrites the addend"
     # By bits: NaN is not equal to itself.
     if not codec.as_integers(y).equal(codec.as_integers(again)):
-        return "gives other bits the second time, though it is called deterministic"
-    return measuring.why_wrong(y, expected)
+        return OTHER_BITS
+    return measuring.why_wrong(y, expected, operands.x.shape[1])
 
 
 def tell_rejected(vendors: Vendors, kind: Kind, problem: Problem, choice: Choice) -> None:

@@ -17,7 +17,8 @@ from slope_dist.sparse.kernels.vendor import VendorError
 
 @dataclass(frozen=True)
 class PlainAlgorithm:
-    """`kind` is "right", "wrong", "nan", "failing", or "without bias" or "without addend", which it leaves out."""
+    """`kind` is "right", "wrong", "nan", "failing", "unsteady" (right, with other bits each time), or "without bias" or
+    "without addend", which it leaves out."""
 
     kind: str
     deterministic: bool = True
@@ -42,6 +43,7 @@ class PlainVendor:
     version: str = "1"
     standing: str = "a stand-in"
     seen: list[str] = field(default_factory=list)
+    findings: dict[str, bool] = field(default_factory=dict)
 
     def unsupported(self, problem: Problem) -> str | None:
         return f"fewer than {self.least_rows} rows" if problem.rows < self.least_rows else None
@@ -76,6 +78,8 @@ class PlainVendor:
         y = x @ dense.t()
         if algorithm.kind == "wrong":
             y[0, 0] += y.norm()
+        if algorithm.kind == "unsteady":
+            y = y.nextafter(y + (-1) ** len(self.seen))
         if algorithm.kind == "nan":
             y[-1, -1] = torch.nan
         y = y if addend is None or algorithm.kind == "without addend" else y + addend

@@ -33,7 +33,7 @@ from slope_dist.sparse.kernels.cusparselt.plan import (
 from slope_dist.sparse.kernels.cusparselt.probe import UnknownLayoutError, learn_layout
 from slope_dist.sparse.kernels.metadata import MetadataLayout
 from slope_dist.sparse.kernels.problem import Problem
-from slope_dist.sparse.kernels.vendor import VendorError, on, stream_of
+from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, on, stream_of
 
 STANDING = "not yet proven on a card"
 
@@ -72,6 +72,7 @@ class CusparseltRoute:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
+        self.findings: dict[str, bool] = {}
         self.version = library.version
         self._handle = Handle(library, device)
         self._plans = PlanCache(self._handle, plans)
@@ -125,7 +126,7 @@ class CusparseltRoute:
         description = Description(self._handle, tokens, problem.rows, problem.columns, problem.dtype, bias=0)
         configs = description.configs()
         found = [Algorithm(config) for config in configs]
-        if _generation(self.device) == HOPPER and segment_k.answers(self._handle.library.path, self.device):
+        if _generation(self.device) == HOPPER and self._takes_segment_k():
             found += [Algorithm(config, SEGMENT_K) for config in configs]
         return found
 
@@ -181,6 +182,14 @@ class CusparseltRoute:
             y = y[:tokens]
         return y if late_bias is None else y.add_(late_bias)
 
+    def _takes_segment_k(self) -> bool:
+        if segment_k.NAME not in self.findings:
+            answers = segment_k.answers(self._handle.library.path, self.device)
+            if answers is None:
+                return False
+            self.findings[segment_k.NAME] = answers
+        return self.findings[segment_k.NAME]
+
     def _stream(self) -> ctypes.Array:
         stream = stream_of(self.device)
         streams = self._streams.get(stream)
@@ -219,7 +228,7 @@ class CusparseltRoute:
                 except UnknownLayoutError as error:
                     self._layouts[key] = str(error)
                 except torch.OutOfMemoryError as error:
-                    raise VendorError(f"no memory to learn how weights of {rows} x {columns} are ordered") from error
+                    raise VendorError(f"{NO_MEMORY} to learn how weights of {rows} x {columns} are ordered") from error
             return self._layouts[key]
 
 

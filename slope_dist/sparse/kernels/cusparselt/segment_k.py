@@ -17,26 +17,38 @@ from slope_dist.sparse.kernels.cusparselt.library import Handle, Library
 from slope_dist.sparse.kernels.cusparselt.plan import SEGMENT_K, Algorithm, Description, Plan
 from slope_dist.sparse.kernels.vendor import VendorError
 
+NAME = "segment-k"
+
 TRIAL_SECONDS = 90
 """Importing torch and making a CUDA context included."""
 
 SIZE = 1024
 
+REFUSED = 3
+"""Exit code of a trial that was told no; Python itself ends with 1 and 2."""
+
 
 @cache
-def answers(path: str, device: torch.device) -> bool:
-    """Whether the library at a path makes a segment-k plan on a device and comes back from it."""
+def answers(path: str, device: torch.device) -> bool | None:
+    """Whether the library at a path makes a segment-k plan on a device and comes back from it; None: not known.
+
+    A trial that hangs or crashes says no. One that cannot begin, as on a card for one process alone, does not.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
     command = [sys.executable, "-m", __name__, path, str(device)]
     try:
         trial = subprocess.run(command, env=environment, capture_output=True, timeout=TRIAL_SECONDS)
-    except (subprocess.TimeoutExpired, OSError):
+    except subprocess.TimeoutExpired:
         return False
-    return trial.returncode == 0
+    except OSError:
+        return None
+    if trial.returncode == 0:
+        return True
+    return False if trial.returncode == REFUSED or trial.returncode < 0 else None
 
 
 def main(path: str, device: str) -> int:
-    """The trial: 0 if a segment-k plan was made with any algorithm."""
+    """The trial: 0 if a segment-k plan was made with any algorithm, otherwise `REFUSED`."""
     handle = Handle(Library(Path(path)), torch.device(device))
     problem = SIZE, SIZE, SIZE, torch.bfloat16
     for config in Description(handle, *problem, bias=0).configs():
@@ -45,7 +57,7 @@ def main(path: str, device: str) -> int:
         except VendorError:
             continue
         return 0
-    return 1
+    return REFUSED
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,12 +293,45 @@ def test_segment_k_is_offered_where_it_comes_back(
 
 
 @pytest.mark.usefixtures("on_hopper")
-@pytest.mark.parametrize(("behaviour", "code"), [(UNSUPPORTED, 1), (WORKS, 0)], ids=["unsupported", "works"])
+@pytest.mark.parametrize(
+    ("behaviour", "code"), [(UNSUPPORTED, segment_k.REFUSED), (WORKS, 0)], ids=["unsupported", "works"]
+)
 def test_the_trial_of_segment_k_tells_by_its_exit_code(standin: StandIn, behaviour: int, code: int) -> None:
     standin.set(segment_k=behaviour)
     assert segment_k.main(str(standin.path), "cpu") == code
     set_attributes = [call.arguments for call in standin.calls if call.name == "MatmulAlgSetAttribute"]
     assert set_attributes[-1][2:4] == (3, -1)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("answers", [True, False, None])
+def test_what_the_trial_told_is_asked_for_once_and_no_more_where_it_is_known(
+    standin: StandIn, monkeypatch: pytest.MonkeyPatch, answers: bool | None
+) -> None:
+    """A trial that could not begin has told nothing."""
+    asked = []
+    monkeypatch.setattr(segment_k, "answers", lambda path, device: asked.append(path) or answers)
+    route = standin.route()
+    offered = [any(algorithm.split_k != 1 for algorithm in route.algorithms(problem())) for _ in range(2)]
+    assert offered == [answers is True] * 2
+    assert route.findings == ({} if answers is None else {"segment-k": answers})
+    assert len(asked) == (2 if answers is None else 1)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(
+    ("program", "told"), [("exit 0", True), ("exit 3", False), ("kill -9 $$", False), ("exit 1", None), (None, None)]
+)
+def test_only_a_trial_that_took_place_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str | None, told: bool | None
+) -> None:
+    """Not one that could not open the card, or for which there was no process."""
+    python = tmp_path / "python"
+    if program is not None:
+        python.write_text(f"#!/bin/sh\n{program}\n")
+        python.chmod(0o755)
+    monkeypatch.setattr(segment_k.sys, "executable", str(python))
+    assert segment_k.answers("library", torch.device("cpu")) is told
 
 
 def test_segment_k_is_not_tried_elsewhere(standin: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:

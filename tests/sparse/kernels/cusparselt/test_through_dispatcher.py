@@ -13,9 +13,9 @@ import torch
 
 from slope_dist.layers.linear import Linear, LowRankAdapter
 from slope_dist.sparse import CompressedMatrix, Pattern, SparseWeight, kernels
+from slope_dist.sparse.kernels import measuring
 from slope_dist.sparse.kernels.dispatch import Arrangement, Dispatcher
 from tests.sparse.kernels.cusparselt.conftest import StandIn
-from tests.sparse.kernels.cusparselt.operands import BOUNDS
 from tests.sparse.kernels.vendors import preferring, vendors
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_a_training_step(standin: StandIn, dtype: torch.dtype, resident: bool, a
         found = step(made, dtype)
     for name, value in expected.items():
         error = torch.linalg.vector_norm(found[name].double() - value) / torch.linalg.vector_norm(value)
-        assert error <= 2 * BOUNDS[dtype], name
+        assert error <= 2 * measuring.bound(dtype, OUT), name
     # Forward, and the input gradient; plans, layouts and algorithms were there.
     assert standin.names == ["Matmul", "Matmul"]
 
