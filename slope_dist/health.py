@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from slope_dist import __version__
-from slope_dist.gpus import DRIVER, gpus_are_missed
+from slope_dist.parallel.gpus import DRIVER, gpus_are_missed
 
 
 def check(driver: Path = DRIVER) -> str:

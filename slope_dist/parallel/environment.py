@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from slope_dist.errors import UnfinishedError, UserError
-from slope_dist.gpus import DRIVER, gpus_are_missed
+from slope_dist.parallel.gpus import DRIVER, gpus_are_missed
 
 Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 

@@ -89,8 +89,8 @@ def compared_run(config: str, flip: list[str] | None = None, rank: int = 0) -> l
         steps = step
         if flip is not None and step == FLIPPED_AFTER and torch.distributed.get_rank() == rank:
             tensor = next(f.tensor for f in engine.held() if [f.kind, f.name] == flip)
-            # The lowest bit of one element: as small as a change can be.
-            tensor.view(-1).view(torch.uint8)[0] ^= 1
+            # As small as a change can be; of a float not the lowest bit, which the next step may round away.
+            tensor.view(-1).view(torch.uint8)[0] ^= 1 if tensor.dtype == torch.uint8 else 16
 
     drift.compare = watched
     watch_engines(watch)

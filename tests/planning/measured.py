@@ -22,6 +22,7 @@ from slope_dist.parallel.fragments import MemorySource
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.planning.storages import StorageCounter
+from tests.runs import allow_fp16
 
 _MMAP_THRESHOLD = -3
 """Of mallopt(3)."""
@@ -94,6 +95,8 @@ def measure(path: str) -> dict[str, int]:
     from slope_dist.training.build import build_engine
 
     config = load_config(path)
+    if config.precision == "fp16":
+        allow_fp16()
     derived = derive(config, discover().world_size)
     parallel = config.parallel
     groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
@@ -157,6 +160,8 @@ def switch_with_copies(path: str) -> dict[str, int]:
     from slope_dist.training.build import build_engine
 
     config = load_config(path)
+    if config.precision == "fp16":
+        allow_fp16()
     derived = derive(config, discover().world_size)
     parallel = config.parallel
     groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
