@@ -13,6 +13,7 @@ import torch
 from slope_dist.benchmark.results import ResultFile
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.errors import UserError
+from slope_dist.sparse.kernels.failures import breaks_device
 
 
 class NotMeasuredError(Exception):
@@ -21,20 +22,6 @@ class NotMeasuredError(Exception):
 
 class CellFailedError(Exception):
     """Cells ended with errors that nobody foresaw; the results say which, in their place."""
-
-
-UNUSABLE = (
-    "illegal memory access",
-    "unspecified launch failure",
-    "device-side assert",
-    "misaligned address",
-    "illegal instruction",
-    "illegal address",
-    "launch timed out",
-    "hardware stack error",
-    "uncorrectable ECC",
-)
-"""What CUDA calls the errors after which every call of the process fails."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ def run(
             # error itself would keep the cell's tensors.
             row = {"not_measured": _words(error)}
             outcome.failed.append(f"{cell.key}: {row['not_measured']}")
-            outcome.unusable = _leaves_unusable(error)
+            outcome.unusable = breaks_device(error, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         finally:
             # Whatever the cell held on a GPU must not count in the next one's memory.
             if torch.cuda.is_available() and not outcome.unusable:
@@ -136,15 +123,3 @@ def _words(error: Exception) -> str:
     """Its kind and the first line of what it says."""
     lines = str(error).strip().splitlines() or ["no reason given"]
     return f"{type(error).__name__}: {lines[0][:200]}"
-
-
-def _leaves_unusable(error: Exception) -> bool:
-    """Whether no later call on the GPU can succeed: by CUDA's words, which a library may hide, and by trying."""
-    if any(words in str(error) for words in UNUSABLE):
-        return True
-    if torch.cuda.is_available():
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return True
-    return False

@@ -153,8 +153,8 @@ def _training(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterato
         if index < last and not stage.pipelined:
             # The head is fullest before its own gradient arrives. A block that is computed again is so when its first
             # gradients arrive, which are then reduced; another is then as forward has left it. ZeRO 3 reduces at once.
-            first = setting.kind == "zero 2" and not setting.recompute
-            reducing = layer.given if first else layer.backward
+            is_begun = setting.kind == "zero 2" and not setting.recompute
+            reducing = layer.given if is_begun else layer.backward
             yield buffers + _reduced(setting, sizes), alive + reducing, "backward"
 
 
@@ -235,14 +235,14 @@ def _update(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterator[
         yield 0 if setting.fused else 2 * group * 4, "update"
     elif setting.kind in ("zero 1", "zero 2"):
         # In another dtype than the parameters' they are gathered in one buffer from the first.
-        apart = width == setting.width
-        there = share.trained + part if setting.kind == "zero 1" else part * (1 + apart)
+        one_dtype = width == setting.width
+        there = share.trained + part if setting.kind == "zero 1" else part * (1 + one_dtype)
         bucket = _buckets(setting) + (_reduced(setting, stage.sizes) if stage.pipelined else 0)
         yield there * width + bucket, "reduction"
         if width < 4:
             # Narrow ones are joined, and then widened, one group at a time.
             yield part * width + group * (width + 4), "widening"
-        yield part * (4 + apart * width) + (0 if setting.fused else 2 * group * 4), "update"
+        yield part * (4 + one_dtype * width) + (0 if setting.fused else 2 * group * 4), "update"
     elif setting.kind == "zero 3":
         at_once = min(group, _SUB_GROUP)
         yield min(part, _SUB_GROUP) * 4 + (0 if setting.fused else 2 * at_once * 4), "update"

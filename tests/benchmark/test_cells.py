@@ -124,7 +124,7 @@ def test_a_broken_context_ends_the_run_and_the_next_goes_on_behind(words: str, t
 def test_a_context_that_takes_no_calls_is_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a library's own error does not say why."""
 
-    def refuse() -> None:
+    def refuse(*_: object) -> None:
         raise RuntimeError("CUDA error")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -19,6 +19,7 @@ from slope_dist.benchmark.memory import return_free_heap
 from slope_dist.config import Config, Derived, derive, load_config
 from slope_dist.parallel.environment import discover
 from slope_dist.parallel.fragments import MemorySource
+from slope_dist.parallel.groups import Groups
 from slope_dist.parallel.groups import start as start_groups
 from slope_dist.parallel.layout import Layout
 from slope_dist.planning.storages import StorageCounter
@@ -86,6 +87,17 @@ def micro_batches(config: Config, derived: Derived, generator: torch.Generator) 
         yield tokens[:, :-1], tokens[:, 1:]
 
 
+def begin(path: str) -> tuple[Config, Derived, Groups, torch.Generator]:
+    """The run of a config on this rank: its derived values, its groups, and what its samples are drawn with."""
+    config = load_config(path)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        allow_fp16()
+    derived = derive(config, discover().world_size)
+    parallel = config.parallel
+    groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
+    return config, derived, groups, torch.Generator().manual_seed(groups.position.data)
+
+
 def measure(path: str) -> dict[str, int]:
     """Bytes of this rank by moment.
 
@@ -94,13 +106,7 @@ def measure(path: str) -> dict[str, int]:
     """
     from slope_dist.training.build import build_engine
 
-    config = load_config(path)
-    if config.precision == "fp16":
-        allow_fp16()
-    derived = derive(config, discover().world_size)
-    parallel = config.parallel
-    groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
-    generator = torch.Generator().manual_seed(groups.position.data)
+    config, derived, groups, generator = begin(path)
     warm_up()
     resident = Resident()
     found: dict[str, int] = {}
@@ -159,13 +165,7 @@ def switch_with_copies(path: str) -> dict[str, int]:
     """
     from slope_dist.training.build import build_engine
 
-    config = load_config(path)
-    if config.precision == "fp16":
-        allow_fp16()
-    derived = derive(config, discover().world_size)
-    parallel = config.parallel
-    groups = start_groups(Layout(parallel.tensor, derived.data_ranks, parallel.pipeline))
-    generator = torch.Generator().manual_seed(groups.position.data)
+    config, derived, groups, generator = begin(path)
     counter = EngineCounter()
     with counter:
         engine: Any = build_engine(config, derived, groups, adapters=False)
@@ -190,10 +190,7 @@ def peaks_on_gpu(path: str) -> dict[str, int]:
     """The most bytes that the allocator of this rank's GPU gives out in two steps of each phase, and at the switch."""
     from slope_dist.training.build import build_engine
 
-    config = load_config(path)
-    derived = derive(config, discover().world_size)
-    groups = start_groups(Layout(config.parallel.tensor, derived.data_ranks, config.parallel.pipeline))
-    generator = torch.Generator().manual_seed(groups.position.data)
+    config, derived, groups, generator = begin(path)
     found: dict[str, int] = {}
 
     def train(engine: Any, phase: str) -> None:

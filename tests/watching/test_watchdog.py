@@ -73,6 +73,23 @@ def until_it_watches(process: subprocess.Popen[str]) -> None:
     raise AssertionError
 
 
+Process = subprocess.Popen[str]
+
+
+@contextmanager
+def two_watched(folder: Path, *does: str, owned: bool = False) -> Iterator[tuple[Process, Process, list[Process]]]:
+    """The watchdogs of two machines, of which the first is rank 0's, and their ranks, which do the named things."""
+    with ExitStack() as stack, listen_on_any_port(2) as listener:
+        ranks = [stack.enter_context(heart(one, owned=owned)) for one in does]
+        leader = {"hosts": ["127.0.0.1"], "port": listener.getsockname()[1]}
+        told = {"world_size": 2, "token": "secret"}
+        first = stack.enter_context(watchdog(folder, {0: ranks[0][1]}, listener=listener.fileno(), **told))
+        second = stack.enter_context(watchdog(folder, {1: ranks[1][1]}, host="node2", leader=leader, **told))
+        for watching in (first, second):
+            until_it_watches(watching)
+        yield first, second, [process for process, _ in ranks]
+
+
 def test_it_imports_no_torch() -> None:
     code = "import sys, slope_dist.training.watchdog; print('torch' in sys.modules, 'numpy' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
@@ -153,20 +170,13 @@ def test_one_that_lost_rank_0s_judges_alone(tmp_path: Path) -> None:
 
 def test_so_does_one_that_hears_nothing_of_rank_0s(tmp_path: Path) -> None:
     """A machine that stands still as a whole keeps its connections, and its watchdog sees nothing."""
-    with ExitStack() as stack, listen_on_any_port(2) as listener:
-        ranks = [stack.enter_context(heart(does, owned=True)) for does in ("get_on", "stand_still")]
-        leader = {"hosts": ["127.0.0.1"], "port": listener.getsockname()[1]}
-        told = {"world_size": 2, "token": "secret"}
-        first = stack.enter_context(watchdog(tmp_path, {0: ranks[0][1]}, listener=listener.fileno(), **told))
-        second = stack.enter_context(watchdog(tmp_path, {1: ranks[1][1]}, host="node2", leader=leader, **told))
-        for watching in (first, second):
-            until_it_watches(watching)
+    with two_watched(tmp_path, "get_on", "stand_still", owned=True) as (first, second, ranks):
         time.sleep(2 * USUAL)
         assert second.poll() is None, "while rank 0's gets on it is heard"
-        for process in (first, ranks[0][0]):
+        for process in (first, ranks[0]):
             process.send_signal(signal.SIGSTOP)
         text = ended(second)
-        assert ranks[1][0].wait(timeout=5) == -signal.SIGKILL
+        assert ranks[1].wait(timeout=5) == -signal.SIGKILL
     assert "has heard nothing of that of rank 0 for" in text.splitlines()[0] and "rank 1 (node2" in text
 
 
@@ -194,16 +204,9 @@ def test_a_suspended_job_does_not_hang(tmp_path: Path) -> None:
 
 def test_nor_does_one_of_two_machines(tmp_path: Path) -> None:
     """What rank 0's watchdog knows of the other machine does not get old while it is stopped itself."""
-    with ExitStack() as stack, listen_on_any_port(2) as listener:
-        ranks = [stack.enter_context(heart("get_on")) for _ in range(2)]
-        leader = {"hosts": ["127.0.0.1"], "port": listener.getsockname()[1]}
-        told = {"world_size": 2, "token": "secret"}
-        first = stack.enter_context(watchdog(tmp_path, {0: ranks[0][1]}, listener=listener.fileno(), **told))
-        second = stack.enter_context(watchdog(tmp_path, {1: ranks[1][1]}, host="node2", leader=leader, **told))
-        for watching in (first, second):
-            until_it_watches(watching)
+    with two_watched(tmp_path, "get_on", "get_on") as (first, second, ranks):
         time.sleep(1.0)
-        job = [first, second, *(process for process, _ in ranks)]
+        job = [first, second, *ranks]
         # Resumed in the order in which it may see the oldest news.
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for process in job:

@@ -13,11 +13,15 @@ _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 """In what torch's allocator, CUDA, Triton and the vendors' libraries say."""
 
 _BREAKING = (
-    "an illegal memory access",
+    "illegal memory access",
     "unspecified launch failure",
     "device-side assert",
     "misaligned address",
-    "an illegal instruction",
+    "illegal instruction",
+    "illegal address",
+    "launch timed out",
+    "hardware stack error",
+    "uncorrectable ECC",
 )
 """In CUDA's words for errors after which every call of the process fails."""
 
