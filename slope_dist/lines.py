@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 from typing import Any
 
@@ -71,3 +72,18 @@ def listen_on_any_port(backlog: int) -> socket.socket:
         with contextlib.suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
     return socket.create_server(("", 0), backlog=backlog)
+
+
+def port_to_meet_at() -> int:
+    """A port that is free now, for ranks that meet at it when they have started.
+
+    One that the system picks could be given out again before they listen; it gives out none of these by itself.
+    """
+    ports = range(10000, 30000)
+    # Not from `random`, whose state processes forked from one another share.
+    first = secrets.randbelow(len(ports))
+    for port in (*ports[first:], *ports[:first]):
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("", port))
+            return port
+    raise OSError(f"no port from {ports.start} to {ports.stop - 1} is free")

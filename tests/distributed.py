@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +26,8 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from slope_dist.lines import port_to_meet_at
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120.0
@@ -201,12 +203,13 @@ def _warm_up() -> None:
     if status.exists():
         threads = next(line for line in status.read_text().splitlines() if line.startswith("Threads:"))
         assert threads.split()[1] == "1", f"forking is safe with one thread only: {threads}"
+    # Else each collection in a rank walks all that was imported here, and so copies its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def _fork_ranks(request: SimpleNamespace, close: list[int]) -> list[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port_to_meet_at()
     running: dict[int, int] = {}
     codes = [0] * request.world_size
     try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from slope_dist.benchmark import machine
+from slope_dist.lines import port_to_meet_at
 
 
 class RankFailedError(RuntimeError):
@@ -22,9 +22,7 @@ def run(command: Sequence[str], count: int, folder: Path, timeout: float) -> Non
     Raises:
         RankFailedError: if one fails or all are slower than `timeout` seconds; its errors are in the text.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = port_to_meet_at()
     running = []
     for rank in range(count):
         variables = {"RANK": str(rank), "WORLD_SIZE": str(count)}

@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from slope_dist.lines import port_to_meet_at
 from tests.distributed import Outcome
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +42,7 @@ def end_launched(
         environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
         programs = Path(sys.executable).parent
         environment |= {"PATH": f"{programs}:{environment['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(port_to_meet_at())
         with (folder / "launcher").open("wb") as said:
             launcher = subprocess.Popen(
                 [str(programs / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, __file__, *call],

@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -31,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from slope_dist.lines import port_to_meet_at
 from slope_dist.training.ending import END, read_history
 from tests.distributed import ROOT
 from tests.runs import small_corpus, step_rows, write_config
@@ -145,9 +145,7 @@ class Part:
         names = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
         environment = {name: value for name, value in os.environ.items() if name not in names}
         environment |= {"PATH": f"{programs}:{environment['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+        port = str(port_to_meet_at())
         self._said = (config.parent / "said").open("ab")
         script = str(Path(__file__).with_name("soak_rank.py"))
         command = [str(programs / "deepspeed"), "--num_gpus", str(RANKS), "--master_port", port, script]

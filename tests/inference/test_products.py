@@ -2,7 +2,7 @@
 
 On a CPU, by a vendor of plain torch; on a GPU `tests/sparse/kernels` has the real ones.
 
-Run: pytest tests/inference/test_products.py
+Run: pytest tests/inference/test_products.py (with -m "slow or not slow": every form with and without adapters)
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ from tests.sparse.kernels.vendors import PlainVendor, preferring, vendors
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("adapters", [False, True], ids=["plain", "adapters"])
-@pytest.mark.parametrize("form", ["opt", "llama"])
+@pytest.mark.parametrize(
+    ("form", "adapters"),
+    [
+        ("opt", True),
+        ("llama", False),
+        pytest.param("opt", False, marks=pytest.mark.slow),
+        pytest.param("llama", True, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_are_the_same_in_place(form: str, adapters: bool) -> None:
     model = InferenceModel(random_stored(form, adapters=adapters))
     tokens = torch.randint(VOCAB, (2, 20))

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from slope_dist.lines import port_to_meet_at
 from tests.distributed import ROOT, Outcome, end_ranks, skip_without_gpus
 from tests.runs import evaluation_rows, make_corpus, newest, pretrain, step_rows, write_config
 
@@ -48,13 +48,6 @@ def launch(*command: str) -> subprocess.CompletedProcess[str]:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
-
-
-def free_port() -> str:
-    """A port for a rendezvous: the launcher's default one may be another run's."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def entry_point(*arguments: str) -> None:
@@ -117,7 +110,7 @@ def test_output_lies_in_the_run_folder(finished: Path) -> None:
 
 def test_deepspeed_with_one_process_is_plain_python(finished: Path, corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus, checkpoint__interval=4)
-    done = launch("deepspeed", "--master_port", free_port(), SCRIPT, "--config", str(config))
+    done = launch("deepspeed", "--master_port", str(port_to_meet_at()), SCRIPT, "--config", str(config))
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path) == losses(finished)
 
@@ -134,7 +127,7 @@ def test_deepspeed_with_one_process_is_plain_python(finished: Path, corpus: Path
 def test_two_processes_are_one(launcher: list[str], finished: Path, corpus: Path, tmp_path: Path) -> None:
     skip_without_gpus(2)
     config = write_config(tmp_path, corpus)
-    port = ["--master_port", free_port()] if launcher[0] == "deepspeed" else []
+    port = ["--master_port", str(port_to_meet_at())] if launcher[0] == "deepspeed" else []
     done = launch(*launcher, *port, SCRIPT, "--config", str(config))
     assert done.returncode == 0, done.stderr
     assert "ranks: 2" in done.stdout
@@ -147,7 +140,7 @@ def error_lines(errors: str) -> list[str]:
 
 def test_too_few_ranks_under_deepspeed_are_told_once_with_the_usual_cause(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus, parallel__data=4)
-    port = ["--master_port", free_port()]
+    port = ["--master_port", str(port_to_meet_at())]
     done = launch("deepspeed", "--num_gpus", "2", *port, SCRIPT, "--config", str(config))
     assert done.returncode == 2
     [line] = error_lines(done.stderr)
@@ -187,7 +180,7 @@ def test_a_rank_that_raises_under_a_launcher_is_its_first_error(launcher: str, c
     )
     chosen = ["torchrun", "--standalone", "--nproc_per_node", "2"]
     if launcher == "deepspeed":
-        chosen = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]
+        chosen = ["deepspeed", "--num_gpus", "2", "--master_port", str(port_to_meet_at())]
     done = launch(*chosen, str(script))
     assert done.returncode == 1, done.stderr
     [line] = error_lines(done.stderr)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import psutil
 import pytest
 
 from slope_dist.errors import EXIT_STOPPED
+from slope_dist.lines import port_to_meet_at
 from tests.runs import newest, step_rows, write_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,9 +41,7 @@ class Launched:
         environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
         environment |= {"PATH": f"{folder}:{environment['PATH']}", "PYTHONPATH": str(ROOT)}
         program, *options = LAUNCHERS[launcher]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            options += ["--master_port", str(free.getsockname()[1])]
+        options += ["--master_port", str(port_to_meet_at())]
         self.process = subprocess.Popen(
             [str(folder / program), *options, "launch/pretrain.py", "--config", str(config)],
             cwd=ROOT,
