@@ -74,7 +74,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-SLOW = {"ZeRO 0", "ZeRO 1", "ZeRO 2", "FSDP2", "sequence", "recomputed"}
+SLOW = LAYOUTS.keys() - {"ZeRO 0", "dense"}
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ def test_data_ranks_are_the_single_process(ranks: int, pattern: str, run: Callab
     assert masks == (12 - 3 if pattern == "2:4" else 0)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-@pytest.mark.parametrize("data_ranks", [1, 2])
+@pytest.mark.parametrize("data_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_tensor_ranks_are_the_single_process(
     data_ranks: int, sequence_parallel: bool, pattern: str, run: Callable
 ) -> None:
@@ -191,7 +191,7 @@ def test_metadata_is_gathered_with_its_values_and_never_cast(corpus: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("ranks", "changes"),
-    [(2, {}), (2, {"precision": "bf16"}), (4, {"parallel__tensor": 2})],
+    [(2, {}), (2, {"precision": "bf16"}), pytest.param(4, {"parallel__tensor": 2}, marks=pytest.mark.slow)],
     ids=["fp32", "bf16", "tensor 2 x data 2"],
 )
 def test_the_switch_changes_nothing_else(ranks: int, changes: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_the_switch_changes_nothing_else(ranks: int, changes: dict[str, Any], co
     [
         (2, {}),
         pytest.param(4, {**RAGGED, "precision": "bf16"}, marks=pytest.mark.slow),
-        (4, {"parallel__tensor": 2}),
+        pytest.param(4, {"parallel__tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=["fp32", "bf16, held masks, ragged", "tensor 2 x data 2"],
 )
@@ -263,7 +263,7 @@ def loaded_bits(config: str, checkpoint: str) -> list[str]:
     return [*wrong, str(right)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("to_fsdp", [True, False], ids=["DeepSpeed to FSDP", "FSDP to DeepSpeed"])
 def test_engines_go_on_from_each_others_checkpoints(
     to_fsdp: bool, precision: str, run: Callable, corpus: Path, tmp_path: Path
@@ -291,7 +291,7 @@ def test_engines_go_on_from_each_others_checkpoints(
     [
         ("nan gradient", 2, {}),
         ("inf loss", 2, {}),
-        ("inf gradient", 4, {"parallel__tensor": 2, "precision": "bf16"}),
+        pytest.param("inf gradient", 4, {"parallel__tensor": 2, "precision": "bf16"}, marks=pytest.mark.slow),
         ("nan gradient", 4, {**RAGGED, "precision": "bf16", "parallel__gradient_dtype": "model"}),
     ],
 )

@@ -63,21 +63,25 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 CASES = [
     (Layout(pipeline=2), {"parallel__zero_stage": 0}),
     (Layout(pipeline=2), {"parallel__zero_stage": 1}),
-    (Layout(pipeline=2), {"parallel__zero_stage": 1, "sparsity__pattern": "dense"}),
-    (Layout(pipeline=2), {"parallel__zero_stage": 0, "training__recompute": "blocks"}),
     (Layout(pipeline=3), {"parallel__zero_stage": 1}),
     (Layout(pipeline=2, data=2), {"parallel__zero_stage": 0}),
-    (Layout(pipeline=2, data=2), {"parallel__zero_stage": 1}),
-    (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 0}),
-    (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 1}),
-    (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 0, "sparsity__pattern": "dense", **SEQUENCE}),
     (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 1, **SEQUENCE, "training__recompute": "blocks"}),
     (Layout(pipeline=2, tensor=2, data=2), {"parallel__zero_stage": 1, **SEQUENCE}),
     (Layout(pipeline=2), {"parallel__zero_stage": 1, "sparsity__column_mask_interval": 4}),
 ]
+SLOW_CASES = [
+    (Layout(pipeline=2), {"parallel__zero_stage": 1, "sparsity__pattern": "dense"}),
+    (Layout(pipeline=2), {"parallel__zero_stage": 0, "training__recompute": "blocks"}),
+    (Layout(pipeline=2, data=2), {"parallel__zero_stage": 1}),
+    (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 0}),
+    (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 1}),
+    (Layout(pipeline=2, tensor=2), {"parallel__zero_stage": 0, "sparsity__pattern": "dense", **SEQUENCE}),
+]
 
 
-@pytest.mark.parametrize(("layout", "changes"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "changes"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)], ids=str
+)
 def test_pipeline_is_the_single_process(layout: Layout, changes: dict[str, Any], run: Callable) -> None:
     shared = {name: value for name, value in changes.items() if name.startswith("sparsity")}
     expected, [alone] = run(1, parallel__zero_stage=0, **shared)
@@ -133,7 +137,7 @@ def test_narrow_gradients_of_both_tables_are_summed(precision: str, gradient_dty
 @pytest.mark.parametrize(
     "changes",
     [
-        {"parallel__zero_stage": 0},
+        pytest.param({"parallel__zero_stage": 0}, marks=pytest.mark.slow),
         {"parallel__zero_stage": 1},
         pytest.param({"precision": "bf16", "parallel__zero_stage": 1}, marks=pytest.mark.slow),
     ],
@@ -234,10 +238,10 @@ def spoil(engine: Any, how: str) -> Any:
     [
         # Ranks 0 and 1 are the first stage's; 2 and 3 the last's.
         ("nan gradient", 1, {"parallel__zero_stage": 0}),
-        ("nan gradient", 3, {"parallel__zero_stage": 1}),
-        ("inf loss", 2, {"parallel__zero_stage": 0}),
         ("inf loss", 3, {"parallel__zero_stage": 1}),
-        ("inf loss", 3, {"precision": "bf16"}),
+        pytest.param("nan gradient", 3, {"parallel__zero_stage": 1}, marks=pytest.mark.slow),
+        pytest.param("inf loss", 2, {"parallel__zero_stage": 0}, marks=pytest.mark.slow),
+        pytest.param("inf loss", 3, {"precision": "bf16"}, marks=pytest.mark.slow),
         ("nan gradient", 0, {"precision": "bf16", "parallel__gradient_dtype": "model"}),
         ("nan gradient", 0, FP16 | {"loss_scale__initial_power": 0}),
     ],

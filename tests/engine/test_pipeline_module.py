@@ -78,7 +78,7 @@ def test_only_blocks_are_recomputed(recompute: str, times: int, corpus: Path, tm
     assert last == {"OPTBlock": 2 * 4 * times, "OPTHead": 4}
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_tied_tables_stay_equal_with_many_data_ranks(stage: int, run: Callable) -> None:
     """Sums of more than two terms depend on their order."""
     changes = {"training__global_batch_size": 16, "parallel__zero_stage": stage}

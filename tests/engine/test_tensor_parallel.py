@@ -106,7 +106,13 @@ def test_the_initial_state_is_that_of_one_process_to_the_bit(precision: str, cor
 
 @pytest.mark.parametrize(
     ("tensor", "data", "stage", "sequence_parallel"),
-    [(2, 1, 0, True), (4, 1, 1, False), (2, 2, 2, True), (2, 2, 3, False), (2, 2, 3, True)],
+    [
+        (2, 1, 0, True),
+        (4, 1, 1, False),
+        (2, 2, 3, True),
+        pytest.param(2, 2, 2, True, marks=pytest.mark.slow),
+        pytest.param(2, 2, 3, False, marks=pytest.mark.slow),
+    ],
 )
 def test_tensor_ranks_are_the_single_process(
     tensor: int, data: int, stage: int, sequence_parallel: bool, run: Run
@@ -116,7 +122,9 @@ def test_tensor_ranks_are_the_single_process(
     assert_same_run(found, expected)
 
 
-@pytest.mark.parametrize(("stage", "sequence_parallel"), [(0, False), (1, True), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "sequence_parallel"), [(0, False), pytest.param(1, True, marks=pytest.mark.slow), (3, True)]
+)
 def test_layers_that_every_tensor_rank_holds_whole(stage: int, sequence_parallel: bool, run: Run) -> None:
     # The form of OPT-350M: projections from and to narrower embeddings, in the residual stream.
     form = {"model__embedding_size": 16, "model__norm_position": "post", "sparsity__pattern": "dense"}
@@ -128,7 +136,7 @@ def test_layers_that_every_tensor_rank_holds_whole(stage: int, sequence_parallel
     assert_same_run(found, expected)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_held_column_masks_are_those_of_one_process(stage: int, run: Run) -> None:
     expected = run(1, 1, parallel__zero_stage=0, sparsity__column_mask_interval=4)
     found = run(2, 2, parallel__zero_stage=stage, sparsity__column_mask_interval=4)

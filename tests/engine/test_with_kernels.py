@@ -71,11 +71,11 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     ("ranks", "seen", "layout"),
     [
         (1, "kept", {"zero_stage": 0}),
-        (2, "kept", {"zero_stage": 1}),
-        (2, "kept", {"zero_stage": 2}),
+        pytest.param(2, "kept", {"zero_stage": 1}, marks=pytest.mark.slow),
+        pytest.param(2, "kept", {"zero_stage": 2}, marks=pytest.mark.slow),
         (2, "none", {"zero_stage": 3}),
         (2, "none", {"engine": "fsdp"}),
-        (2, "kept", {"zero_stage": 1, "tensor": 2}),
+        pytest.param(2, "kept", {"zero_stage": 1, "tensor": 2}, marks=pytest.mark.slow),
         (2, "kept", {"zero_stage": 1, "tensor": 2, "sequence_parallel": True}),
         (2, "kept", {"zero_stage": 1, "pipeline": 2}),
     ],
@@ -95,7 +95,7 @@ def test_every_layout(ranks: int, seen: str, layout: dict[str, Any], expected: C
 
 
 @pytest.mark.parametrize("changes", [{"sparsity__column_mask_interval": 4}, {"training__recompute": "blocks"}], ids=str)
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_held_masks_and_recomputed_blocks(stage: int, changes: dict, expected: Callable, run: Callable) -> None:
     alone, _ = expected(1, parallel__zero_stage=0, **changes)
     found, _ = run(2, parallel__zero_stage=stage, **changes)

@@ -17,8 +17,8 @@ from tests.faults.runner import Kind, Runner
 
 # What goes past every hash, or costs ranks, is tried less.
 FEW = {"malicious state": 3, "malicious files": 30, "fuzzed files": 300, "fuzzed configs": 240, "bit flips": 44}
-FEW |= {"power cuts": 60, "resharding": 2, "cuts": 1, "switch": 1, "kill one": 2, "kill all": 2, "kill at points": 2}
-FEW |= {"bad disks": 2, "requests to stop": 2, "hangs": 1, "deaths": 2}
+FEW |= {"power cuts": 60, "resharding": 1, "cuts": 1, "switch": 1, "kill one": 2, "kill all": 2, "kill at points": 2}
+FEW |= {"bad disks": 2, "requests to stop": 1, "hangs": 1, "deaths": 2}
 USUAL = 30
 
 KINDS = [kind for kind in all_kinds() if not kind.name.startswith("deepspeed: ")]

@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
     ("form", "adapters"),
     [
         ("opt", True),
-        ("llama", False),
+        pytest.param("llama", False, marks=pytest.mark.slow),
         pytest.param("opt", False, marks=pytest.mark.slow),
         pytest.param("llama", True, marks=pytest.mark.slow),
     ],

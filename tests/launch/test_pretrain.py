@@ -108,6 +108,7 @@ def test_output_lies_in_the_run_folder(finished: Path) -> None:
     assert evaluation["bits_per_byte"] > 0
 
 
+@pytest.mark.slow  # The README's own commands run this launcher and the next two, and are compared.
 def test_deepspeed_with_one_process_is_plain_python(finished: Path, corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus, checkpoint__interval=4)
     done = launch("deepspeed", "--master_port", str(port_to_meet_at()), SCRIPT, "--config", str(config))
@@ -115,13 +116,10 @@ def test_deepspeed_with_one_process_is_plain_python(finished: Path, corpus: Path
     assert losses(tmp_path) == losses(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
-    [
-        # The README's own command runs it, too.
-        pytest.param(["deepspeed", "--num_gpus", "2"], marks=pytest.mark.slow),
-        ["torchrun", "--standalone", "--nproc_per_node", "2"],
-    ],
+    [["deepspeed", "--num_gpus", "2"], ["torchrun", "--standalone", "--nproc_per_node", "2"]],
     ids=["deepspeed", "torchrun"],
 )
 def test_two_processes_are_one(launcher: list[str], finished: Path, corpus: Path, tmp_path: Path) -> None:

@@ -162,4 +162,8 @@ def wait_longer_than_a_collective(outcome: str) -> str | None:
 
 def test_the_others_wait_for_one_as_long_as_it_takes() -> None:
     assert run_ranks(wait_longer_than_a_collective, 2, "done") == ["done", None]
+
+
+@pytest.mark.slow
+def test_and_hear_why_it_fails() -> None:
     assert run_ranks(wait_longer_than_a_collective, 2, "refused") == ["error: a file was altered"] * 2

@@ -58,7 +58,11 @@ def entry_point(config: str) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "how"),
-    [*((stage, "nan gradient") for stage in (0, 1, 2, 3)), *((stage, "inf loss") for stage in (0, 1, 3))],
+    [
+        *((stage, "nan gradient") for stage in (0, 2, 3)),
+        *((stage, "inf loss") for stage in (0, 3)),
+        *(pytest.param(1, how, marks=pytest.mark.slow) for how in ("nan gradient", "inf loss")),
+    ],
 )
 def test_bad_step_of_one_rank_changes_nothing_anywhere(stage: int, how: str, corpus: Path, tmp_path: Path) -> None:
     path = str(write_config(tmp_path, corpus, parallel__zero_stage=stage))

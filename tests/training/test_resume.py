@@ -156,7 +156,7 @@ def test_killed_run_goes_on_exactly(
     assert_same_run(tmp_path / "run", uninterrupted(1, 1))
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_run_killed_again_and_again_goes_on_exactly(
     stage: int, uninterrupted: Callable, corpus: Path, tmp_path: Path
 ) -> None:
@@ -170,8 +170,14 @@ def test_run_killed_again_and_again_goes_on_exactly(
     assert_same_run(tmp_path / "run", uninterrupted(1, stage))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("number", [5, 9])
+@pytest.mark.parametrize(
+    ("number", "stage"),
+    [
+        (5, 3),
+        (9, 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((5, 1), (5, 2), (9, 2), (9, 3))),
+    ],
+)
 def test_killed_run_of_two_ranks_goes_on_exactly(
     number: int, stage: int, uninterrupted: Callable, corpus: Path, tmp_path: Path
 ) -> None:

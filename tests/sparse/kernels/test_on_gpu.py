@@ -92,7 +92,7 @@ def dispatcher_of(device: str, route: str, **options) -> Dispatcher:
 
 @on_devices
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("resident", [False, True], ids=["derived", "resident"])
 def test_a_layer_gives_all_that_plain_torch_gives(
     resident: bool, dtype: torch.dtype, route: str, device: str, monkeypatch: pytest.MonkeyPatch

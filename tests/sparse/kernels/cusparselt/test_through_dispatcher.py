@@ -47,7 +47,7 @@ def step(made: Linear, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("arrangement", ["in place", "kept", "derived"])
 @pytest.mark.parametrize("resident", [False, True], ids=["derived", "resident"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_a_training_step(standin: StandIn, dtype: torch.dtype, resident: bool, arrangement: Arrangement) -> None:
     made = layer(dtype, resident=resident)
     expected = step(made.double(), dtype)

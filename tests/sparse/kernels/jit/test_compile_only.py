@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[4]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.slow)])
 def test_compiles_for_a_gpu_that_is_not_here(capability: int, tmp_path: Path) -> None:
     # A process of its own: this one may have chosen the interpreter, and old results must not stand for new ones.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -17,7 +17,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a program may have, by compute capability."""
 
 
-@pytest.mark.parametrize("capability", list(SHARED))
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_for_a_card_that_is_not_there(capability: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -53,7 +53,7 @@ def error(actual: Tensor, exact: Tensor) -> float:
 @dtypes
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("rank", [0, 16, 24])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 32])
+@pytest.mark.parametrize("tokens", [1, 2, *(pytest.param(t, marks=pytest.mark.slow) for t in (7, 16)), 32])
 def test_is_the_reference(tokens: int, rank: int, biased: bool, dtype: torch.dtype, device: str) -> None:
     rows, columns = 72, 1048
     matrix = weight(rows, columns, dtype, device)
