@@ -184,6 +184,8 @@ def _serve() -> None:
         codes = _fork_ranks(request, [requests.fileno(), replies.fileno()])
         replies.write(json.dumps(codes) + "\n")
         replies.flush()
+    # Some libraries say at the end which of their objects were never freed.
+    gc.unfreeze()
 
 
 def _warm_up() -> None:

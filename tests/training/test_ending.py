@@ -132,7 +132,8 @@ def first_and_second(config: str) -> None:
 
     def again(event: str, engine: object, step: object) -> None:
         if (event, step) == ("before step", 3):
-            code = "import sys; from launch.pretrain import main; sys.exit(main(sys.argv[1:]))"
+            code = "import sys; from slope_dist.training import ending; ending.PATIENCE = 1.0\n"
+            code += "from launch.pretrain import main; sys.exit(main(sys.argv[1:]))"
             ran = subprocess.run(
                 [sys.executable, "-c", code, "--config", config],
                 capture_output=True,
