@@ -210,14 +210,16 @@ def _fsdp_backward(setting: EngineSetting, sizes: Sequence[LayerSize], index: in
     """What FSDP2 takes beside whole parameters while a layer's backward runs, and when it reduces the gradients."""
     ranks, last = setting.data_ranks, len(sizes) - 1
     own = sizes[index].trained
-    # On GPUs the next block to run backward is gathered meanwhile.
-    before = _whole(sizes[index - 1], setting.width) if setting.overlap and 1 < index < last else 0
+    # The next block to run backward is gathered meanwhile: on GPUs, and where blocks are computed again.
+    ahead = (setting.overlap or setting.recompute) and 1 < index < last
+    before = _whole(sizes[index - 1], setting.width) if ahead else 0
     # The memory from which gradients were reduced last stays until the next are.
     reduced = sizes[index + 1].trained * setting.gradient_width if index + 1 < last else 0
-    running = before + reduced
-    after = own * setting.gradient_width + -(-own // ranks) * setting.gradient_width + before + reduced
+    # On CPUs, gloo reduces a copy.
+    copies = 1 if setting.overlap or ranks == 1 else 2
+    after = (copies * own + -(-own // ranks)) * setting.gradient_width + before
     # Its parameters are let go before.
-    return running, after - (_whole(sizes[index], setting.width) if 0 < index < last else 0)
+    return before + reduced, after - (_whole(sizes[index], setting.width) if 0 < index < last else 0)
 
 
 def _update(share: ShareSize, setting: EngineSetting, stage: Stage) -> Iterator[tuple[int, str]]:
