@@ -18,16 +18,17 @@ _SCONTROL = """\
 case "$1 $2" in
   "show hostnames") printf 'n0\\nn1\\n' | head -n "$SLURM_JOB_NUM_NODES" ;;
   "show node") echo "NodeName=$4 NodeAddr=127.0.0.1 CPUs=1" ;;
-  "show job") echo "JobId=7 $FAKE_JOB" ;;
+  "show job") echo "JobId=$SLURM_JOB_ID $FAKE_JOB" ;;
   requeue*) touch "$FAKE_FOLDER/requeued" ;;
 esac
 """
 
-# Under the name of a launcher: a run that has ended as $FAKE_END says, if that is set.
+# Under the name of a launcher: a run that has ended as $FAKE_END says, if that is set, and its script if $FAKE_KILLED.
 _RUN = """\
 #!/bin/bash
 printf '%s\\0' "$@" >"$FAKE_FOLDER/run"
 [[ -z ${FAKE_END:-} ]] || printf '%s' "$FAKE_END" >"$SLOPE_END_FILE"
+[[ -z ${FAKE_KILLED:-} ]] || kill -KILL "$PPID"
 exit "${FAKE_CODE:-0}"
 """
 

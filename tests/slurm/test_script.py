@@ -1,6 +1,6 @@
 """Claim: the job script is sound shell, names all its variables at its head, and says what it wants where it is no job;
 ranks are started by the words of SLOPE_PYTHON or SLOPE_RANK_PYTHON; `--resume never` holds until a chain has
-checkpoints of its own; what SLURM requeues by itself is left to it.
+checkpoints of its own; what SLURM requeues by itself is left to it; a part whose script was killed is told to the next.
 
 With programs in place of SLURM's that only note what they are asked; test_slurm.py has the real ones.
 
@@ -9,13 +9,14 @@ Run: pytest tests/slurm/test_script.py
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,15 +179,40 @@ def test_a_job_that_runs_is_requeued_by_the_script(restarts: int, tmp_path: Path
     assert job.requeued and job.verdicts == ["go on"] and not list(tmp_path.glob("jobs/*.end.json"))
 
 
-@pytest.mark.parametrize(("restarts", "told"), [(0, False), (1, True), (2, False)])
-def test_a_part_whose_script_was_killed_with_its_node_is_told_by_its_end_file(
-    restarts: int, told: bool, tmp_path: Path
-) -> None:
-    job = FakeJob(tmp_path, restarts=restarts)
-    left = tmp_path / "jobs/7.0.end.json"
-    left.parent.mkdir()
-    left.write_text(json.dumps(SAVED | {"how": "running"}))
+RUNNING = SAVED | {"how": "running"}
+
+
+def test_a_part_whose_script_was_killed_is_told_to_the_next(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    assert job.part(end=RUNNING, FAKE_KILLED="1").returncode == -signal.SIGKILL
     job.part("--resume", "never", end=UNSAVED, code=1)
-    # One from before SLURM began its numbers anew is nobody's, nor is one of a part before the last.
-    assert job.verdicts == ["go on"] * (1 + told)
-    assert ("never" in job.started) != told
+    assert job.verdicts == ["go on"] * 2 and "never" not in job.started
+    job.part(end=UNSAVED, code=1)
+    assert len(job.verdicts) == 3, "it is told once"
+
+
+def test_an_element_whose_script_was_killed_is_told_to_the_next(tmp_path: Path) -> None:
+    """Whose job has another number, and has not been restarted."""
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "9"}
+    job = FakeJob(tmp_path, variables=array)
+
+    def element(number: int, restarts: int = 0, **more: Any) -> None:
+        job.restarts = restarts
+        variables = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": str(7 + number)}
+        job.part("--resume", "never", **variables, **more)
+
+    element(1, end=RUNNING, FAKE_KILLED="1")
+    element(2, end=RUNNING, FAKE_KILLED="1")
+    assert job.verdicts == ["go on"] and "never" not in job.started
+    # SLURM has restarted the second before the third begins.
+    element(2, restarts=1, end=RUNNING, FAKE_KILLED="1")
+    element(3, end=UNSAVED, code=1)
+    assert job.verdicts == ["go on"] * 4 and not list(tmp_path.glob("jobs/*.end.json"))
+
+
+def test_what_was_left_before_slurm_began_its_numbers_anew_is_nobodys(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    job.part(end=RUNNING, FAKE_KILLED="1")
+    job.restarts = 0
+    job.part("--resume", "never", end=UNSAVED, code=1)
+    assert job.verdicts == ["go on"] and "never" in job.started
