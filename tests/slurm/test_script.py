@@ -216,3 +216,62 @@ def test_what_was_left_before_slurm_began_its_numbers_anew_is_nobodys(tmp_path: 
     job.restarts = 0
     job.part("--resume", "never", end=UNSAVED, code=1)
     assert job.verdicts == ["go on"] and "never" in job.started
+
+
+BUSY = {"FAKE_ERROR": "slurm_load_jobs error: Socket timed out on send/recv operation"}
+
+
+@pytest.mark.parametrize("asked", ["show node", "show job", "requeue"])
+def test_a_slurmctld_that_is_busy_for_a_while_is_asked_again(asked: str, tmp_path: Path) -> None:
+    """After the SIGTERM of a preemption, which only the state of the job tells from somebody's."""
+    job = FakeJob(tmp_path)
+    preempted = "JobState=RUNNING PreemptTime=2026-01-02T03:04:05"
+    done = job.part(
+        end=SAVED | {"cause": "SIGTERM"}, code=75, job=preempted, FAKE_FAILING=asked, FAKE_TIMES="2", **BUSY
+    )
+    assert "which meet at 127.0.0.1:" in done.stdout and "the job is being preempted" in done.stdout, done.stderr
+    assert job.requeued and job.verdicts == ["go on"] and done.returncode == 0
+    assert len(job.slept) == 2 and job.slept[0] < job.slept[1]
+
+
+def test_a_slurmctld_that_does_not_answer_leaves_the_name_of_the_node(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    done = job.part(end=SAVED, code=75, FAKE_FAILING="show node", FAKE_TIMES="99", **BUSY)
+    assert "which meet at n0:" in done.stdout and job.requeued, done.stderr
+
+
+def test_a_slurmctld_that_never_requeues_fails_the_job(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    done = job.part(end=SAVED, code=75, FAKE_FAILING="requeue", FAKE_TIMES="99", **BUSY)
+    assert "SLURM does not answer; submit this job again to go on" in done.stdout and done.returncode == 1
+    assert BUSY["FAKE_ERROR"] in done.stderr
+
+
+def test_a_job_told_to_end_whose_state_is_not_said_is_not_one_that_somebody_stopped(tmp_path: Path) -> None:
+    """Which would cancel the other elements of an array. There is less time to ask then: KillWait."""
+    job = FakeJob(tmp_path)
+    stopped = SAVED | {"cause": "SIGTERM"}
+    job.part(end=stopped, code=75, FAKE_TOLD="1", FAKE_FAILING="show job", FAKE_TIMES="99", **BUSY)
+    assert job.verdicts == ["done"] and not job.requeued
+    assert sum(job.slept) <= 15
+
+
+def test_a_requeue_that_was_done_though_its_answer_was_lost_is_one(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    # Seen once the requests have failed: by then the state is that of a job that was taken back.
+    taken = f"""case $1 in
+      requeue) touch {tmp_path}/taken; echo "{BUSY["FAKE_ERROR"]}" >&2; exit 1 ;;
+      show) [[ $2 != job || ! -e {tmp_path}/taken ]] || exec echo "JobId=7 JobState=COMPLETING Restarts=1" ;;
+    esac"""
+    scontrol = job.folder / "bin/scontrol"
+    job.program(scontrol, scontrol.read_text().replace("#!/bin/bash", f"#!/bin/bash\n{taken}"))
+    done = job.part(end=SAVED, code=75)
+    assert done.stdout.endswith(": requeued\n") and done.returncode == 0, done.stdout
+
+
+def test_a_cluster_that_does_not_requeue_is_asked_once(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    off = {"FAKE_ERROR": "Requested operation is presently disabled for job 7"}
+    done = job.part(end=SAVED, code=75, FAKE_FAILING="requeue", FAKE_TIMES="99", **off)
+    assert "SLURM does not requeue this job; submit it again to go on" in done.stdout and done.returncode == 0
+    assert job.slept == []
