@@ -275,3 +275,26 @@ def test_a_cluster_that_does_not_requeue_is_asked_once(tmp_path: Path) -> None:
     done = job.part(end=SAVED, code=75, FAKE_FAILING="requeue", FAKE_TIMES="99", **off)
     assert "SLURM does not requeue this job; submit it again to go on" in done.stdout and done.returncode == 0
     assert job.slept == []
+
+
+@pytest.mark.parametrize(
+    ("job_state", "verdict"),
+    [("JobState=RUNNING PreemptTime=2026-01-02T03:04:05", "go on"), ("JobState=COMPLETING Reason=None", "done")],
+)
+def test_the_hostfile_launcher_outlives_the_end_that_its_job_is_told(
+    job_state: str, verdict: str, tmp_path: Path
+) -> None:
+    """Of a signal, the script's or SLURM's, it would die before the ranks have saved; these hear of it by a file."""
+    job = FakeJob(tmp_path, nodes=1)
+    runner = f"""[[ $* == *deepspeed.launcher.runner* ]] || exec "{sys.executable}" "$@"
+    kill -TERM "$PPID" "$$"
+    for ((look = 0; look < 100; look++)); do
+      [[ ! -e $SLOPE_STOP_FILE ]] || exec "{tmp_path}/bin/srun" "$@"
+      command -p sleep 0.1
+    done"""
+    python = job.program(tmp_path / "python", f"#!/bin/bash\n{runner}\n")
+    stopped = SAVED | {"cause": "its job script"}
+    done = job.part(end=stopped, code=75, job=job_state, SLOPE_LAUNCHER="hostfile", SLOPE_PYTHON=str(python))
+    assert "told to end" in done.stdout and "launch/pretrain.py" in job.started, done.stderr
+    assert job.verdicts == [verdict] and job.requeued == (verdict == "go on") and done.returncode == 0
+    assert "the newest checkpoint is of step 20" in done.stdout and not list(tmp_path.glob("jobs/*.stop"))
