@@ -13,21 +13,38 @@ from typing import Any
 from tests.distributed import ROOT
 from tests.slurm.conftest import SCRIPT
 
+# The first $FAKE_TIMES requests that begin with the words of $FAKE_FAILING fail, as $FAKE_ERROR says.
 _SCONTROL = """\
 #!/bin/bash
+if [[ -n ${FAKE_FAILING:-} && "$*" == "$FAKE_FAILING"* ]]; then
+  echo >>"$FAKE_FOLDER/failed"
+  if (($(wc -l <"$FAKE_FOLDER/failed") <= FAKE_TIMES)); then
+    echo "$FAKE_ERROR" >&2
+    exit 1
+  fi
+fi
 case "$1 $2" in
   "show hostnames") printf 'n0\\nn1\\n' | head -n "$SLURM_JOB_NUM_NODES" ;;
   "show node") echo "NodeName=$4 NodeAddr=127.0.0.1 CPUs=1" ;;
-  "show job") echo "JobId=7 $FAKE_JOB" ;;
+  "show job") echo "JobId=$SLURM_JOB_ID $FAKE_JOB" ;;
   requeue*) touch "$FAKE_FOLDER/requeued" ;;
 esac
 """
 
-# Under the name of a launcher: a run that has ended as $FAKE_END says, if that is set.
+# No test waits for the pauses between two requests.
+_SLEEP = """\
+#!/bin/bash
+echo "$1" >>"$FAKE_FOLDER/slept"
+"""
+
+# Under the name of a launcher: a run that has ended as $FAKE_END says, if that is set, and its script if $FAKE_KILLED.
+# $FAKE_TOLD: SLURM tells the script to end.
 _RUN = """\
 #!/bin/bash
+[[ -z ${FAKE_TOLD:-} ]] || kill -TERM "$PPID"
 printf '%s\\0' "$@" >"$FAKE_FOLDER/run"
 [[ -z ${FAKE_END:-} ]] || printf '%s' "$FAKE_END" >"$SLOPE_END_FILE"
+[[ -z ${FAKE_KILLED:-} ]] || kill -KILL "$PPID"
 exit "${FAKE_CODE:-0}"
 """
 
@@ -49,7 +66,7 @@ class FakeJob:
     def __post_init__(self) -> None:
         programs = self.folder / "bin"
         programs.mkdir()
-        for name, text in (("scontrol", _SCONTROL), ("srun", _RUN)):
+        for name, text in (("scontrol", _SCONTROL), ("sleep", _SLEEP), ("srun", _RUN)):
             self.program(programs / name, text)
 
     def program(self, path: Path, text: str) -> Path:
@@ -68,7 +85,7 @@ class FakeJob:
         **more: str,
     ) -> subprocess.CompletedProcess[str]:
         """Run the script once, with a run that ends so, while SLURM says so of the job."""
-        for name in ("run", "requeued"):
+        for name in ("run", "requeued", "failed", "slept"):
             (self.folder / name).unlink(missing_ok=True)
         drop = ("SLURM_", "SLOPE_", "FAKE_", "MASTER_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
@@ -108,6 +125,12 @@ class FakeJob:
     def requeued(self) -> bool:
         """Whether the last part has asked SLURM to requeue the job."""
         return (self.folder / "requeued").exists()
+
+    @property
+    def slept(self) -> list[float]:
+        """The pauses of the last part, in seconds."""
+        path = self.folder / "slept"
+        return [float(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @property
     def verdicts(self) -> list[str]:

@@ -1,6 +1,6 @@
 """Claim: the job script is sound shell, names all its variables at its head, and says what it wants where it is no job;
 ranks are started by the words of SLOPE_PYTHON or SLOPE_RANK_PYTHON; `--resume never` holds until a chain has
-checkpoints of its own; what SLURM requeues by itself is left to it.
+checkpoints of its own; what SLURM requeues by itself is left to it; a part whose script was killed is told to the next.
 
 With programs in place of SLURM's that only note what they are asked; test_slurm.py has the real ones.
 
@@ -9,13 +9,14 @@ Run: pytest tests/slurm/test_script.py
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,15 +179,122 @@ def test_a_job_that_runs_is_requeued_by_the_script(restarts: int, tmp_path: Path
     assert job.requeued and job.verdicts == ["go on"] and not list(tmp_path.glob("jobs/*.end.json"))
 
 
-@pytest.mark.parametrize(("restarts", "told"), [(0, False), (1, True), (2, False)])
-def test_a_part_whose_script_was_killed_with_its_node_is_told_by_its_end_file(
-    restarts: int, told: bool, tmp_path: Path
-) -> None:
-    job = FakeJob(tmp_path, restarts=restarts)
-    left = tmp_path / "jobs/7.0.end.json"
-    left.parent.mkdir()
-    left.write_text(json.dumps(SAVED | {"how": "running"}))
+RUNNING = SAVED | {"how": "running"}
+
+
+def test_a_part_whose_script_was_killed_is_told_to_the_next(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    assert job.part(end=RUNNING, FAKE_KILLED="1").returncode == -signal.SIGKILL
     job.part("--resume", "never", end=UNSAVED, code=1)
-    # One from before SLURM began its numbers anew is nobody's, nor is one of a part before the last.
-    assert job.verdicts == ["go on"] * (1 + told)
-    assert ("never" in job.started) != told
+    assert job.verdicts == ["go on"] * 2 and "never" not in job.started
+    job.part(end=UNSAVED, code=1)
+    assert len(job.verdicts) == 3, "it is told once"
+
+
+def test_an_element_whose_script_was_killed_is_told_to_the_next(tmp_path: Path) -> None:
+    """Whose job has another number, and has not been restarted."""
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_MAX": "9"}
+    job = FakeJob(tmp_path, variables=array)
+
+    def element(number: int, restarts: int = 0, **more: Any) -> None:
+        job.restarts = restarts
+        variables = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_JOB_ID": str(7 + number)}
+        job.part("--resume", "never", **variables, **more)
+
+    element(1, end=RUNNING, FAKE_KILLED="1")
+    element(2, end=RUNNING, FAKE_KILLED="1")
+    assert job.verdicts == ["go on"] and "never" not in job.started
+    # SLURM has restarted the second before the third begins.
+    element(2, restarts=1, end=RUNNING, FAKE_KILLED="1")
+    element(3, end=UNSAVED, code=1)
+    assert job.verdicts == ["go on"] * 4 and not list(tmp_path.glob("jobs/*.end.json"))
+
+
+def test_what_was_left_before_slurm_began_its_numbers_anew_is_nobodys(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    job.part(end=RUNNING, FAKE_KILLED="1")
+    job.restarts = 0
+    job.part("--resume", "never", end=UNSAVED, code=1)
+    assert job.verdicts == ["go on"] and "never" in job.started
+
+
+BUSY = {"FAKE_ERROR": "slurm_load_jobs error: Socket timed out on send/recv operation"}
+
+
+@pytest.mark.parametrize("asked", ["show node", "show job", "requeue"])
+def test_a_slurmctld_that_is_busy_for_a_while_is_asked_again(asked: str, tmp_path: Path) -> None:
+    """After the SIGTERM of a preemption, which only the state of the job tells from somebody's."""
+    job = FakeJob(tmp_path)
+    preempted = "JobState=RUNNING PreemptTime=2026-01-02T03:04:05"
+    done = job.part(
+        end=SAVED | {"cause": "SIGTERM"}, code=75, job=preempted, FAKE_FAILING=asked, FAKE_TIMES="2", **BUSY
+    )
+    assert "which meet at 127.0.0.1:" in done.stdout and "the job is being preempted" in done.stdout, done.stderr
+    assert job.requeued and job.verdicts == ["go on"] and done.returncode == 0
+    assert len(job.slept) == 2 and job.slept[0] < job.slept[1]
+
+
+def test_a_slurmctld_that_does_not_answer_leaves_the_name_of_the_node(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    done = job.part(end=SAVED, code=75, FAKE_FAILING="show node", FAKE_TIMES="99", **BUSY)
+    assert "which meet at n0:" in done.stdout and job.requeued, done.stderr
+
+
+def test_a_slurmctld_that_never_requeues_fails_the_job(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    done = job.part(end=SAVED, code=75, FAKE_FAILING="requeue", FAKE_TIMES="99", **BUSY)
+    assert "SLURM does not answer; submit this job again to go on" in done.stdout and done.returncode == 1
+    assert BUSY["FAKE_ERROR"] in done.stderr
+
+
+def test_a_job_told_to_end_whose_state_is_not_said_is_not_one_that_somebody_stopped(tmp_path: Path) -> None:
+    """Which would cancel the other elements of an array. There is less time to ask then: KillWait."""
+    job = FakeJob(tmp_path)
+    stopped = SAVED | {"cause": "SIGTERM"}
+    job.part(end=stopped, code=75, FAKE_TOLD="1", FAKE_FAILING="show job", FAKE_TIMES="99", **BUSY)
+    assert job.verdicts == ["done"] and not job.requeued
+    assert sum(job.slept) <= 15
+
+
+def test_a_requeue_that_was_done_though_its_answer_was_lost_is_one(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    # Seen once the requests have failed: by then the state is that of a job that was taken back.
+    taken = f"""case $1 in
+      requeue) touch {tmp_path}/taken; echo "{BUSY["FAKE_ERROR"]}" >&2; exit 1 ;;
+      show) [[ $2 != job || ! -e {tmp_path}/taken ]] || exec echo "JobId=7 JobState=COMPLETING Restarts=1" ;;
+    esac"""
+    scontrol = job.folder / "bin/scontrol"
+    job.program(scontrol, scontrol.read_text().replace("#!/bin/bash", f"#!/bin/bash\n{taken}"))
+    done = job.part(end=SAVED, code=75)
+    assert done.stdout.endswith(": requeued\n") and done.returncode == 0, done.stdout
+
+
+def test_a_cluster_that_does_not_requeue_is_asked_once(tmp_path: Path) -> None:
+    job = FakeJob(tmp_path)
+    off = {"FAKE_ERROR": "Requested operation is presently disabled for job 7"}
+    done = job.part(end=SAVED, code=75, FAKE_FAILING="requeue", FAKE_TIMES="99", **off)
+    assert "SLURM does not requeue this job; submit it again to go on" in done.stdout and done.returncode == 0
+    assert job.slept == []
+
+
+@pytest.mark.parametrize(
+    ("job_state", "verdict"),
+    [("JobState=RUNNING PreemptTime=2026-01-02T03:04:05", "go on"), ("JobState=COMPLETING Reason=None", "done")],
+)
+def test_the_hostfile_launcher_outlives_the_end_that_its_job_is_told(
+    job_state: str, verdict: str, tmp_path: Path
+) -> None:
+    """Of a signal, the script's or SLURM's, it would die before the ranks have saved; these hear of it by a file."""
+    job = FakeJob(tmp_path, nodes=1)
+    runner = f"""[[ $* == *deepspeed.launcher.runner* ]] || exec "{sys.executable}" "$@"
+    kill -TERM "$PPID" "$$"
+    for ((look = 0; look < 100; look++)); do
+      [[ ! -e $SLOPE_STOP_FILE ]] || exec "{tmp_path}/bin/srun" "$@"
+      command -p sleep 0.1
+    done"""
+    python = job.program(tmp_path / "python", f"#!/bin/bash\n{runner}\n")
+    stopped = SAVED | {"cause": "its job script"}
+    done = job.part(end=stopped, code=75, job=job_state, SLOPE_LAUNCHER="hostfile", SLOPE_PYTHON=str(python))
+    assert "told to end" in done.stdout and "launch/pretrain.py" in job.started, done.stderr
+    assert job.verdicts == [verdict] and job.requeued == (verdict == "go on") and done.returncode == 0
+    assert "the newest checkpoint is of step 20" in done.stdout and not list(tmp_path.glob("jobs/*.stop"))
