@@ -15,7 +15,7 @@ entries that are exactly 0.
 exit codes:
   0  done
   1  the checkpoint is damaged; with --diff, also: a logical tensor differs
-  2  the command line is wrong, or there is no such folder or no checkpoint in it
+  2  the command line is wrong, or there is no such folder or no checkpoint in it, or it may not be read
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
         return run(parse(arguments))
     except UserError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
-        return EXIT_DAMAGED if isinstance(error, CheckpointError) else EXIT_BAD_INPUT
+        # What may not be read is not damaged.
+        damaged = isinstance(error, CheckpointError) and not isinstance(error.__cause__, PermissionError)
+        return EXIT_DAMAGED if damaged else EXIT_BAD_INPUT
     except BrokenPipeError:
         # Whoever read has seen enough, as `head` does.
         drop_output()

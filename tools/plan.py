@@ -73,6 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.top < 1:
+        raise UserError(f"--top {options.top}: must be at least 1")
     if options.config is None and options.validate is None:
         raise UserError("--config is required (or --validate); see plan.py --help")
     config = None if options.config is None else load_config(options.config, options.set)
@@ -104,7 +106,10 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
         if gpus is None:
             raise UserError("--nodes is required where the config has no parallel.gpus")
         if options.gpus_per_node < 1 or gpus % min(options.gpus_per_node, gpus):
-            raise UserError(f"parallel.gpus {gpus} are no whole nodes of --gpus-per-node {options.gpus_per_node}")
+            raise UserError(
+                f"parallel.gpus {gpus} are no whole nodes of --gpus-per-node {options.gpus_per_node}; "
+                f"give one that divides {gpus}"
+            )
         options.gpus_per_node = min(options.gpus_per_node, gpus)
         nodes = gpus // options.gpus_per_node
     return Cluster.of(gpu, options.gpus_per_node, nodes, options.inside_gb, options.between_gb)

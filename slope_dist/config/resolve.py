@@ -28,17 +28,19 @@ class Derived:
     backward_weight: Literal["derived", "resident"]
 
 
-def derive(config: Config, ranks: int | None = None) -> Derived:
+def derive(config: Config, ranks: int | None = None, source: str | None = None) -> Derived:
     """Return all derived values for `ranks` processes; None takes those that the config is meant for.
 
-    Raises `UserError` where the ranks do not fit the layout or the batch.
+    Raises `UserError` where the ranks do not fit the layout or the batch; it names `source` as what says how many they
+    are, None a launcher.
     """
     if ranks is None:
-        ranks = config.parallel.gpus or world_size(config)
+        ranks, source = config.parallel.gpus or world_size(config), "parallel.gpus"
+    data = data_ranks(config, ranks, source)
     return Derived(
         world_size=ranks,
-        data_ranks=data_ranks(config, ranks),
-        accumulation_steps=accumulation_steps(config, data_ranks(config, ranks)),
+        data_ranks=data,
+        accumulation_steps=accumulation_steps(config, data),
         tokens_per_step=tokens_per_step(config),
         adapter_rank=config.adapter_rank,
         adapter_steps=config.adapter_steps,
@@ -97,25 +99,30 @@ def world_size(config: Config) -> int:
     return config.parallel.tensor * config.parallel.pipeline * (config.parallel.data or 1)
 
 
-def data_ranks(config: Config, ranks: int) -> int:
+def data_ranks(config: Config, ranks: int, source: str | None = None) -> int:
     """Return the data-parallel ranks among `ranks` processes.
 
-    Raises `UserError` where tensor x pipeline does not divide the processes, or `parallel.data` asks for others.
+    Raises `UserError`, which names their `source` as `derive` does, where tensor x pipeline does not divide the
+    processes, or `parallel.data` asks for others.
     """
     parallel = config.parallel
     model_ranks = parallel.tensor * parallel.pipeline
     product = f"parallel.tensor {parallel.tensor} x parallel.pipeline {parallel.pipeline}"
     if parallel.data is not None and model_ranks * parallel.data != ranks:
         wanted = model_ranks * parallel.data
+        there = (
+            f"{source} is {ranks}; make it" if source else f"{ranks} {'was' if ranks == 1 else 'were'} launched; launch"
+        )
         raise UserError(
-            f"{product} x parallel.data {parallel.data} = {wanted} ranks, but {ranks} "
-            f"{'was' if ranks == 1 else 'were'} launched; launch {wanted}, or set parallel.data null"
+            f"{product} x parallel.data {parallel.data} = {wanted} ranks, but {there} {wanted}, "
+            "or set parallel.data null"
         )
     if ranks % model_ranks:
         below, above = ranks // model_ranks * model_ranks, -(-ranks // model_ranks) * model_ranks
+        there = f"{source} {ranks}; make it" if source else f"the {_counted(ranks)} launched; launch"
         raise UserError(
-            f"{product} = {model_ranks} does not divide the {_counted(ranks)} launched; "
-            f"launch {f'{below} or {above}' if below else above}, or change one of them"
+            f"{product} = {model_ranks} does not divide {there} {f'{below} or {above}' if below else above}, "
+            "or change one of them"
         )
     return ranks // model_ranks
 
@@ -138,7 +145,7 @@ def accumulation_steps(config: Config, data_ranks: int) -> int:
 
 def _micro_batch_that_fits(global_batch: int, data_ranks: int, micro_batch: int) -> str:
     if global_batch % data_ranks:
-        return f"set training.global_batch_size to a multiple of {data_ranks}"
+        return f"set training.global_batch_size to a multiple of {data_ranks * micro_batch}"
     share = global_batch // data_ranks
     fitting = next(size for size in range(min(micro_batch, share), 0, -1) if share % size == 0)
     return f"training.micro_batch_size {fitting} would fit"

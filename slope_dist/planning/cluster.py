@@ -64,6 +64,9 @@ class Cluster:
         ):
             if value is not None and not value > 0:
                 raise UserError(f"{name} {value}: must be more than 0")
+        for name, value in (("--inside-gb", inside_gb), ("--between-gb", between_gb)):
+            if value is not None and not 1e-3 <= value <= 1e6:
+                raise UserError(f"{name} {value:g}: must be from 0.001 to 1,000,000")
         if gpus_per_node * nodes > MOST_GPUS:
             raise UserError(f"--gpus-per-node {gpus_per_node} x --nodes {nodes}: at most {MOST_GPUS:,} GPUs")
         inside = REACHED * _INSIDE[gpu] if inside_gb is None else inside_gb

@@ -26,12 +26,13 @@ DENSE_SHARE = 0.65
 """The share of a card's dense peak that large dense products are taken to reach where nothing is measured."""
 
 _GAIN = {"a100-40gb": 1.5, "a100-80gb": 1.5, "h100-80gb": 1.3, "h200-141gb": 1.3}
-"""How much faster 2:4 products of at least `LEAST_TOKENS` tokens are taken to be than dense ones where nothing is
-measured: in the middle of what others report (docs/kernels.md), who find 1.2 to 1.6 on A100 and 1.2 to 1.5 on Hopper,
-where the maker's data sheets say 2."""
+"""How much faster 2:4 products of at least `LEAST_TOKENS` and `LEAST_COLUMNS` are taken to be than dense ones where
+nothing is measured: in the middle of what others report, who find 1.2 to 1.6 on A100 and 1.2 to 1.5 on Hopper, where
+the maker's data sheets say 2."""
 
 LEAST_TOKENS = 512
-"""Below so many, others have found no gain."""
+LEAST_COLUMNS = 2048
+"""Below so many of either, others have found no gain."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Roofline:
         self._width = width
         self.basis = (
             f"assumed, not measured: dense products reach {DENSE_SHARE:.0%} of the peak of {peaks.dense / 1e12:g} "
-            f"TFLOPS, and 2:4 ones of {LEAST_TOKENS} tokens or more are {self._gain:g} times as fast"
+            f"TFLOPS, and 2:4 ones of {LEAST_TOKENS} tokens and {LEAST_COLUMNS:,} columns or more are "
+            f"{self._gain:g} times as fast"
         )
 
     def seconds(self, wanted: Product) -> float:
@@ -87,7 +89,8 @@ class Roofline:
         gain = 1.0
         weight = wanted.rows * wanted.columns * self._width
         if wanted.may_be_sparse:
-            gain = self._gain if wanted.tokens >= LEAST_TOKENS else 1.0
+            pays = wanted.tokens >= LEAST_TOKENS and wanted.columns >= LEAST_COLUMNS
+            gain = self._gain if pays else 1.0
             weight = weight // 2 + wanted.rows * wanted.columns // 8
         moved = (wanted.tokens * (wanted.rows + wanted.columns)) * self._width + weight
         return max(wanted.flops / (self._peaks.dense * DENSE_SHARE * gain), moved / self._peaks.bandwidth)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slope_dist.command_line import EXIT_INTERRUPTED
+from slope_dist.command_line import EXIT_INTERRUPTED, answer
 from slope_dist.config import Config, derive, dump_config, load_config, run_folder
 from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError, may_pass
@@ -51,7 +51,8 @@ class Request:
 
 def dry_run(request: Request) -> int:
     """Print the resolved config and what follows from it; no process group, nothing written."""
-    try:
+
+    def tell() -> None:
         # A launcher may have started several processes; one of them speaks.
         place = environment.discover()
         config = load_config(request.config, request.changes)
@@ -61,11 +62,10 @@ def dry_run(request: Request) -> int:
             *describe_alternatives(config),
             corpus_warning(config),
         ]
-    except UserError as error:
-        return _refused(error, None)
-    if place.is_first:
-        print("\n".join(line for line in lines if line))
-    return 0
+        if place.is_first:
+            print("\n".join(line for line in lines if line))
+
+    return answer(tell)
 
 
 def pretrain(request: Request) -> int:

@@ -93,7 +93,7 @@ def fit_on_gpu(config: Config, derived: Derived) -> list[str]:
             f" before the adapters, {size_text(after)} with them, {size_text(waiting)} of the host while they join"
         )
     margin = f"{(MARGIN - 1):.0%}"
-    text = f"{gpu} with {size_text(memory)}: {phases}; predicted, and {margin} of it is to stay free"
+    text = f"{gpu} with {size_text(memory)}: {phases}; predicted, and {margin} of the peak is to stay free beside it"
     if fits(stages, memory):
         return [f"fits on {text}"]
     ranks = f"{derived.data_ranks} data rank{'' if derived.data_ranks == 1 else 's'}"

@@ -115,7 +115,7 @@ def _as_dense(config: Config) -> Config:
 
 
 def _form(config: Config, cluster: Cluster, times: ProductTimes) -> Form:
-    derived = derive(config, cluster.gpus)
+    derived = derive(config, cluster.gpus, "--nodes x --gpus-per-node")
     before = predict_step(config, derived, cluster, times, adapters=False)
     after = predict_step(config, derived, cluster, times, adapters=True) if derived.adapter_steps else None
     model = build(config, layer_factory(config, derived, adapters=False, device="meta"))

@@ -78,7 +78,7 @@ def _memory(plan: Plan, form: Form, console: Console) -> None:
     console.print(f"host memory of a node, checkpoints and the switch: {size_text(host)} at most", highlight=False)
     console.print(
         f"{pattern} {verdict}: {size_text(form.most)} of {size_text(plan.cluster.memory)} at most, "
-        f"{MARGIN - 1:.0%} of it to stay free",
+        f"{MARGIN - 1:.0%} of the peak to stay free beside it",
         highlight=False,
         soft_wrap=True,
     )

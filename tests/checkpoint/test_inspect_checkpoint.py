@@ -7,6 +7,7 @@ Run alone: python -m pytest tests/checkpoint/test_inspect_checkpoint.py
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -236,6 +237,15 @@ def test_a_wrong_command_line_is_one_line_and_2(
     code, output, errors = main(*arguments)
     assert (code, output) == (2, "") and errors.startswith("error: ") and errors.count("\n") == 1
     assert text in errors
+
+
+def test_what_may_not_be_read_is_not_called_damaged(main: Main, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("slope_dist.checkpoint.reader.os.listdir", refuse)
+    code, output, errors = main(str(base.parent))
+    assert code == 2 and output == "" and "Permission denied" in errors
 
 
 def test_control_c_is_one_line(tool: Any, main: Main, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,15 @@ def test_ranks_that_are_no_multiple_of_the_layout(minimal, load, ranks, expected
         derive(config, ranks=ranks)
 
 
+def test_ranks_of_the_config_are_told_by_their_key(minimal, load):
+    config = load(minimal, ["parallel.tensor=2", "parallel.gpus=6", "parallel.data=2"])
+    with pytest.raises(UserError, match=r"= 4 ranks, but parallel\.gpus is 6; make it 4, or set parallel\.data null"):
+        derive(config)
+    config = load(minimal, ["parallel.tensor=4", "parallel.gpus=6"])
+    with pytest.raises(UserError, match=r"= 4 does not divide parallel\.gpus 6; make it 4 or 8, or change one of them"):
+        derive(config)
+
+
 def test_data_ranks_are_what_the_layout_leaves(minimal, load):
     config = load(minimal, ["parallel.tensor=2", "parallel.pipeline=2"])
     assert (world_size(config), derive(config).data_ranks, derive(config, ranks=8).data_ranks) == (4, 1, 2)
@@ -72,8 +81,8 @@ def test_data_ranks_are_what_the_layout_leaves(minimal, load):
     ("ranks", "expected"),
     [
         (4, r"micro_batch_size 4 x 4 data ranks = 16; training\.micro_batch_size 2 would fit"),
-        (3, r"micro_batch_size 4 x 3 data ranks = 12; set training\.global_batch_size to a multiple of 3"),
-        (16, r"micro_batch_size 4 x 16 data ranks = 64; set training\.global_batch_size to a multiple of 16"),
+        (3, r"micro_batch_size 4 x 3 data ranks = 12; set training\.global_batch_size to a multiple of 12"),
+        (16, r"micro_batch_size 4 x 16 data ranks = 64; set training\.global_batch_size to a multiple of 64"),
     ],
 )
 def test_a_batch_that_does_not_come_out_even(minimal, load, ranks, expected):

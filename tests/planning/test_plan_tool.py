@@ -127,7 +127,13 @@ def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys
     [
         (("--gpu", "h900", "--nodes", "1"), "--gpu h900: unknown; it can be a100-40gb"),
         (("--gpu", "a100-40gb", "--nodes", "0"), "--nodes 0: must be more than 0"),
-        (("--gpu", "a100-40gb", "--nodes", "1", "--gpus-per-node", "3"), "does not divide the 3 ranks"),
+        (
+            ("--gpu", "a100-40gb", "--nodes", "1", "--gpus-per-node", "3"),
+            "does not divide --nodes x --gpus-per-node 3; make it ",
+        ),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--between-gb", "1e-320"), "--between-gb 9.99989e-321: must be from"),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--inside-gb", "inf"), "--inside-gb inf: must be from 0.001 to"),
+        (("--gpu", "a100-40gb", "--nodes", "1", "--search", "--top", "0"), "--top 0: must be at least 1"),
         ((), "--gpu is required where the config has no parallel.gpu"),
         (("--gpu", "a100-40gb"), "--nodes is required where the config has no parallel.gpus"),
         (("--gpu", "a100-40gb", "--nodes", "1", "--gemm", "/none"), "/none cannot be read"),

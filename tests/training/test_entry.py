@@ -200,6 +200,18 @@ def test_the_dry_run_of_several_processes_speaks_once(corpus: Path, tmp_path: Pa
     assert "model state a rank" in first.output and second.output == ""
 
 
+def entry_point_without_room(*arguments: str) -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    entry_point(*arguments)
+
+
+def test_a_dry_run_whose_output_has_no_room_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus)
+    [outcome] = end_ranks(entry_point_without_room, 1, "--config", str(config), "--dry-run", process_group=False)
+    assert outcome.code == EXIT_BAD_INPUT
+    assert one_line(outcome.errors) == "error: standard output cannot be written: No space left on device"
+
+
 @pytest.mark.parametrize(
     ("place", "variables", "expected"),
     [

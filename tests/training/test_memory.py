@@ -209,7 +209,7 @@ def test_a_gpu_that_is_named_is_compared_with(tmp_path: Path) -> None:
         "warning: does not fit, with 1 data rank, on a100-40gb with 37.25 GiB",
         f"{size_text(stage.before.bytes)} a rank at the peak before the adapters",
         f"{size_text(stage.after.bytes)} with them",
-        f"{size_text(stage.waiting)} of the host while they join; predicted, and 15% of it is to stay free",
+        f"{size_text(stage.waiting)} of the host while they join; predicted, and 15% of the peak is to stay free",
         "2 data ranks (2 ranks in all) would fit",
     ):
         assert part in said
