@@ -190,7 +190,8 @@ class _Run:
             cause, line = "interrupted", f"{rank}interrupted" if rank else ""
             code = EXIT_INTERRUPTED
         elif isinstance(error, StopNow):
-            cause = line = f"stopped by {error} before the first step"
+            # Its name alone is what a job's script decides by.
+            cause, line = str(error), f"stopped by {error} before the first step"
             code, how = EXIT_STOPPED, "stopped"
         else:
             cause = in_words(error)

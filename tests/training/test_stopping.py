@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from slope_dist.cluster.requeue import decide
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.parallel.environment import Environment
 from slope_dist.training import stopping
@@ -180,15 +181,19 @@ def test_a_run_asked_to_stop_saves_leaves_and_goes_on(
     }
 
 
-@pytest.mark.parametrize("ranks", [[0], [1]])
-def test_a_signal_before_the_first_step_ends_all_ranks(ranks: list[int], corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "ranks", "verdict"), [("SIGTERM", [0], "stop"), ("SIGUSR1", [1], "go on")])
+def test_a_signal_before_the_first_step_ends_all_ranks(
+    name: str, ranks: list[int], verdict: str, corpus: Path, tmp_path: Path
+) -> None:
     config = str(write_config(tmp_path, corpus, **CHANGES))
-    outcomes = run(asked_to_stop, 2, config, "start", "SIGTERM", ranks)
+    outcomes = run(asked_to_stop, 2, config, "start", name, ranks)
     assert outcomes[ranks[0]].code == EXIT_STOPPED, outcomes[ranks[0]].errors
     assert all(outcome.code != 0 for outcome in outcomes)
     said = "".join(outcome.errors for outcome in outcomes)
-    assert said.count("stopped by SIGTERM before the first step") == 1 and "Traceback" not in said
-    assert end_of(tmp_path)["how"] == "stopped"
+    assert said.count(f"stopped by {name} before the first step") == 1 and "Traceback" not in said
+    end = end_of(tmp_path)
+    assert (end["how"], end["cause"]) == ("stopped", name)
+    assert decide(end, EXIT_STOPPED, "running", [], most=0).verdict == verdict
     assert [outcome.code for outcome in run(whole_run, 2, config)] == [0, 0]
 
 
