@@ -7,7 +7,8 @@ rank leaves. Before the first step, when there is nothing to save, a signal ends
     SIGTERM, SIGUSR1     a scheduler's early warning, `scancel`, `kill`
     SIGINT               Ctrl-C; a second one ends the process at once
     <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when it has been obeyed
-    $SLOPE_STOP_FILE     the same by a job's script, whose launcher passes no signals on; it stays
+    $SLOPE_STOP_FILE     the same by a job's script, whose launcher passes no signals on; it stays, and stands for the
+                         SIGUSR1 that a rank was sent before it had handlers
     launcher gone        deepspeed, torchrun or srun died without ending its ranks
 
 Not SIGUSR2, which some debuggers and NCCL's own tools use.
@@ -66,11 +67,19 @@ class Stopper:
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Install the handlers. Signals end the process by `StopNow` until `defer`."""
+        """Install the handlers. Signals end the process by `StopNow` until `defer`.
+
+        Raises:
+            StopNow: if the early signal has come before.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._heard)
+        # launch/pretrain.py has ignored the signal so far; the job's script makes its file before it sends that.
+        if self._job_file is not None and os.path.exists(self._job_file):
+            self._note("SIGUSR1")
+            raise StopNow("SIGUSR1")
 
     def defer(self, folder: Path) -> None:
         """From now on somebody asks `agreed` often enough.

@@ -20,6 +20,7 @@ from slope_dist.cluster.requeue import decide
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.parallel.environment import Environment
 from slope_dist.training import stopping
+from slope_dist.training.ending import END_FILE
 from slope_dist.training.stopping import JOB_STOP_FILE, STOP_FILE, StopNow, Stopper
 from tests.distributed import Outcome, end_ranks
 from tests.runs import evaluation_rows, newest, pretrain, step_rows, watch_engines, write_config
@@ -135,6 +136,31 @@ def test_a_second_request_does_not_hit_what_handles_the_first() -> None:
     assert outcome.result == ["SIGUSR1"], outcome.errors
 
 
+def signalled_while_it_imports(config: str, folder: str) -> None:
+    """The early signal, and the file that comes before it, while the entry point's modules are on their way."""
+    import sys
+
+    os.environ[JOB_STOP_FILE], os.environ[END_FILE] = f"{folder}/job.stop", f"{folder}/job.json"
+
+    class Importing:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "slope_dist.training.entry":
+                Path(os.environ[JOB_STOP_FILE]).touch()
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    sys.modules.pop("slope_dist.training.entry", None)
+    sys.meta_path.insert(0, Importing())  # type: ignore[arg-type]
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_signal_while_modules_are_imported_is_found_afterwards(corpus: Path, tmp_path: Path) -> None:
+    [outcome] = run(signalled_while_it_imports, 1, str(write_config(tmp_path, corpus, **CHANGES)), str(tmp_path))
+    assert outcome.code == EXIT_STOPPED, outcome.errors
+    end = json.loads((tmp_path / "job.json").read_text())
+    assert (end["how"], end["cause"], end["step"]) == ("stopped", "SIGUSR1", 0)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("place", "how", "ranks", "of", "done", "reason"),
     [
@@ -223,6 +249,18 @@ def test_a_signal_is_an_exception_first_and_a_note_later(stopper: Stopper, tmp_p
     os.kill(os.getpid(), signal.SIGTERM)
     assert again.agreed() == "SIGTERM"
     again.close()
+
+
+def test_a_request_of_before_the_handlers_is_heard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.stop").touch()
+    monkeypatch.setenv(JOB_STOP_FILE, str(tmp_path / "job.stop"))
+    stopper = Stopper(ALONE)
+    try:
+        with pytest.raises(StopNow, match="SIGUSR1"):
+            stopper.listen()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        stopper.close()
 
 
 def test_forked_children_do_not_react(stopper: Stopper, tmp_path: Path) -> None:
