@@ -6,7 +6,7 @@ rank leaves. Before the first step, when there is nothing to save, a signal ends
 
     SIGTERM, SIGUSR1     a scheduler's early warning, `scancel`, `kill`
     SIGINT               Ctrl-C; a second one ends the process at once
-    <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when it has been obeyed
+    <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when the run ends for it
     $SLOPE_STOP_FILE     the same by a job's script, whose launcher passes no signals on; it stays, and stands for the
                          SIGUSR1 that a rank was sent before it had handlers
     launcher gone        deepspeed, torchrun or srun died without ending its ranks
@@ -37,7 +37,9 @@ JOB_STOP_FILE = "SLOPE_STOP_FILE"
 _LOOK_EVERY = 1.0
 """Seconds between two looks for the stop file and the launcher: on network file systems a look takes milliseconds."""
 
-REASONS = ("", "the end of its launcher", f"the file {STOP_FILE}", "its job script", "SIGINT", "SIGUSR1", "SIGTERM")
+_STOP_FILE_FOUND = f"the file {STOP_FILE}"
+
+REASONS = ("", "the end of its launcher", _STOP_FILE_FOUND, "its job script", "SIGINT", "SIGUSR1", "SIGTERM")
 """Why a run is asked to stop. Ranks with different reasons take the last of them."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -106,9 +108,9 @@ class Stopper:
             code = int(flag)
         return REASONS[code]
 
-    def obeyed(self) -> None:
-        """Remove the stop file: it asks for one stop, not for all that follow."""
-        if self._folder is not None and self._environment.is_first:
+    def obeyed(self, reason: str) -> None:
+        """Remove the stop file if the run ends for it: it asks for one stop, not for all that follow."""
+        if reason == _STOP_FILE_FOUND and self._folder is not None and self._environment.is_first:
             (self._folder / STOP_FILE).unlink(missing_ok=True)
 
     def _look(self) -> None:
@@ -120,7 +122,7 @@ class Stopper:
         if gone or (self._above is not None and not _lives(self._above)):
             self._note("the end of its launcher")
         if self._environment.is_first and self._folder is not None and (self._folder / STOP_FILE).exists():
-            self._note(f"the file {STOP_FILE}")
+            self._note(_STOP_FILE_FOUND)
         if self._environment.is_first and self._job_file is not None and self._job_file.exists():
             self._note("its job script")
 

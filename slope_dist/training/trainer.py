@@ -428,8 +428,7 @@ class Trainer:
             self._save(wait=True)
             if not self._is_saved():
                 raise CheckpointError(f"{self.folder.checkpoints}: step {self.step} could not be saved, see above")
-        if self.stopped:
-            self.stopper.obeyed()
+        self.stopper.obeyed(self.stopped)
         self.progress.say(self.result())
 
     def _is_saved(self) -> bool:

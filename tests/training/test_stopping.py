@@ -207,6 +207,21 @@ def test_a_run_asked_to_stop_saves_leaves_and_goes_on(
     }
 
 
+def asked_by_file_and_signal(config: str) -> None:
+    install("step 2", lambda: [ask(config, how) for how in ("file", "SIGUSR1")])
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_stop_file_stays_until_it_is_the_reason(corpus: Path, tmp_path: Path) -> None:
+    """A job that makes room is requeued: who asked for the end by the file would see it train on."""
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    for function, cause, stays in ((asked_by_file_and_signal, "SIGUSR1", True), (whole_run, "the file stop", False)):
+        [outcome] = run(function, 1, config)
+        assert outcome.code == EXIT_STOPPED, outcome.errors
+        assert (end_of(tmp_path)["cause"], (tmp_path / "run" / STOP_FILE).exists()) == (cause, stays)
+        assert end_of(tmp_path)["step"] == 2
+
+
 @pytest.mark.parametrize(("name", "ranks", "verdict"), [("SIGTERM", [0], "stop"), ("SIGUSR1", [1], "go on")])
 def test_a_signal_before_the_first_step_ends_all_ranks(
     name: str, ranks: list[int], verdict: str, corpus: Path, tmp_path: Path
