@@ -234,6 +234,7 @@ class _Run:
             step=0 if self.trainer is None else self.trainer.step,
             trained=0 if self.trainer is None else self.trainer.step - self.trainer.first_step + 1,
             checkpoint=None if checkpoint is None else checkpoint.name,
+            damaged=[] if folder is None else sorted(folder.damaged),
             exit_code=code,
             cause=cause,
             temporary=temporary,

@@ -381,6 +381,7 @@ class Trainer:
                     self.journal.problem(outcome.step, problem)
             if outcome.path is not None:
                 self.last_checkpoint = outcome.path
+                self.folder.damaged.discard(outcome.path.name)
                 self._record_save(outcome)
 
     def _record_save(self, outcome: Outcome) -> None:

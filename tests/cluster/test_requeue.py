@@ -186,6 +186,29 @@ def test_progress_of_a_run_that_was_killed_is_seen_in_its_folder(tmp_path: Path)
     assert chain(end("running", 10) | {"folder": str(tmp_path / "gone")})[0].checkpoint == 10
 
 
+def test_a_damaged_checkpoint_that_stays_is_neither_progress_nor_in_its_way(tmp_path: Path) -> None:
+    ends = []
+    for step in (4100, 4200, 4300, 4400, 4500):
+        for name in (f"step-{step:08d}", "step-00005000"):
+            (tmp_path / str(step) / "checkpoints" / name).mkdir(parents=True)
+        of_folder = {"folder": str(tmp_path / str(step)), "damaged": ["step-00005000"]}
+        ends.append(end("stopped", step, "SIGUSR1", EXIT_STOPPED) | of_folder)
+    # Before it was damaged.
+    first = end("stopped", 5000, "SIGUSR1", EXIT_STOPPED)
+    parts = chain(first, *ends)
+    assert [part.checkpoint for part in parts] == [5000, 4100, 4200, 4300, 4400, 4500]
+    assert {part.verdict for part in parts} == {"go on"} and "of step 4500" in parts[-1].reason
+    failed = [each | {"how": "failed", "cause": LOST} for each in ends]
+    assert {part.verdict for part in chain(first, *failed)} == {"go on"}
+    # A part that was killed without a word, or hung, has not said what it saved.
+    killed = ends[0] | {"how": "running", "checkpoint": "step-00005000"}
+    assert chain(killed)[0].checkpoint == 4100
+    assert chain(killed | {"damaged": None})[0].checkpoint == 5000
+    # Where nothing more is saved it ends.
+    assert [part.verdict for part in chain(first, *[ends[0]] * 4)] == ["go on"] * 5
+    assert chain(first, *[ends[0]] * 5)[-1].verdict == "give up"
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     """A folder with the config of a run of 10 steps."""

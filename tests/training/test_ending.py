@@ -159,6 +159,38 @@ def test_two_jobs_in_one_folder(corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"
 
 
+def asked_in_its_first_step(config: str) -> None:
+    def ask(event: str, engine: object, step: object) -> None:
+        if (event, step) == ("before step", 1):
+            print((Path(config).parent / "run" / END).read_text(), flush=True)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    watch_engines(ask)
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_damaged_checkpoint_is_told_until_the_run_has_replaced_it(corpus: Path, tmp_path: Path) -> None:
+    config, run = str(write_config(tmp_path, corpus, training__steps=4, checkpoint__interval=2)), tmp_path / "run"
+    names = {step: f"step-{step:08d}" for step in (2, 3, 4)}
+
+    def ended() -> tuple[Any, Any, Any]:
+        end = json.loads((run / END).read_text())
+        return end["how"], end["checkpoint"], end["damaged"]
+
+    [first] = end_ranks(run_of_a_job, 1, "", "--config", config, process_group=False)
+    assert first.code == 0 and ended() == ("finished", names[4], [])
+    [weights, *_] = (run / "checkpoints" / names[4]).glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    [second] = end_ranks(asked_in_its_first_step, 1, config, process_group=False)
+    [begun] = [json.loads(line) for line in second.output.splitlines() if line.startswith("{")]
+    assert (begun["how"], begun["checkpoint"], begun["damaged"]) == ("running", names[2], [names[4]])
+    assert ended() == ("stopped", names[3], [names[4]])
+    [third] = end_ranks(run_of_a_job, 1, "", "--config", config, process_group=False)
+    assert third.code == 0 and ended() == ("finished", names[4], [])
+
+
 def run_of_a_job(own: str, *arguments: str) -> None:
     os.environ[END_FILE] = own
     raise SystemExit(pretrain(*arguments))
