@@ -105,6 +105,35 @@ def test_the_end_is_replaced_whole_and_a_full_disk_changes_nothing(
     write_end(tmp_path / "none", "failed")
 
 
+def test_writers_at_once_do_not_share_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When rank 0 is lost, one rank on each machine writes; here one is killed in it while another does."""
+    replace = os.replace
+
+    def with_another(source: Path, target: Path) -> None:
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(os, "replace", lambda *_: os._exit(0))
+            write_end(tmp_path, "failed", rank=1)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", with_another)
+        write_end(tmp_path, "failed", rank=0)
+    assert json.loads((tmp_path / END).read_text())["rank"] == 0
+    [left] = set(os.listdir(tmp_path)) - {END, HISTORY}
+    assert left.startswith(f".{END}.")
+    write_end(tmp_path, "running", step=3)
+    assert sorted(os.listdir(tmp_path)) == [END, HISTORY], "the next part has removed what the killed one left"
+
+
+def test_an_end_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / END).mkdir()
+    write_end(tmp_path, "failed", step=3)
+    assert sorted(os.listdir(tmp_path)) == [END, HISTORY]
+
+
 def test_the_history_has_every_turn_and_how_it_ended(tmp_path: Path) -> None:
     assert read_history(tmp_path) == []
     write_end(tmp_path, "running", step=0)
