@@ -16,6 +16,7 @@ Not SIGUSR2, which some debuggers and NCCL's own tools use.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -111,7 +112,9 @@ class Stopper:
     def obeyed(self, reason: str) -> None:
         """Remove the stop file if the run ends for it: it asks for one stop, not for all that follow."""
         if reason == _STOP_FILE_FOUND and self._folder is not None and self._environment.is_first:
-            (self._folder / STOP_FILE).unlink(missing_ok=True)
+            # The state is saved: a file that stays, and stops the next part too, is no failure of this one.
+            with contextlib.suppress(OSError):
+                (self._folder / STOP_FILE).unlink()
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -121,9 +124,10 @@ class Stopper:
         gone = self._launcher is not None and os.getppid() != self._launcher
         if gone or (self._above is not None and not _lives(self._above)):
             self._note("the end of its launcher")
-        if self._environment.is_first and self._folder is not None and (self._folder / STOP_FILE).exists():
+        # os.path's, which raises nothing: a file server in trouble for a moment must not end the run.
+        if self._environment.is_first and self._folder is not None and os.path.exists(self._folder / STOP_FILE):
             self._note(_STOP_FILE_FOUND)
-        if self._environment.is_first and self._job_file is not None and self._job_file.exists():
+        if self._environment.is_first and self._job_file is not None and os.path.exists(self._job_file):
             self._note("its job script")
 
     def _note(self, reason: str) -> None:

@@ -6,6 +6,7 @@ Run: pytest tests/training/test_stopping.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -286,6 +287,27 @@ def test_forked_children_do_not_react(stopper: Stopper, tmp_path: Path) -> None:
         os._exit(0 if stopper.agreed() == "" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert stopper.agreed() == ""
+
+
+def test_a_file_server_in_trouble_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_LOOK_EVERY", 0.0)
+    monkeypatch.setenv(JOB_STOP_FILE, str(tmp_path / "job.stop"))
+    stopper = Stopper(ALONE)
+    stopper.defer(tmp_path)
+    (tmp_path / STOP_FILE).touch()
+
+    def stale(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        assert stopper.agreed() == ""
+    assert stopper.agreed() == "the file stop"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", stale)
+        stopper.obeyed("the file stop")
+    stopper.obeyed("the file stop")
+    assert not (tmp_path / STOP_FILE).exists()
 
 
 def test_the_end_of_the_launcher_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
