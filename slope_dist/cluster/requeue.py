@@ -207,7 +207,7 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
         arguments: of launch/pretrain.py.
 
     Raises:
-        UserError: if the config cannot be a run, or the journal not be written.
+        UserError: if the config cannot be a run and the chain has not run yet, or if the journal cannot be written.
     """
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
@@ -216,6 +216,7 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
     if unknown is not None:
         # Its script would have removed the file.
         part = decide(unknown, 1, "requeued", parts, 0)
+        parts.append(part)
         write_journal(journal, part)
         if part.verdict == "give up":
             return part
@@ -227,7 +228,7 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
         folder = Path(run_folder(config))
         end = _read_object(folder / "end.json") or {}
     except UserError as error:
-        if may_pass(error):
+        if may_pass(error) or _has_run({}, parts):
             # A file server in trouble: the run says so, and after it such a failure is counted.
             return None
         raise
@@ -240,22 +241,18 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
 def nodes_to_use(nodes: int, ranks: int, arguments: Sequence[str]) -> int:
     """Return the most nodes, of those that are there, whose ranks fit some layout of the run.
 
-    All of them where the config has no `parallel.alternatives`, or where none fits: the run then says why not.
+    All of them where the config has no `parallel.alternatives`, where none fits, or where it cannot be a run: what
+    `before` has let pass, the run itself says, and is counted.
 
     Args:
         nodes: of the job.
         ranks: on each of them.
         arguments: of launch/pretrain.py.
-
-    Raises:
-        UserError: if the config cannot be a run.
     """
     try:
         config = _config(arguments)
-    except UserError as error:
-        if may_pass(error):
-            return nodes
-        raise
+    except UserError:
+        return nodes
     if config is not None and config.parallel.alternatives:
         for some in range(nodes, 0, -1):
             with contextlib.suppress(UserError):
