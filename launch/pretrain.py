@@ -8,6 +8,8 @@ python launch/pretrain.py --config configs/opt66b.json --dry-run
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 from slope_dist.command_line import Parser
@@ -38,6 +40,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one training process; returns its exit code."""
+    if os.environ.get("SLOPE_STOP_FILE"):
+        # The early signal would kill a rank that is still importing torch. The file stays for `Stopper.listen`.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         options = _parse(arguments)
     except UserError as error:

@@ -26,7 +26,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,34 +157,40 @@ def _has_run(end: dict[str, Any], earlier: Sequence[Part]) -> bool:
 
 def _count(parts: Sequence[Part]) -> tuple[int, int]:
     """All failures, and those at the end of the row that have left no new checkpoint."""
-    failures, stuck, newest = 0, 0, -1
-    for part in parts:
+    failures, stuck = 0, 0
+    for part, progress in zip(parts, _progress(parts), strict=True):
         failures += part.counted
-        if part.checkpoint is not None and part.checkpoint > newest:
-            newest, stuck = part.checkpoint, 0
-        else:
-            stuck += part.counted
+        stuck = 0 if progress else stuck + part.counted
     return failures, stuck
 
 
 def _idle(parts: Sequence[Part]) -> int:
     """Parts at the end of the row that have left no new checkpoint."""
-    idle, newest = 0, -1
-    for part in parts:
-        progress = part.checkpoint is not None and part.checkpoint > newest
+    idle = 0
+    for progress in _progress(parts):
         idle = 0 if progress else idle + 1
-        newest = max(newest, -1 if part.checkpoint is None else part.checkpoint)
     return idle
 
 
+def _progress(parts: Sequence[Part]) -> Iterator[bool]:
+    """Whether each part has left a new checkpoint: of another step, since a run goes on before one that was damaged."""
+    last = None
+    for part in parts:
+        yield part.checkpoint not in (None, last)
+        last = last if part.checkpoint is None else part.checkpoint
+
+
 def _newest_checkpoint(end: dict[str, Any]) -> int | None:
-    """Step of the newest checkpoint: in the folder that the run named, or what it named itself."""
+    """Step of the newest checkpoint that the run has not found damaged: in the folder it named, or named itself."""
     names = [_text(end.get("checkpoint"))]
     if isinstance(end.get("folder"), str):
         with contextlib.suppress(OSError):
             # A folder has this name only once it is complete.
             names += [path.name for path in (Path(end["folder"]) / "checkpoints").iterdir()]
-    steps = [int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d{1,18})", name))]
+    damaged = end["damaged"] if isinstance(end.get("damaged"), list) else []
+    steps = [
+        int(found[1]) for name in names if name not in damaged and (found := re.fullmatch(r"step-(\d{1,18})", name))
+    ]
     return max(steps, default=None)
 
 
@@ -201,7 +207,7 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
         arguments: of launch/pretrain.py.
 
     Raises:
-        UserError: if the config cannot be a run, or the journal not be written.
+        UserError: if the config cannot be a run and the chain has not run yet, or if the journal cannot be written.
     """
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
@@ -210,6 +216,7 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
     if unknown is not None:
         # Its script would have removed the file.
         part = decide(unknown, 1, "requeued", parts, 0)
+        parts.append(part)
         write_journal(journal, part)
         if part.verdict == "give up":
             return part
@@ -221,7 +228,7 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
         folder = Path(run_folder(config))
         end = _read_object(folder / "end.json") or {}
     except UserError as error:
-        if may_pass(error):
+        if may_pass(error) or _has_run({}, parts):
             # A file server in trouble: the run says so, and after it such a failure is counted.
             return None
         raise
@@ -234,22 +241,18 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
 def nodes_to_use(nodes: int, ranks: int, arguments: Sequence[str]) -> int:
     """Return the most nodes, of those that are there, whose ranks fit some layout of the run.
 
-    All of them where the config has no `parallel.alternatives`, or where none fits: the run then says why not.
+    All of them where the config has no `parallel.alternatives`, where none fits, or where it cannot be a run: what
+    `before` has let pass, the run itself says, and is counted.
 
     Args:
         nodes: of the job.
         ranks: on each of them.
         arguments: of launch/pretrain.py.
-
-    Raises:
-        UserError: if the config cannot be a run.
     """
     try:
         config = _config(arguments)
-    except UserError as error:
-        if may_pass(error):
-            return nodes
-        raise
+    except UserError:
+        return nodes
     if config is not None and config.parallel.alternatives:
         for some in range(nodes, 0, -1):
             with contextlib.suppress(UserError):

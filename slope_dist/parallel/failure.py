@@ -225,16 +225,21 @@ class Peers:
             return
         # Before this rank's main thread may say anything, and before a launcher that has seen the death ends this rank.
         if speaks and verdict.cause is None:
-            lines = [f"error: {verdict.lost_line()}", self._last_words(verdict.lost_line())]
-            print("\n".join(line for line in lines if line), file=sys.stderr, flush=True)
+            lines = [f"error: {verdict.lost_line()}"]
+            # A disk that is full, or a reader of stderr that is gone, must not keep this rank from ending.
+            with contextlib.suppress(Exception):
+                lines.append(self._last_words(verdict.lost_line()))
+            with contextlib.suppress(Exception):
+                print("\n".join(line for line in lines if line), file=sys.stderr, flush=True)
         self._verdict = verdict
         self._known.set()
         if not self._left.wait(GRACE):
             self._end()
 
     def _end(self) -> NoReturn:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
         os._exit(self._code)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import socket
@@ -122,9 +123,13 @@ def write_end(folder: Path | None, how: How, **details: Any) -> None:
     if os.environ.get(END_FILE):
         # Where the job's script, in another working directory, finds the checkpoints.
         whose = {"folder": None if folder is None else str(folder.absolute())}
+        if how == "running":
+            _remove_partial(Path(os.environ[END_FILE]))
         _replace(Path(os.environ[END_FILE]), json.dumps(content | whose) + "\n")
     if folder is None:
         return
+    if how == "running":
+        _remove_partial(folder / END)
     _replace(folder / END, line)
     with contextlib.suppress(OSError), (folder / HISTORY).open("a+b") as file:
         # After a line that a full disk cut short.
@@ -133,10 +138,21 @@ def write_end(folder: Path | None, how: How, **details: Any) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
+    # Its own: when rank 0 is lost, one rank on each machine writes.
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text)
-        os.replace(partial, path)
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink()
+
+
+def _remove_partial(path: Path) -> None:
+    """Remove what writers of `path` have left that were killed."""
+    with contextlib.suppress(OSError):
+        for partial in path.parent.glob(f".{glob.escape(path.name)}.*partial"):
+            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,8 @@ class _Run:
             cause, line = "interrupted", f"{rank}interrupted" if rank else ""
             code = EXIT_INTERRUPTED
         elif isinstance(error, StopNow):
-            cause = line = f"stopped by {error} before the first step"
+            # Its name alone is what a job's script decides by.
+            cause, line = str(error), f"stopped by {error} before the first step"
             code, how = EXIT_STOPPED, "stopped"
         else:
             cause = in_words(error)
@@ -233,6 +234,7 @@ class _Run:
             step=0 if self.trainer is None else self.trainer.step,
             trained=0 if self.trainer is None else self.trainer.step - self.trainer.first_step + 1,
             checkpoint=None if checkpoint is None else checkpoint.name,
+            damaged=[] if folder is None else sorted(folder.damaged),
             exit_code=code,
             cause=cause,
             temporary=temporary,

@@ -129,13 +129,18 @@ def changed_settings(there: Mapping[str, Any], config: Config) -> list[str]:
 
 
 class RunFolder:
-    """Paths of one run, opened and checked on all ranks together."""
+    """Paths of one run, opened and checked on all ranks together.
+
+    Attributes:
+        damaged: names of the newer checkpoints that a resume has passed over, and no save has replaced since.
+    """
 
     def __init__(self, config: Config) -> None:
         self.path = Path(run_folder(config))
         self.checkpoints = self.path / CHECKPOINTS
         self.metrics = self.path / METRICS
         self.picture = self.path / PICTURE
+        self.damaged: set[str] = set()
 
     def open(self, config: Config) -> None:
         """Make the folder and write the resolved config into it, on rank 0.
@@ -159,9 +164,12 @@ class RunFolder:
     def newest_complete(self) -> Path | None:
         """The newest checkpoint that looks complete, for a message; its bytes are not read."""
         with suppress(OSError):
-            steps = {step: path for path in self.checkpoints.iterdir() if (step := step_of(path.name)) is not None}
+            steps = {step: path for step, path in self._by_step().items() if path.name not in self.damaged}
             return next((steps[step] for step in sorted(steps, reverse=True) if looks_complete(steps[step])), None)
         return None
+
+    def _by_step(self) -> dict[int, Path]:
+        return {step: path for path in self.checkpoints.iterdir() if (step := step_of(path.name)) is not None}
 
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` is written and drawn."""
@@ -197,6 +205,9 @@ class RunFolder:
                 f"{damaged[0]}; restore one, or choose another run.folder"
             )
         if newest is not None:
+            if damaged:
+                with suppress(OSError):
+                    self.damaged = {path.name for step, path in self._by_step().items() if step > newest.step}
             differing = differences(with_defaults(newest.identity), own)
             if differing:
                 raise UserError(

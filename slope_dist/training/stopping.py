@@ -6,8 +6,9 @@ rank leaves. Before the first step, when there is nothing to save, a signal ends
 
     SIGTERM, SIGUSR1     a scheduler's early warning, `scancel`, `kill`
     SIGINT               Ctrl-C; a second one ends the process at once
-    <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when it has been obeyed
-    $SLOPE_STOP_FILE     the same by a job's script, whose launcher passes no signals on; it stays
+    <run folder>/stop    `touch` it: who may write the folder may stop the run; removed when the run ends for it
+    $SLOPE_STOP_FILE     the same by a job's script, whose launcher passes no signals on; it stays, and stands for the
+                         SIGUSR1 that a rank was sent before it had handlers
     launcher gone        deepspeed, torchrun or srun died without ending its ranks
 
 Not SIGUSR2, which some debuggers and NCCL's own tools use.
@@ -15,6 +16,7 @@ Not SIGUSR2, which some debuggers and NCCL's own tools use.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -36,7 +38,9 @@ JOB_STOP_FILE = "SLOPE_STOP_FILE"
 _LOOK_EVERY = 1.0
 """Seconds between two looks for the stop file and the launcher: on network file systems a look takes milliseconds."""
 
-REASONS = ("", "the end of its launcher", f"the file {STOP_FILE}", "its job script", "SIGINT", "SIGUSR1", "SIGTERM")
+_STOP_FILE_FOUND = f"the file {STOP_FILE}"
+
+REASONS = ("", "the end of its launcher", _STOP_FILE_FOUND, "its job script", "SIGINT", "SIGUSR1", "SIGTERM")
 """Why a run is asked to stop. Ranks with different reasons take the last of them."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -66,11 +70,19 @@ class Stopper:
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Install the handlers. Signals end the process by `StopNow` until `defer`."""
+        """Install the handlers. Signals end the process by `StopNow` until `defer`.
+
+        Raises:
+            StopNow: if the early signal has come before.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._heard)
+        # launch/pretrain.py has ignored the signal so far; the job's script makes its file before it sends that.
+        if self._job_file is not None and os.path.exists(self._job_file):
+            self._note("SIGUSR1")
+            raise StopNow("SIGUSR1")
 
     def defer(self, folder: Path) -> None:
         """From now on somebody asks `agreed` often enough.
@@ -97,10 +109,12 @@ class Stopper:
             code = int(flag)
         return REASONS[code]
 
-    def obeyed(self) -> None:
-        """Remove the stop file: it asks for one stop, not for all that follow."""
-        if self._folder is not None and self._environment.is_first:
-            (self._folder / STOP_FILE).unlink(missing_ok=True)
+    def obeyed(self, reason: str) -> None:
+        """Remove the stop file if the run ends for it: it asks for one stop, not for all that follow."""
+        if reason == _STOP_FILE_FOUND and self._folder is not None and self._environment.is_first:
+            # The state is saved: a file that stays, and stops the next part too, is no failure of this one.
+            with contextlib.suppress(OSError):
+                (self._folder / STOP_FILE).unlink()
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -110,9 +124,10 @@ class Stopper:
         gone = self._launcher is not None and os.getppid() != self._launcher
         if gone or (self._above is not None and not _lives(self._above)):
             self._note("the end of its launcher")
-        if self._environment.is_first and self._folder is not None and (self._folder / STOP_FILE).exists():
-            self._note(f"the file {STOP_FILE}")
-        if self._environment.is_first and self._job_file is not None and self._job_file.exists():
+        # os.path's, which raises nothing: a file server in trouble for a moment must not end the run.
+        if self._environment.is_first and self._folder is not None and os.path.exists(self._folder / STOP_FILE):
+            self._note(_STOP_FILE_FOUND)
+        if self._environment.is_first and self._job_file is not None and os.path.exists(self._job_file):
             self._note("its job script")
 
     def _note(self, reason: str) -> None:

@@ -381,6 +381,7 @@ class Trainer:
                     self.journal.problem(outcome.step, problem)
             if outcome.path is not None:
                 self.last_checkpoint = outcome.path
+                self.folder.damaged.discard(outcome.path.name)
                 self._record_save(outcome)
 
     def _record_save(self, outcome: Outcome) -> None:
@@ -428,8 +429,7 @@ class Trainer:
             self._save(wait=True)
             if not self._is_saved():
                 raise CheckpointError(f"{self.folder.checkpoints}: step {self.step} could not be saved, see above")
-        if self.stopped:
-            self.stopper.obeyed()
+        self.stopper.obeyed(self.stopped)
         self.progress.say(self.result())
 
     def _is_saved(self) -> bool:

@@ -5,6 +5,7 @@ Started by the first rank of the machine (see watch.py); imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from slope_dist.errors import EXIT_HUNG
-from slope_dist.training.ending import write_end
+from slope_dist.files import read_bounded
+from slope_dist.training.ending import END, write_end
 from slope_dist.watching.report import Report
 from slope_dist.watching.watchdog import Settings, Watchdog
 
@@ -20,6 +22,8 @@ REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal
 """What asks ranks to stop goes to all processes of a job."""
 
 _LATEST = Path("checkpoints", "latest")
+
+_MAX_END_BYTES = 2**20
 
 
 def main() -> int:
@@ -50,7 +54,8 @@ def main() -> int:
         else:
             lines += [f"rank {evidence.seen.rank}:\n{evidence.stacks}" for evidence in report.found]
         # Until it is owned the folder may be another run's.
-        write_end(folder if owned else None, "failed", **_details(report, checkpoint, settings.world_size))
+        details = _details(report, checkpoint, settings.world_size) | {"damaged": _damaged(folder) if owned else []}
+        write_end(folder if owned else None, "failed", **details)
         where = "there is no checkpoint yet; start again"
         if checkpoint is not None:
             where = f"the newest checkpoint is {folder / 'checkpoints' / checkpoint}; go on"
@@ -78,6 +83,15 @@ def _newest(folder: Path) -> str | None:
         return name if (folder / _LATEST.parent / name / "manifest.json").exists() else None
     except OSError:
         return None
+
+
+def _damaged(folder: Path) -> list[str]:
+    """The checkpoints of which the run has said at its start that it passed them over."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        said = json.loads(read_bounded(folder / END, _MAX_END_BYTES))
+        if isinstance(said, dict) and isinstance(said.get("damaged"), list):
+            return said["damaged"]
+    return []
 
 
 if __name__ == "__main__":

@@ -186,6 +186,29 @@ def test_progress_of_a_run_that_was_killed_is_seen_in_its_folder(tmp_path: Path)
     assert chain(end("running", 10) | {"folder": str(tmp_path / "gone")})[0].checkpoint == 10
 
 
+def test_a_damaged_checkpoint_that_stays_is_neither_progress_nor_in_its_way(tmp_path: Path) -> None:
+    ends = []
+    for step in (4100, 4200, 4300, 4400, 4500):
+        for name in (f"step-{step:08d}", "step-00005000"):
+            (tmp_path / str(step) / "checkpoints" / name).mkdir(parents=True)
+        of_folder = {"folder": str(tmp_path / str(step)), "damaged": ["step-00005000"]}
+        ends.append(end("stopped", step, "SIGUSR1", EXIT_STOPPED) | of_folder)
+    # Before it was damaged.
+    first = end("stopped", 5000, "SIGUSR1", EXIT_STOPPED)
+    parts = chain(first, *ends)
+    assert [part.checkpoint for part in parts] == [5000, 4100, 4200, 4300, 4400, 4500]
+    assert {part.verdict for part in parts} == {"go on"} and "of step 4500" in parts[-1].reason
+    failed = [each | {"how": "failed", "cause": LOST} for each in ends]
+    assert {part.verdict for part in chain(first, *failed)} == {"go on"}
+    # A part that was killed without a word, or hung, has not said what it saved.
+    killed = ends[0] | {"how": "running", "checkpoint": "step-00005000"}
+    assert chain(killed)[0].checkpoint == 4100
+    assert chain(killed | {"damaged": None})[0].checkpoint == 5000
+    # Where nothing more is saved it ends.
+    assert [part.verdict for part in chain(first, *[ends[0]] * 4)] == ["go on"] * 5
+    assert chain(first, *[ends[0]] * 5)[-1].verdict == "give up"
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     """A folder with the config of a run of 10 steps."""
@@ -295,15 +318,42 @@ def test_a_refusal_whose_script_was_killed_ends_the_chain(job: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_a_config_that_cannot_be_read_for_now_is_left_to_the_run(
-    number: int, job: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(self: Path, *arguments: Any) -> None:
         raise OSError(number, os.strerror(number), str(self))
 
     nodes = ["nodes", "--nodes=3", "--ranks=2", "--", "--config", str(job / "config.json")]
     monkeypatch.setattr(Path, "open", fail)
-    expected = EXIT_BAD_INPUT if number == errno.EACCES else 0
-    assert before(job) == expected and main(nodes) == expected
+    assert before(job) == (EXIT_BAD_INPUT if number == errno.EACCES else 0)
+    # Asked later, when the run is to start: it then says what is wrong, to whom counts it.
+    assert main(nodes) == 0 and capsys.readouterr().out.endswith("3\n")
+
+
+@pytest.mark.parametrize("change", ["gone", "wrong"])
+def test_a_config_that_is_gone_after_the_chain_has_run_is_left_to_the_run(change: str, job: Path) -> None:
+    config = job / "config.json"
+    content = config.read_text()
+
+    def spoil() -> None:
+        config.unlink() if change == "gone" else config.write_text(content[:100])
+
+    spoil()
+    assert before(job) == EXIT_BAD_INPUT
+    config.write_text(content)
+    assert after(job, json.dumps(end("stopped", 10, "SIGUSR1", EXIT_STOPPED))) == 0
+    spoil()
+    assert before(job) == main(["nodes", "--nodes=3", "--ranks=2", "--", "--config", str(config)]) == 0
+    # What the run then says is counted.
+    assert after(job, json.dumps(REFUSED)) == 0
+    assert [part.counted for part in read_journal(job / "j")] == [False, True]
+    assert before(job) == 0 and after(job, json.dumps(REFUSED)) == before(job) == 4
+
+
+def test_a_config_that_is_gone_with_the_node_of_a_part_that_ran_is_left_to_the_run(job: Path) -> None:
+    (job / "config.json").unlink()
+    (job / "unknown").write_text(json.dumps(end("running", 10)))
+    assert before(job) == 0
 
 
 def test_the_journal_keeps_each_part(job: Path, capsys: pytest.CaptureFixture[str]) -> None:

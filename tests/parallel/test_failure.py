@@ -8,6 +8,7 @@ Run: pytest tests/parallel/test_failure.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -206,6 +207,41 @@ def test_a_rank_held_in_a_collective_is_ended(how: str, said: str) -> None:
     outcomes = end_ranks(stuck_beside_a_dead_rank, 2, how, process_group=False)
     assert outcomes[0].code == 1, outcomes[0].errors
     assert outcomes[0].errors.startswith(said) and bool(outcomes[0].errors) == bool(said)
+
+
+class FullDisk:
+    """What stderr is once its disk is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flush = write
+
+
+def stuck_without_a_voice(folder: str, words: str) -> None:
+    """As above; rank 0 can write to neither of its outputs."""
+    from slope_dist.parallel import environment
+
+    def last_words(cause: str) -> str:
+        Path(folder, "words").write_text(cause)
+        if words == "raise":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return "advice"
+
+    place = environment.discover()
+    environment.start(place, threads=1)
+    Peers(place, last_words)
+    if place.rank == 1:
+        end_here("kill")
+    sys.stdout = sys.stderr = FullDisk()  # type: ignore[assignment]
+    time.sleep(LIMIT + 10)
+
+
+@pytest.mark.parametrize("words", ["say", "raise"])
+def test_a_rank_that_cannot_say_it_ends_all_the_same(words: str, tmp_path: Path) -> None:
+    outcomes = end_ranks(stuck_without_a_voice, 2, str(tmp_path), words, process_group=False)
+    assert outcomes[0].code == 1, outcomes[0].errors
+    assert (tmp_path / "words").read_text().startswith("rank 1 was lost")
 
 
 def a_stranger_calls() -> None:

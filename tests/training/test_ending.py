@@ -105,6 +105,35 @@ def test_the_end_is_replaced_whole_and_a_full_disk_changes_nothing(
     write_end(tmp_path / "none", "failed")
 
 
+def test_writers_at_once_do_not_share_a_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When rank 0 is lost, one rank on each machine writes; here one is killed in it while another does."""
+    replace = os.replace
+
+    def with_another(source: Path, target: Path) -> None:
+        child = os.fork()
+        if child == 0:
+            monkeypatch.setattr(os, "replace", lambda *_: os._exit(0))
+            write_end(tmp_path, "failed", rank=1)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", with_another)
+        write_end(tmp_path, "failed", rank=0)
+    assert json.loads((tmp_path / END).read_text())["rank"] == 0
+    [left] = set(os.listdir(tmp_path)) - {END, HISTORY}
+    assert left.startswith(f".{END}.")
+    write_end(tmp_path, "running", step=3)
+    assert sorted(os.listdir(tmp_path)) == [END, HISTORY], "the next part has removed what the killed one left"
+
+
+def test_an_end_that_cannot_be_replaced_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / END).mkdir()
+    write_end(tmp_path, "failed", step=3)
+    assert sorted(os.listdir(tmp_path)) == [END, HISTORY]
+
+
 def test_the_history_has_every_turn_and_how_it_ended(tmp_path: Path) -> None:
     assert read_history(tmp_path) == []
     write_end(tmp_path, "running", step=0)
@@ -157,6 +186,38 @@ def test_two_jobs_in_one_folder(corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert (told["how"], told["exit_code"], told["temporary"]) == ("failed", EXIT_BAD_INPUT, True)
     assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3, 4]
     assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"
+
+
+def asked_in_its_first_step(config: str) -> None:
+    def ask(event: str, engine: object, step: object) -> None:
+        if (event, step) == ("before step", 1):
+            print((Path(config).parent / "run" / END).read_text(), flush=True)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    watch_engines(ask)
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_damaged_checkpoint_is_told_until_the_run_has_replaced_it(corpus: Path, tmp_path: Path) -> None:
+    config, run = str(write_config(tmp_path, corpus, training__steps=4, checkpoint__interval=2)), tmp_path / "run"
+    names = {step: f"step-{step:08d}" for step in (2, 3, 4)}
+
+    def ended() -> tuple[Any, Any, Any]:
+        end = json.loads((run / END).read_text())
+        return end["how"], end["checkpoint"], end["damaged"]
+
+    [first] = end_ranks(run_of_a_job, 1, "", "--config", config, process_group=False)
+    assert first.code == 0 and ended() == ("finished", names[4], [])
+    [weights, *_] = (run / "checkpoints" / names[4]).glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    [second] = end_ranks(asked_in_its_first_step, 1, config, process_group=False)
+    [begun] = [json.loads(line) for line in second.output.splitlines() if line.startswith("{")]
+    assert (begun["how"], begun["checkpoint"], begun["damaged"]) == ("running", names[2], [names[4]])
+    assert ended() == ("stopped", names[3], [names[4]])
+    [third] = end_ranks(run_of_a_job, 1, "", "--config", config, process_group=False)
+    assert third.code == 0 and ended() == ("finished", names[4], [])
 
 
 def run_of_a_job(own: str, *arguments: str) -> None:

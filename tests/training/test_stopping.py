@@ -6,6 +6,7 @@ Run: pytest tests/training/test_stopping.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 
+from slope_dist.cluster.requeue import decide
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.parallel.environment import Environment
 from slope_dist.training import stopping
+from slope_dist.training.ending import END_FILE
 from slope_dist.training.stopping import JOB_STOP_FILE, STOP_FILE, StopNow, Stopper
 from tests.distributed import Outcome, end_ranks
 from tests.runs import evaluation_rows, newest, pretrain, step_rows, watch_engines, write_config
@@ -134,6 +137,31 @@ def test_a_second_request_does_not_hit_what_handles_the_first() -> None:
     assert outcome.result == ["SIGUSR1"], outcome.errors
 
 
+def signalled_while_it_imports(config: str, folder: str) -> None:
+    """The early signal, and the file that comes before it, while the entry point's modules are on their way."""
+    import sys
+
+    os.environ[JOB_STOP_FILE], os.environ[END_FILE] = f"{folder}/job.stop", f"{folder}/job.json"
+
+    class Importing:
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name == "slope_dist.training.entry":
+                Path(os.environ[JOB_STOP_FILE]).touch()
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    sys.modules.pop("slope_dist.training.entry", None)
+    sys.meta_path.insert(0, Importing())  # type: ignore[arg-type]
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_signal_while_modules_are_imported_is_found_afterwards(corpus: Path, tmp_path: Path) -> None:
+    [outcome] = run(signalled_while_it_imports, 1, str(write_config(tmp_path, corpus, **CHANGES)), str(tmp_path))
+    assert outcome.code == EXIT_STOPPED, outcome.errors
+    end = json.loads((tmp_path / "job.json").read_text())
+    assert (end["how"], end["cause"], end["step"]) == ("stopped", "SIGUSR1", 0)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("place", "how", "ranks", "of", "done", "reason"),
     [
@@ -180,15 +208,34 @@ def test_a_run_asked_to_stop_saves_leaves_and_goes_on(
     }
 
 
-@pytest.mark.parametrize("ranks", [[0], [1]])
-def test_a_signal_before_the_first_step_ends_all_ranks(ranks: list[int], corpus: Path, tmp_path: Path) -> None:
+def asked_by_file_and_signal(config: str) -> None:
+    install("step 2", lambda: [ask(config, how) for how in ("file", "SIGUSR1")])
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_stop_file_stays_until_it_is_the_reason(corpus: Path, tmp_path: Path) -> None:
+    """A job that makes room is requeued: who asked for the end by the file would see it train on."""
     config = str(write_config(tmp_path, corpus, **CHANGES))
-    outcomes = run(asked_to_stop, 2, config, "start", "SIGTERM", ranks)
+    for function, cause, stays in ((asked_by_file_and_signal, "SIGUSR1", True), (whole_run, "the file stop", False)):
+        [outcome] = run(function, 1, config)
+        assert outcome.code == EXIT_STOPPED, outcome.errors
+        assert (end_of(tmp_path)["cause"], (tmp_path / "run" / STOP_FILE).exists()) == (cause, stays)
+        assert end_of(tmp_path)["step"] == 2
+
+
+@pytest.mark.parametrize(("name", "ranks", "verdict"), [("SIGTERM", [0], "stop"), ("SIGUSR1", [1], "go on")])
+def test_a_signal_before_the_first_step_ends_all_ranks(
+    name: str, ranks: list[int], verdict: str, corpus: Path, tmp_path: Path
+) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    outcomes = run(asked_to_stop, 2, config, "start", name, ranks)
     assert outcomes[ranks[0]].code == EXIT_STOPPED, outcomes[ranks[0]].errors
     assert all(outcome.code != 0 for outcome in outcomes)
     said = "".join(outcome.errors for outcome in outcomes)
-    assert said.count("stopped by SIGTERM before the first step") == 1 and "Traceback" not in said
-    assert end_of(tmp_path)["how"] == "stopped"
+    assert said.count(f"stopped by {name} before the first step") == 1 and "Traceback" not in said
+    end = end_of(tmp_path)
+    assert (end["how"], end["cause"]) == ("stopped", name)
+    assert decide(end, EXIT_STOPPED, "running", [], most=0).verdict == verdict
     assert [outcome.code for outcome in run(whole_run, 2, config)] == [0, 0]
 
 
@@ -220,6 +267,18 @@ def test_a_signal_is_an_exception_first_and_a_note_later(stopper: Stopper, tmp_p
     again.close()
 
 
+def test_a_request_of_before_the_handlers_is_heard_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.stop").touch()
+    monkeypatch.setenv(JOB_STOP_FILE, str(tmp_path / "job.stop"))
+    stopper = Stopper(ALONE)
+    try:
+        with pytest.raises(StopNow, match="SIGUSR1"):
+            stopper.listen()
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        stopper.close()
+
+
 def test_forked_children_do_not_react(stopper: Stopper, tmp_path: Path) -> None:
     stopper.defer(tmp_path)
     child = os.fork()
@@ -228,6 +287,27 @@ def test_forked_children_do_not_react(stopper: Stopper, tmp_path: Path) -> None:
         os._exit(0 if stopper.agreed() == "" else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert stopper.agreed() == ""
+
+
+def test_a_file_server_in_trouble_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "_LOOK_EVERY", 0.0)
+    monkeypatch.setenv(JOB_STOP_FILE, str(tmp_path / "job.stop"))
+    stopper = Stopper(ALONE)
+    stopper.defer(tmp_path)
+    (tmp_path / STOP_FILE).touch()
+
+    def stale(*arguments: Any, **keywords: Any) -> Any:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stale)
+        assert stopper.agreed() == ""
+    assert stopper.agreed() == "the file stop"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", stale)
+        stopper.obeyed("the file stop")
+    stopper.obeyed("the file stop")
+    assert not (tmp_path / STOP_FILE).exists()
 
 
 def test_the_end_of_the_launcher_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from slope_dist.training.ending import END
+from slope_dist.training.folder import RunFolder
 from tests.distributed import Outcome, end_ranks
 from tests.runs import pretrain, step_rows, watch_engines, write_config
 
@@ -28,11 +29,18 @@ def run(config: Path, ranks: int, function: Any, *arguments: Any) -> list[Outcom
 
 def on_machines_of_one_rank(config: str) -> None:
     """The entry point; each rank is alone on what it takes for its machine, and rank 1 is stopped in step 3."""
-    from slope_dist.training import watch
+    from slope_dist.training import trainer, watch
+
+    def with_damaged(*arguments: Any) -> RunFolder:
+        folder = RunFolder(*arguments)
+        folder.damaged = {"step-00000009"}
+        return folder
 
     rank = os.environ["RANK"]
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     watch.machine = lambda: f"machine {rank}"
+    # As if it had gone on before a damaged one.
+    trainer.RunFolder = with_damaged
     if rank == "1":
         watch_engines(
             lambda event, _, step: os.kill(os.getpid(), signal.SIGSTOP) if (event, step) == ("before step", 3) else None
@@ -49,6 +57,7 @@ def test_a_hang_on_another_machine(tmp_path: Path, corpus: Path) -> None:
     assert len([line for line in lines if line.startswith("error: ")]) == 1
     end = json.loads((tmp_path / "run" / END).read_text())
     assert (end["how"], end["late"], end["step"]) == ("failed", [1], 3)
+    assert end["damaged"] == ["step-00000009"]
     (folder,) = (tmp_path / "run" / "watch").iterdir()
     assert {path.name for path in folder.iterdir()} == {
         "report.json",
