@@ -146,11 +146,14 @@ class Stopper:
             raise StopNow(name)
 
 
+_DEEPSPEED = {"deepspeed", "deepspeed.launcher.runner"}
+
+
 def _deepspeed_above(launcher: int) -> psutil.Process | None:
-    """The `deepspeed` command that started the process which started this one: it dies alone of a signal."""
+    """The `deepspeed` command or module that started the process which started this one: it dies alone of a signal."""
     try:
         above = psutil.Process(launcher).parent()
-        if above is not None and any(Path(word).name == "deepspeed" for word in above.cmdline()[:3]):
+        if above is not None and any(Path(word).name in _DEEPSPEED for word in above.cmdline()[:3]):
             return above
     except psutil.Error:
         # Somebody else's process, or one that has gone already: the parent is watched all the same.

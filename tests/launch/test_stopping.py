@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 2000
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_gpus", "2"],
+    # As the SLURM job script starts it with a hostfile.
+    "runner": ["python", "-m", "deepspeed.launcher.runner", "--num_gpus", "2"],
     "torchrun": ["torchrun", "--nproc_per_node", "2"],
 }
 
