@@ -94,7 +94,7 @@ def test_the_single_process_is_plain_torch(run: Callable, corpus: Path, tmp_path
     }
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_are_the_single_process(stage: int, pattern: str, run: Callable) -> None:
     expected, seen_alone = run(1, parallel__zero_stage=0, sparsity__pattern=pattern)
@@ -143,7 +143,7 @@ def test_recomputed_blocks_change_nothing(stage: int, run: Callable) -> None:
     assert_same_run(found, expected)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, 2, 3])
 def test_two_ranks_are_the_single_process_in_bf16(stage: int, run: Callable) -> None:
     alone, _ = run(1, precision="bf16", parallel__zero_stage=1)
     found, _ = run(2, precision="bf16", parallel__zero_stage=stage)

@@ -1,6 +1,6 @@
 """One state, saved under each of 8 layouts without a step between, converts to byte-identical files in every form.
 
-Run: pytest tests/export/test_layouts.py
+Run: pytest tests/export/test_layouts.py -m slow
 """
 
 from __future__ import annotations
@@ -48,10 +48,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("phase", "precision"),
-    [("adapters", "bf16"), pytest.param("sparse", "fp32", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("phase", "precision"), [("adapters", "bf16"), ("sparse", "fp32")])
 def test_every_layout_converts_to_the_same_bytes(tmp_path: Path, phase: str, precision: str) -> None:
     corpus, step = small_corpus(tmp_path), CUTS[phase]
     changes = CHANGES | {"precision": precision}

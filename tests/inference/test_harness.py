@@ -248,6 +248,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_run(run: Path, tmp_path: Path) -> None:
     given = ["--include_path", str(TASKS), "--tasks", "slope_text", "--output_path", str(tmp_path / "out.json")]
     # By way of a link, which Python follows before it puts the program's folder first in its path.

@@ -136,6 +136,7 @@ def error_lines(errors: str) -> list[str]:
     return [line for line in errors.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_too_few_ranks_under_deepspeed_are_told_once_with_the_usual_cause(corpus: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, corpus, parallel__data=4)
     port = ["--master_port", str(port_to_meet_at())]
@@ -147,7 +148,7 @@ def test_too_few_ranks_under_deepspeed_are_told_once_with_the_usual_cause(corpus
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("launcher", [pytest.param("deepspeed", marks=pytest.mark.slow), "torchrun"])
 def test_the_launchers_set_what_is_read(launcher: str, tmp_path: Path) -> None:
     script = tmp_path / "say.py"
     script.write_text("from slope_dist.parallel import environment\nprint(f'<{environment.discover()}>', flush=True)\n")

@@ -217,9 +217,11 @@ def all_cases() -> list[Case]:
 
 
 QUICK = (
-    Case(Layout(tensor=2, data=2), "zero3", True),
     Case(Layout(tensor=2, data=2), "fsdp", True, family="llama"),
     Case(Layout(tensor=2, pipeline=2), "zero1", True),
     Case(Layout(data=2, pipeline=2), "zero0", family="gpt2", pattern="dense"),
 )
-"""The cases most likely to tell: each engine, each axis with each other one, dense once, three families."""
+"""The cases most likely to tell: each axis with each other one, FSDP2 and the pipeline, dense once, three families.
+
+ZeRO 3 with tensor ranks is in tests/engine/test_tensor_parallel.py.
+"""

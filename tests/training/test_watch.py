@@ -86,6 +86,7 @@ def slow(config: str) -> None:
     raise SystemExit(pretrain("--config", config))
 
 
+@pytest.mark.slow
 def test_what_takes_long_and_gets_on_is_no_hang(tmp_path: Path, corpus: Path) -> None:
     """3 batches of 1.6 s each time, and saves of 4.8 s."""
     config = write_config(

@@ -192,6 +192,7 @@ def test_it_leaves_with_its_ranks_and_not_before(tmp_path: Path, name: str) -> N
         assert ended(watching) == ""
 
 
+@pytest.mark.slow  # Its one machine is a part of the next test's two.
 def test_a_suspended_job_does_not_hang(tmp_path: Path) -> None:
     with heart("get_on") as (process, address), watchdog(tmp_path, {0: address}) as watching:
         until_it_watches(watching)

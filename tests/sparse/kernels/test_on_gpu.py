@@ -124,7 +124,7 @@ def test_a_layer_gives_all_that_plain_torch_gives(
 
 @on_devices
 @pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
-@pytest.mark.parametrize("tokens", [1, 2, 7, 32])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow), 7, 32])
 def test_decoding(tokens: int, adapter: bool, device: str) -> None:
     made = layer(torch.float16, resident=False, adapter=adapter)
     x = torch.randn(tokens, IN).half()

@@ -82,7 +82,7 @@ def test_ranks_of_several_blocks(tokens: int, device: str) -> None:
 
 @on_devices
 @dtypes
-@pytest.mark.parametrize("tokens", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("shape", [(8, 8), (16, 72), (200, 264), (40, 4104)], ids=lambda s: "x".join(map(str, s)))
 def test_shapes_that_are_no_whole_blocks(shape: tuple[int, int], tokens: int, dtype: torch.dtype, device: str) -> None:
     matrix = weight(*shape, dtype, device)

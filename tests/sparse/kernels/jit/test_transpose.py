@@ -38,7 +38,7 @@ def assert_is(actual: tuple[Tensor, Tensor], values: Tensor, indices: list[list[
 @guarded
 @dtypes
 @pytest.mark.parametrize("kind", oracle.KINDS)
-@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (24, 136), (136, 24)])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (24, 136), pytest.param(136, 24, marks=pytest.mark.slow)])
 def test_equals_the_loop_and_pruning(rows: int, columns: int, kind: str, dtype: torch.dtype, device: str) -> None:
     dense = oracle.difficult_matrix(kind, rows, columns, dtype)
     doubly_kept = oracle.column_mask(dense, oracle.row_mask(dense, 2, 4), 2, 4)
