@@ -77,7 +77,8 @@ def listen_on_any_port(backlog: int) -> socket.socket:
 def port_to_meet_at() -> int:
     """A port that is free now, for ranks that meet at it when they have started.
 
-    One that the system picks could be given out again before they listen; it gives out none of these by itself.
+    One that the system picks could be given out again before they listen; of these it gives out none by itself, as
+    Linux and others are set up (`net.ipv4.ip_local_port_range`).
     """
     ports = range(10000, 30000)
     # Not from `random`, whose state processes forked from one another share.

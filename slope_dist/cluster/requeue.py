@@ -207,7 +207,8 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
         arguments: of launch/pretrain.py.
 
     Raises:
-        UserError: if the config cannot be a run and the chain has not run yet, or if the journal cannot be written.
+        UserError: if the config cannot be a run, or not be read by a chain that has not run yet, or if the journal
+            cannot be written.
     """
     parts = read_journal(journal)
     if parts and parts[-1].verdict in ("give up", "stop"):
@@ -228,7 +229,8 @@ def before(journal: Path, end_file: Path, arguments: Sequence[str]) -> Part | No
         folder = Path(run_folder(config))
         end = _read_object(folder / "end.json") or {}
     except UserError as error:
-        if may_pass(error) or _has_run({}, parts):
+        gone = isinstance(error.__cause__, OSError) and _has_run({}, parts)
+        if may_pass(error) or gone:
             # A file server in trouble: the run says so, and after it such a failure is counted.
             return None
         raise

@@ -77,8 +77,8 @@ def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(_MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise _RefusedError(f"there is no such file{_similar_file(path)}") from None
+    except FileNotFoundError as error:
+        raise _RefusedError(f"there is no such file{_similar_file(path)}") from error
     except IsADirectoryError:
         raise _RefusedError("is a folder; give the JSON file of a run") from None
     except (OSError, ValueError) as error:
