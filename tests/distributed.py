@@ -127,13 +127,14 @@ def skip_without_gpus(world_size: int) -> None:
         pytest.skip(f"{world_size} ranks need {world_size} GPUs, {torch.cuda.device_count()} are there")
 
 
-class _Server:
+class Server:
     """The warm process, as pytest sees it."""
 
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHERS}
         # Asking NVML how many GPUs there are leaves CUDA usable after a fork; asking CUDA would not.
-        environment |= {"PYTHONPATH": str(ROOT), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"} | dict.fromkeys(_ONE_THREAD, "1")
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment |= {"PYTHONPATH": path, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"} | dict.fromkeys(_ONE_THREAD, "1")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.distributed"],
             stdin=subprocess.PIPE,
@@ -167,8 +168,8 @@ class _Server:
 
 
 @cache
-def _server() -> _Server:
-    return _Server()
+def _server() -> Server:
+    return Server()
 
 
 def _serve() -> None:

@@ -8,6 +8,7 @@ nothing here: what FSDP cuts by rows is the part of a layer that is this tensor 
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from slope_dist.engine.interface import MicroBatch, StepResult
 from slope_dist.engine.loading import index_patterns, load_fragments, load_steps, saved_steps
 from slope_dist.engine.optimizer import GuardedAdamW, OptimizerSettings, mean_over_ranks, parameter_groups
+from slope_dist.errors import UserError
 from slope_dist.layers import LogicalTensor, logical_tensors
 from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment, Kind, StateSource, rectangle_size
@@ -95,6 +97,20 @@ class LayerSharder:
             # Whoever still names the parameter that was cut must not keep it in memory.
             parameter.data = parameter.data.new_empty(0)
         self._shared.clear()
+
+
+def check_metadata() -> None:
+    """Refuse sparse weights where this torch shards no integers, which their metadata are.
+
+    Raises:
+        UserError: naming what works.
+    """
+    release = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if release is not None and tuple(map(int, release.groups())) < (2, 12):
+        raise UserError(
+            f'parallel.engine "fsdp" cannot train sparse weights here: FSDP2 of torch {torch.__version__} shards no '
+            'integers, as their metadata is; use torch 2.12 or later, or parallel.engine "deepspeed"'
+        )
 
 
 class FSDPEngine:

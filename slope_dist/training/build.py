@@ -78,6 +78,10 @@ def check_engine(config: Config) -> None:
         from slope_dist.engine.deepspeed_engine import check_precision
 
         check_precision(config.precision)
+    elif config.sparsity.patterns != {"dense"}:
+        from slope_dist.engine.fsdp_engine import check_metadata
+
+        check_metadata()
     if config.training.compile:
         check_compiler()
 

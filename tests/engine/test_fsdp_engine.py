@@ -23,6 +23,7 @@ from slope_dist.checkpoint import Checkpoint
 from slope_dist.config import derive, load_config
 from slope_dist.errors import UserError
 from slope_dist.parallel.fragments import MemorySource
+from slope_dist.training.build import check_engine
 from tests.distributed import run_ranks
 from tests.runs import (
     FIRST_ADAPTER_STEP,
@@ -352,3 +353,19 @@ def test_evaluation_sees_the_values_of_now(corpus: Path, tmp_path: Path) -> None
     for before, first, between, second, after in run_ranks(evaluated, 2, str(path)):
         assert isclose(before, first, rel_tol=1e-6) and isclose(between, second, rel_tol=1e-6)
         assert before > between + 0.01 > after + 0.02
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.0a0+nv26.04", "2.13.0"])
+def test_a_torch_that_shards_no_integers_is_refused(
+    version: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", version)
+    check_engine(load_config(write_config(tmp_path / "dense", corpus, **FSDP, sparsity__pattern="dense")))
+    sparse = load_config(write_config(tmp_path / "sparse", corpus, **FSDP))
+    if version.startswith("2.11"):
+        with pytest.raises(
+            UserError, match=r'torch 2\.11\.0\+cu130 shards no .* torch 2\.12 or later, or .*"deepspeed"'
+        ):
+            check_engine(sparse)
+    else:
+        check_engine(sparse)

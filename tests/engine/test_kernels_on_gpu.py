@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from slope_dist.config import Config, Derived, load_config
+from slope_dist.engine.fsdp_engine import check_metadata
+from slope_dist.errors import UserError
 from slope_dist.parallel.environment import discover
 from slope_dist.sparse import SparseWeight, kernels
 from slope_dist.training import products, trainer
@@ -124,6 +126,11 @@ def run(
 def test_bf16(device: str, engine: str, preferred: str, corpus: Path, tmp_path: Path) -> None:
     if device == "cpu" and preferred != f"{VENDORS[0]}/1":
         pytest.skip("one vendor of plain torch is enough")
+    if engine == "fsdp":
+        try:
+            check_metadata()
+        except UserError as error:
+            pytest.skip(str(error))
     changes = {"precision": "bf16", "parallel__engine": engine} | (
         {"parallel__zero_stage": 1} if engine == "deepspeed" else {}
     )
