@@ -39,6 +39,8 @@ SECTIONS: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "sequence_length": 16,
     },
+    # On a GPU each start may find other kernels the fastest, and so another rounding than the run it is compared with.
+    "sparsity": {"kernels": "reference"},
     "adapters": {"fraction": 0.5, "rank": 8},
     "training": {
         "steps": STEPS,

@@ -38,7 +38,7 @@ def test_plain_lines_say_everything(capsys: pytest.CaptureFixture[str]) -> None:
     # Every second step, and the last.
     assert [text.split(" | ")[0] for text in lines] == ["step 2/4", "step 4/4", "evaluated"]
     parts = (
-        r"step 2/4 \| 50\.0 % \| loss 3\.2500 \| [\d,]+ tokens/s \| .*peak memory [\d.]+ [KMG]iB \| sparse \| .+ left"
+        r"step 2/4 \| 50\.0 % \| loss 3\.2500 \| [\d,]+ tokens/s \| .*peak memory [\d.]+ [KMG]?i?B \| sparse \| .+ left"
     )
     assert re.fullmatch(parts, lines[0])
     assert "\x1b" not in "".join(lines)
