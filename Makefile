@@ -4,6 +4,7 @@
 # make test-faults    thousands of kills, bad disks, signals, hostile files and configs; goes on where it was stopped
 # make test-soak      an hour of faults, one after the other, in a run that is started again each time
 # make test-gpu   on a machine with a GPU: kernels and libraries against the reference
+# make rehearse-gpu without one: what the host does in those tests, over a runtime that has no card; installs 5 GB
 # make test-slurm  the SLURM job script in a private SLURM of two nodes; needs root and Debian's slurm-wlm and munge
 # make check-cuda without one: CUTLASS kernels compiled for A100 and Hopper
 # make check      lint, format, types
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 RUN := runs/tiny
 
-.PHONY: pretrain test test-gpu check-cuda test-slow test-layouts test-faults test-soak test-slurm check style clean
+.PHONY: pretrain test test-gpu rehearse-gpu check-cuda test-slow test-layouts test-faults test-soak test-slurm check style clean
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
@@ -25,6 +26,10 @@ test: $(INSTALLED)
 # On a machine with a GPU: every kernel and library against the reference. One process: the tests share the card.
 test-gpu: $(INSTALLED)
 	$(BIN)/pytest -m gpu -rs
+
+# The host's part of the same tests, without a GPU; not those of 200 steps, nor of kernels, which run under the interpreter.
+rehearse-gpu:
+	tests/rehearsal/rehearse.sh python -m pytest -m gpu -rfE tests/checkpoint tests/layers tests/models tests/parallel tests/planning tests/sparse/test_on_gpu.py
 
 # Without a GPU: every CUTLASS kernel compiled for A100 and Hopper. Needs nvcc; a minute or two for each kernel.
 check-cuda: $(INSTALLED)
