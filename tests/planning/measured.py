@@ -189,8 +189,11 @@ def switch_with_copies(path: str) -> dict[str, int]:
 def peaks_on_gpu(path: str) -> dict[str, int]:
     """The most bytes that the allocator of this rank's GPU gives out in two steps of each phase, and at the switch."""
     from slope_dist.training.build import build_engine
+    from slope_dist.training.products import start_products
 
     config, derived, groups, generator = begin(path)
+    # As a run does before its first step.
+    start_products(config, derived, Path(path).parent)
     found: dict[str, int] = {}
 
     def train(engine: Any, phase: str) -> None:

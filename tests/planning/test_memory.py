@@ -83,7 +83,7 @@ def test_every_layout_takes_what_was_predicted(case: Case, tmp_path: Path) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", [c for c in cases() if c.ranks == 1], ids=lambda case: case.name)
 def test_a_run_on_a_gpu_takes_what_was_predicted(case: Case, tmp_path: Path) -> None:
-    path = write_config(tmp_path, tmp_path, **case.changes)
+    path = write_config(tmp_path, tmp_path, **case.changes, sparsity__kernels="auto")
     config = load_config(path)
     [stage] = forecast(config, derive(config, 1), on_gpu=True)
     [found] = run_ranks(peaks_on_gpu, 1, str(path), timeout=TIMEOUT)

@@ -4,7 +4,7 @@
 # products of cuSPARSELt by the stand-in of its tests. Kernels, their numbers and their speed are not rehearsed, nor
 # nccl, Triton and compiled models.
 #
-#   tests/rehearsal/rehearse.sh python -m pytest -m gpu tests/planning/test_memory.py
+#   tests/rehearsal/rehearse.sh python -m pytest -m gpu tests/models/test_flash.py
 #
 # VCARD_COUNT: cards (1). VCARD_GIB: memory of each. The first start installs some 5 GB into build/rehearsal.
 set -euo pipefail
