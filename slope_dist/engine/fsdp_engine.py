@@ -99,7 +99,7 @@ class LayerSharder:
         self._shared.clear()
 
 
-def check_metadata() -> None:
+def check_torch() -> None:
     """Refuse sparse weights where this torch shards no integers, which their metadata are.
 
     Raises:

@@ -79,9 +79,9 @@ def check_engine(config: Config) -> None:
 
         check_precision(config.precision)
     elif config.sparsity.patterns != {"dense"}:
-        from slope_dist.engine.fsdp_engine import check_metadata
+        from slope_dist.engine.fsdp_engine import check_torch
 
-        check_metadata()
+        check_torch()
     if config.training.compile:
         check_compiler()
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slope_dist.config import Config, Derived, load_config
-from slope_dist.engine.fsdp_engine import check_metadata
+from slope_dist.engine.fsdp_engine import check_torch
 from slope_dist.errors import UserError
 from slope_dist.parallel.environment import discover
 from slope_dist.sparse import SparseWeight, kernels
@@ -128,7 +128,7 @@ def test_bf16(device: str, engine: str, preferred: str, corpus: Path, tmp_path: 
         pytest.skip("one vendor of plain torch is enough")
     if engine == "fsdp":
         try:
-            check_metadata()
+            check_torch()
         except UserError as error:
             pytest.skip(str(error))
     changes = {"precision": "bf16", "parallel__engine": engine} | (

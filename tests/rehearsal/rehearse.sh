@@ -23,7 +23,8 @@ if [[ ! -e $made/.installed || $root/constraints.txt -nt $made/.installed ]]; th
 fi
 site=$("$made/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 include=$site/nvidia/cu13/include
-if [[ ! -e $made/libcudart.so.13 || $here/cuda.c -nt $made/libcudart.so.13 ]]; then
+standin=$root/tests/sparse/kernels/cusparselt/standin.c
+if [[ $here/cuda.c -nt $made/libcudart.so.13 || $standin -nt $made/libcudart.so.13 ]]; then
   printf 'libcudart.so.13 { global: cuda*; __cuda*; local: *; };\n' >"$made/runtime.map"
   # What torch links to of the driver, and never calls here.
   nm -D --undefined-only "$site/torch/lib/libcaffe2_nvrtc.so" | grep -oE ' cu[A-Z]\w+' |
@@ -33,7 +34,7 @@ if [[ ! -e $made/libcudart.so.13 || $here/cuda.c -nt $made/libcudart.so.13 ]]; t
   "${build[@]}" "$made/driver.c" -o "$made/libcuda.so.1" -Wl,-soname,libcuda.so.1
   "${build[@]}" -o "$made/libnvidia-ml.so.1" -Wl,-soname,libnvidia-ml.so.1
   "${build[@]}" -o "$made/libcudart.so.13" -Wl,-soname,libcudart.so.13 -Wl,--version-script="$made/runtime.map"
-  cc -shared -fPIC -O1 "$root/tests/sparse/kernels/cusparselt/standin.c" -lm -lpthread \
+  cc -shared -fPIC -O1 "$standin" -lm -lpthread \
     -o "$made/cusparselt/nvidia/cusparselt/lib/libcusparseLt.so.0"
 fi
 export PATH=$made/venv/bin:$PATH OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1

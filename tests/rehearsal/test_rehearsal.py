@@ -24,7 +24,6 @@ import torch
 from torch.nn import functional
 
 assert torch.cuda.device_count() == 2
-before = torch.cuda.memory_allocated()
 x = torch.randn(64, 48, dtype=torch.bfloat16)
 gradients = []
 for device in ("cpu", "cuda"):

@@ -132,17 +132,6 @@ def collective_on_host(operator: Any) -> Callable[..., Any]:
     return run
 
 
-def _widened(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A product that gives a wider dtype than its operands have; `dtype` is the argument after them."""
-
-    def run(*args: Any, out: Tensor | None = None, **kwargs: Any) -> Tensor:
-        (*operands, dtype) = args
-        result = operator(*(operand.to(dtype) for operand in operands), **kwargs)
-        return result if out is None else out.copy_(result)
-
-    return run
-
-
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     scores = q.float() @ k.float().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
@@ -229,11 +218,6 @@ def _rms_norm_backward(grad, x, shape, inverse, weight, mask):  # type: ignore[n
 
 
 SPECIAL: dict[str, Callable[..., Any]] = {
-    "aten::mm.dtype": _widened(torch.mm),
-    "aten::mm.dtype_out": _widened(torch.mm),
-    "aten::bmm.dtype": _widened(torch.bmm),
-    "aten::addmm.dtype": _widened(torch.addmm),
-    "aten::addmm.dtype_out": _widened(torch.addmm),
     "aten::_scaled_dot_product_flash_attention": _flash,
     "aten::_scaled_dot_product_flash_attention_backward": _flash_backward,
     "aten::_scaled_dot_product_cudnn_attention": _cudnn,
