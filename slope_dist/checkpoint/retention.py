@@ -61,22 +61,28 @@ class Retention:
         notify = progress or (lambda _: None)
         problems = []
         try:
-            names = sorted(os.listdir(self._checkpoints))
-            for name in filter(LEFTOVER_NAME.fullmatch, names):
-                discard(self._checkpoints / name)
-            for name in self._dispensable(names):
+            for name in self._dispensable(os.listdir(self._checkpoints)):
                 trash = set_aside(self._checkpoints / name)
                 notify("trashed")
                 discard(trash)
                 notify("removed")
-            problems += [
-                f"{self._checkpoints / name}: could not be removed"
-                for name in sorted(os.listdir(self._checkpoints))
-                if LEFTOVER_NAME.fullmatch(name)
-            ]
         except OSError as error:
             problems.append(f"{self._checkpoints}: old checkpoints could not be removed: {error}")
-        return problems
+        return problems + self.sweep()
+
+    def sweep(self) -> list[str]:
+        """Remove what interrupted saves and removals left behind; see `prune`, which does it too."""
+        if rank() != 0:
+            return []
+        try:
+            for name in self._leftovers():
+                discard(self._checkpoints / name)
+            return [f"{self._checkpoints / name}: could not be removed" for name in self._leftovers()]
+        except OSError as error:
+            return [f"{self._checkpoints}: what is left of interrupted saves could not be removed: {error}"]
+
+    def _leftovers(self) -> list[str]:
+        return sorted(filter(LEFTOVER_NAME.fullmatch, os.listdir(self._checkpoints)))
 
     def _dispensable(self, names: list[str]) -> list[str]:
         """Names of checkpoints that need not stay, the oldest first."""

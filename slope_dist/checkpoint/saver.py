@@ -77,8 +77,11 @@ class _Save:
 class Saver:
     """Saves the checkpoints of a run. Collective: every rank makes one and calls its methods equally often.
 
+    What interrupted saves have left is removed at once, and after each attempt that fails: it may be what
+    fills the disk.
+
     Args:
-        checkpoints: the folder of all checkpoints of the run.
+        checkpoints: the folder of all checkpoints of the run, into which nobody else saves.
         retention: which of them stay.
         asynchronous: write beside training, from a copy.
         say: called, on this rank, with a line on a save that takes long; perhaps from another thread.
@@ -111,6 +114,8 @@ class Saver:
         self._overtaken = threading.Event()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._error: BaseException | None = None
+        # What cannot be removed is told after the next save.
+        self._retention.sweep()
 
     def save(
         self, step: int, export: Export, identity: dict[str, Any], config: dict[str, Any], *, wait: bool = False
@@ -218,6 +223,7 @@ class Saver:
                 given_up = attempt == ATTEMPTS if stall is None else self._overtaken.is_set()
                 then = "it is given up" if given_up else f"trying again in {duration_text(pause)}"
                 self._outcomes.put(Outcome(save.step, None, (f"{error}; {then}",)))
+                self._retention.sweep()
             if not self._pause(pause, goes_on=not given_up, beside=stall is not None):
                 return
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -1,5 +1,6 @@
 """Claim: training stands still for the copy alone, no later step leaks into a file, one save is under way at a time,
-and a save that fails leaves the last checkpoint as it was and is tried again, on all ranks alike.
+and a save that fails leaves the last checkpoint as it was and is tried again, on all ranks alike. What a killed save
+has left does not stand in the way of the next.
 
 Run alone: python -m pytest tests/checkpoint/test_saver.py
 """
@@ -20,7 +21,7 @@ from slope_dist.checkpoint.saver import ATTEMPTS, Outcome
 from slope_dist.parallel.collectives import rank
 from tests.distributed import end_ranks, run_ranks
 
-from .states import assert_holds, fragments_of, make_state
+from .states import assert_holds, fragments_of, in_child, kill_at, make_state, save_state
 
 PAUSE = 0.05
 
@@ -136,6 +137,39 @@ def test_a_save_that_fails_is_tried_again(asynchronous: bool, tmp_path: Path, mo
     assert_holds(Checkpoint.open(tmp_path / "step-00000001"), make_state(1))
     assert_holds(Checkpoint.open(tmp_path / "step-00000002"), make_state(2))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
+
+
+def with_room_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full where a save finds another save's files beside its own."""
+    write = writer._write_safetensors
+
+    def full(path: Path, *arguments: Any) -> Any:
+        if len(list(path.parents[1].glob("*.tmp-*"))) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, *arguments)
+
+    monkeypatch.setattr(writer, "_write_safetensors", full)
+
+
+def test_what_a_killed_save_left_makes_room_for_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert in_child(lambda: save_state(tmp_path, 1, kill_at("optimizer"))) == -9
+    assert len(list(tmp_path.glob("step-00000001.tmp-*/*"))) == 2
+    with_room_for_one(monkeypatch)
+    found = make_saver(tmp_path)
+    save_step(found, 2, wait=True)
+    [outcome] = ended(found)
+    assert outcome.path is not None and outcome.problems == ()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_what_a_failed_attempt_left_makes_room_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make_saver(tmp_path)
+    assert in_child(lambda: save_state(tmp_path, 1, kill_at("optimizer"))) == -9
+    with_room_for_one(monkeypatch)
+    save_step(found, 2, wait=True)
+    failure, outcome = ended(found)
+    assert failure.path is None and "No space left on device" in failure.problems[0]
+    assert outcome.path is not None and outcome.problems == ()
 
 
 def test_a_failing_save_gives_way_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
