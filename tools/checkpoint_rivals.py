@@ -111,7 +111,7 @@ class Ours(Rival):
     def save(self, folder: Path) -> None:
         """Without a copy."""
         saver = self.saver(folder, asynchronous=False)
-        saver.save(1, self.engine.export_state, {}, self.config, wait=True)
+        saver.save(1, self.engine.export_state, {}, self.config, patience=lambda: 0.0)
         self.finish(saver)
 
     def finish(self, saver: Saver) -> None:

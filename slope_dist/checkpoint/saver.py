@@ -2,7 +2,8 @@
 
 Training stops for the copy. A thread of each rank then writes, votes over a process group of its own, and removes old
 checkpoints; what became of it is told when it is asked for. A failed save is tried again from the same copy, after
-pauses of 1, 2, 4, ... 60 s, until it succeeds or the next one is due, which is newer and takes its place.
+pauses of 1, 2, 4, ... 60 s, until it succeeds or the next one is due, which is newer and takes its place. A save that
+training waits for is tried for as long as the caller has patience.
 """
 
 from __future__ import annotations
@@ -26,15 +27,21 @@ from slope_dist.checkpoint.retention import Retention
 from slope_dist.parallel import collectives
 from slope_dist.parallel.fragments import Fragment
 from slope_dist.transfer import Transfer, duration_text
+from slope_dist.watching.heartbeat import beat
 
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
+LONGEST_WAIT = 15.0
+"""The longest pause where training waits: a longer one gains nothing, and a request to stop is heard after it."""
 
 ATTEMPTS = 4
-"""How often a save that training waits for is tried: the last one of a run, and every one that has no copy."""
+"""How often a save that training waits for is tried at least, be there no patience left or no hope."""
 
 _SLOWEST = timedelta(hours=4)
 """How much longer than another's one rank's files may take."""
+
+Patience = Callable[[], float]
+"""For how many seconds more a save that training waits for is worth trying; asked on all ranks, and rank 0's counts."""
 
 Export = Callable[[], tuple[Iterable[Fragment], dict[str, Any]]]
 
@@ -85,6 +92,7 @@ class Saver:
         retention: which of them stay.
         asynchronous: write beside training, from a copy.
         say: called, on this rank, with a line on a save that takes long; perhaps from another thread.
+        hear: called, on this rank, before training waits for another attempt: `outcomes` has news then.
         first_pause: seconds before the second attempt of a save.
         progress: for tests, see `writer.save`.
     """
@@ -96,6 +104,7 @@ class Saver:
         *,
         asynchronous: bool,
         say: Callable[[str], None] | None = None,
+        hear: Callable[[], None] | None = None,
         first_pause: float = FIRST_PAUSE,
         progress: writer.Progress | None = None,
     ) -> None:
@@ -103,6 +112,7 @@ class Saver:
         self._retention = retention
         self._asynchronous = asynchronous
         self._say = say
+        self._hear = hear or (lambda: None)
         self._first_pause = first_pause
         self._progress = progress
         self._copy = HostCopy()
@@ -118,7 +128,13 @@ class Saver:
         self._retention.sweep()
 
     def save(
-        self, step: int, export: Export, identity: dict[str, Any], config: dict[str, Any], *, wait: bool = False
+        self,
+        step: int,
+        export: Export,
+        identity: dict[str, Any],
+        config: dict[str, Any],
+        *,
+        patience: Patience | None = None,
     ) -> None:
         """Save the state of now; returns when training may go on.
 
@@ -127,14 +143,14 @@ class Saver:
             export: this rank's live fragments, and the scalars; may be called twice.
             identity: see `writer.save`.
             config: see `writer.save`.
-            wait: return when it is committed, or has failed `ATTEMPTS` times.
+            patience: return when it is committed or, `ATTEMPTS` or more attempts later, this is at an end.
 
         Raises:
             BaseException: what ended the thread of the save before; see `outcomes`.
         """
         start = time.perf_counter()
         self.wait()
-        beside = self._asynchronous and not wait
+        beside = self._asynchronous and patience is None
         if beside:
             live, scalars = export()
             try:
@@ -153,7 +169,7 @@ class Saver:
             fragments = list(live)
         save = _Save(step, fragments, scalars, identity, config, start)
         if not beside:
-            self._try(save, None)
+            self._try(save, None, patience or _no_patience)
             return
         self._overtaken.clear()
         stall = time.perf_counter() - start
@@ -207,12 +223,12 @@ class Saver:
     def _work(self, save: _Save, stall: float) -> None:
         """The thread's life."""
         try:
-            self._try(save, stall)
+            self._try(save, stall, _no_patience)
         except BaseException as error:
             # No failure of a save, which all ranks would have voted on: a lost rank, or a defect.
             self._error = error
 
-    def _try(self, save: _Save, stall: float | None) -> None:
+    def _try(self, save: _Save, stall: float | None, patience: Patience) -> None:
         """Try until it works or is not worth it any more; `stall` is None where training waits for it."""
         pause = self._first_pause
         for attempt in count(1):
@@ -220,11 +236,13 @@ class Saver:
                 saved = self._attempt(save)
                 break
             except CheckpointError as error:
-                given_up = attempt == ATTEMPTS if stall is None else self._overtaken.is_set()
-                then = "it is given up" if given_up else f"trying again in {duration_text(pause)}"
-                self._outcomes.put(Outcome(save.step, None, (f"{error}; {then}",)))
-                self._retention.sweep()
-            if not self._pause(pause, goes_on=not given_up, beside=stall is not None):
+                failure = error
+            self._retention.sweep()
+            if stall is not None:
+                goes_on = self._pause_beside(save.step, failure, pause)
+            else:
+                goes_on = self._pause_training(save.step, failure, pause, patience, enough=attempt >= ATTEMPTS)
+            if not goes_on:
                 return
             pause = min(2 * pause, LONGEST_PAUSE)
         seconds = time.perf_counter() - save.start
@@ -247,12 +265,37 @@ class Saver:
             transfer=Transfer(f"saving step {save.step}", self._say),
         )
 
-    def _pause(self, seconds: float, *, goes_on: bool, beside: bool) -> bool:
-        """Wait before the next attempt; whether all ranks make one."""
-        if not beside:
-            # Every rank counts the same attempts.
-            if goes_on:
-                time.sleep(seconds)
-            return goes_on
+    def _pause_beside(self, step: int, failure: CheckpointError, seconds: float) -> bool:
+        """Wait before the next attempt, beside training; whether all ranks make one."""
+        self._tell(step, failure, None if self._overtaken.is_set() else duration_text(seconds))
         self._overtaken.wait(seconds)
         return not any(collectives.all_gather_json(self._overtaken.is_set(), self._group))
+
+    def _pause_training(
+        self, step: int, failure: CheckpointError, seconds: float, patience: Patience, *, enough: bool
+    ) -> bool:
+        """The same while training waits; `enough` attempts are made, so that only patience is a reason for another."""
+        in_vain = isinstance(failure, writer.UnsavableError)
+        # One clock, so that every rank makes the same attempts.
+        left = 0.0 if in_vain else collectives.broadcast_json(patience(), self._group)
+        if enough and left <= 0:
+            self._tell(step, failure, None)
+            return False
+        seconds = min(seconds, LONGEST_WAIT)
+        if left > 0:
+            seconds = min(seconds, left)
+            self._tell(step, failure, f"{duration_text(seconds)}, and so on for {duration_text(left)}")
+        else:
+            self._tell(step, failure, duration_text(seconds))
+        self._hear()
+        beat()
+        time.sleep(seconds)
+        return True
+
+    def _tell(self, step: int, failure: CheckpointError, again_in: str | None) -> None:
+        then = "it is given up" if again_in is None else f"trying again in {again_in}"
+        self._outcomes.put(Outcome(step, None, (f"{failure}; {then}",)))
+
+
+def _no_patience() -> float:
+    return 0.0

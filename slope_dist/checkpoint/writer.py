@@ -43,6 +43,10 @@ CHUNK_BYTES = 16 * 2**20
 _WEIGHT_KINDS = ("weight", "metadata")
 
 
+class UnsavableError(CheckpointError):
+    """What was to be saved cannot be, whatever becomes of the disk: a defect, or a limit of the format."""
+
+
 class Saved(NamedTuple):
     """A new checkpoint: its folder, `step-00000123`, and the bytes of all its files."""
 
@@ -87,35 +91,38 @@ def save(
     Raises:
         CheckpointError: on all ranks, if any could not do its part. Earlier checkpoints are untouched, and the new one
             is not there (or, if only the last sync of the folder's name failed, whole but perhaps not durable).
+        UnsavableError: the same, where another attempt would fail alike.
     """
     notify = progress or (lambda _: None)
     temporary = checkpoints / broadcast_json(f"{folder_name(step)}.tmp-{uuid4().hex}", group)
     part: dict[str, Any] = {}
-    error, cause = None, None
+    error, cause, in_vain = None, None, False
     # Whatever goes wrong on one rank, the others wait for its vote.
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         part = _write_rank(temporary, fragments, notify, transfer or Transfer())
     except Exception as caught:
-        error, cause = _in_words(caught), caught
-    votes = gather_json([error, part], group)
+        error, cause, in_vain = _in_words(caught), caught, _is_in_vain(caught)
+    votes = gather_json([error, in_vain, part], group)
     notify("voted")
     verdict, size = None, 0
     if votes is not None:
-        verdict = next((f"rank {index}: {said}" for index, (said, _) in enumerate(votes) if said is not None), None)
+        failed = [(f"rank {index}: {said}", vain) for index, (said, vain, _) in enumerate(votes) if said is not None]
+        verdict, in_vain = failed[0] if failed else (None, False)
         if verdict is None:
             content = {"step": step, "scalars": scalars, "identity": identity, "config": config}
             try:
                 size = _commit(
-                    temporary, checkpoints / folder_name(step), content, [written for _, written in votes], notify
+                    temporary, checkpoints / folder_name(step), content, [written for *_, written in votes], notify
                 )
             except Exception as caught:
-                verdict, cause = _in_words(caught), caught
+                verdict, cause, in_vain = _in_words(caught), caught, _is_in_vain(caught)
         if verdict is not None:
             discard(temporary)
-    verdict, size = broadcast_json([verdict, size], group)
+    verdict, in_vain, size = broadcast_json([verdict, in_vain, size], group)
     if verdict is not None:
-        raise CheckpointError(f"{checkpoints}: step {step} was not saved: {verdict}") from cause
+        kind = UnsavableError if in_vain else CheckpointError
+        raise kind(f"{checkpoints}: step {step} was not saved: {verdict}") from cause
     return Saved(checkpoints / folder_name(step), size)
 
 
@@ -252,6 +259,11 @@ def _check_same(name: str, first: dict[str, Any], second: dict[str, Any]) -> Non
     for what in ("shape", "dtype"):
         if first[what] != second[what]:
             raise ValueError(f"{name}: one fragment says {what} {first[what]}, another {second[what]}")
+
+
+def _is_in_vain(error: Exception) -> bool:
+    # Not so whatever a disk says: also a full one, a quota or a folder's rights may be put right meanwhile.
+    return isinstance(error, ValueError | TypeError)
 
 
 def _in_words(error: Exception) -> str:

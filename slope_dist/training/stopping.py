@@ -43,6 +43,10 @@ _STOP_FILE_FOUND = f"the file {STOP_FILE}"
 REASONS = ("", "the end of its launcher", _STOP_FILE_FOUND, "its job script", "SIGINT", "SIGUSR1", "SIGTERM")
 """Why a run is asked to stop. Ranks with different reasons take the last of them."""
 
+END_PATIENCE, STOP_PATIENCE = 600.0, 120.0
+"""Seconds for which the last save is tried: what file servers take to come back, and, where a stop is asked for, what
+an early signal of 300 s leaves after a step and the attempt that is under way."""
+
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -144,6 +148,27 @@ class Stopper:
         # A second one, such as the launcher's after another rank has left, would hit whoever handles the first.
         if first and not self._deferred:
             raise StopNow(name)
+
+
+class LastSave:
+    """For how many seconds more the last save of a run is worth trying. Collective.
+
+    Args:
+        stopper: hears of requests to stop meanwhile, which leave less time.
+        stopped: whether the run ends for one.
+    """
+
+    def __init__(self, stopper: Stopper, *, stopped: bool) -> None:
+        self._stopper = stopper
+        self._hurried = stopped
+        self._deadline = time.monotonic() + (STOP_PATIENCE if stopped else END_PATIENCE)
+
+    def __call__(self) -> float:
+        """See above; below or at 0 it is to be given up."""
+        if self._stopper.agreed() and not self._hurried:
+            self._hurried = True
+            self._deadline = min(self._deadline, time.monotonic() + STOP_PATIENCE)
+        return self._deadline - time.monotonic()
 
 
 _DEEPSPEED = {"deepspeed", "deepspeed.launcher.runner"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
 from slope_dist.checkpoint.format import folder_name
+from slope_dist.checkpoint.saver import Patience
 from slope_dist.comparing.ranks import RankComparison
 from slope_dist.config import Config, Derived, derive
 from slope_dist.data.corpus import Corpus
@@ -34,7 +35,7 @@ from slope_dist.training.products import start_products
 from slope_dist.training.progress import PeakMemory, ProgressLine
 from slope_dist.training.schedule import learning_rates
 from slope_dist.training.state import state_of
-from slope_dist.training.stopping import Stopper
+from slope_dist.training.stopping import LastSave, Stopper
 from slope_dist.training.utilization import find_utilization
 from slope_dist.transfer import Transfer, duration_text, size_text
 from slope_dist.watching.heartbeat import begin_step, doing
@@ -239,7 +240,13 @@ class Trainer:
         if self.resumed_from is not None:
             retention.trust(self.resumed_from.path)
         say = self.progress.say if self.environment.is_first else None
-        return Saver(self.folder.checkpoints, retention, asynchronous=settings.asynchronous, say=say)
+        return Saver(
+            self.folder.checkpoints,
+            retention,
+            asynchronous=settings.asynchronous,
+            say=say,
+            hear=self._hear_of_saves,
+        )
 
     def _take_turn(self) -> None:
         with collectives.together():
@@ -351,7 +358,8 @@ class Trainer:
         return fragments, scalars | made
 
     @doing("a save", long=True)
-    def _save(self, *, wait: bool = False) -> None:
+    def _save(self, patience: Patience | None = None) -> None:
+        """Save the state of now; with `patience`, wait for it."""
         assert self.saver is not None
         # The order of samples, masks and initial values follow from the seed and the step alone (rule R3), so this is
         # the whole state of all generators and samplers.
@@ -366,9 +374,8 @@ class Trainer:
             "tokens": self.step * self.derived.tokens_per_step,
             "fingerprint": self._fingerprint(),
         }
-        self.saver.save(
-            self.step, partial(self._export, made), self.identity, self.config.model_dump(mode="json"), wait=wait
-        )
+        config = self.config.model_dump(mode="json")
+        self.saver.save(self.step, partial(self._export, made), self.identity, config, patience=patience)
         self._hear_of_saves()
         self.progress.pause()
 
@@ -426,7 +433,7 @@ class Trainer:
         self.saver.wait()
         self._hear_of_saves()
         if not self._is_saved() and self.step > 0:
-            self._save(wait=True)
+            self._save(LastSave(self.stopper, stopped=bool(self.stopped)))
             if not self._is_saved():
                 raise CheckpointError(f"{self.folder.checkpoints}: step {self.step} could not be saved, see above")
         self.stopper.obeyed(self.stopped)

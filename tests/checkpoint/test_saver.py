@@ -17,7 +17,7 @@ import pytest
 
 from slope_dist.checkpoint import Checkpoint, Retention, Saver, find_newest, saver, writer
 from slope_dist.checkpoint.host_copy import HostCopy
-from slope_dist.checkpoint.saver import ATTEMPTS, Outcome
+from slope_dist.checkpoint.saver import ATTEMPTS, Outcome, Patience
 from slope_dist.parallel.collectives import rank
 from tests.distributed import end_ranks, run_ranks
 
@@ -31,8 +31,23 @@ def make_saver(folder: Path, **keywords: Any) -> Saver:
     return Saver(folder, Retention(folder, 2), **keywords)
 
 
-def save_step(found: Saver, step: int, *, wait: bool = False) -> None:
-    found.save(step, lambda: (fragments_of(make_state(step)), {"step": step}), {}, {}, wait=wait)
+def save_step(found: Saver, step: int, patience: Patience | None = None) -> None:
+    found.save(step, lambda: (fragments_of(make_state(step)), {"step": step}), {}, {}, patience=patience)
+
+
+def none() -> float:
+    """Of patience."""
+    return 0.0
+
+
+class Deadline:
+    """So many seconds of patience from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def __call__(self) -> float:
+        return self.end - time.monotonic()
 
 
 def ended(found: Saver) -> list[Outcome]:
@@ -156,7 +171,7 @@ def test_what_a_killed_save_left_makes_room_for_the_first(tmp_path: Path, monkey
     assert len(list(tmp_path.glob("step-00000001.tmp-*/*"))) == 2
     with_room_for_one(monkeypatch)
     found = make_saver(tmp_path)
-    save_step(found, 2, wait=True)
+    save_step(found, 2, none)
     [outcome] = ended(found)
     assert outcome.path is not None and outcome.problems == ()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000002"]
@@ -166,7 +181,7 @@ def test_what_a_failed_attempt_left_makes_room_for_the_next(tmp_path: Path, monk
     found = make_saver(tmp_path)
     assert in_child(lambda: save_state(tmp_path, 1, kill_at("optimizer"))) == -9
     with_room_for_one(monkeypatch)
-    save_step(found, 2, wait=True)
+    save_step(found, 2, none)
     failure, outcome = ended(found)
     assert failure.path is None and "No space left on device" in failure.problems[0]
     assert outcome.path is not None and outcome.problems == ()
@@ -190,12 +205,81 @@ def test_a_failing_save_gives_way_to_the_next(tmp_path: Path, monkeypatch: pytes
 def test_a_save_that_training_waits_for_gives_up_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attempts = failing(monkeypatch, 10**9)
     found = make_saver(tmp_path, first_pause=0.01)
-    save_step(found, 1, wait=True)
+    save_step(found, 1, none)
     outcomes = ended(found)
     assert len(attempts) == len(outcomes) == ATTEMPTS
     assert all(outcome.path is None for outcome in outcomes)
     assert outcomes[-1].problems[0].endswith("; it is given up")
     assert not list(tmp_path.glob("step-*"))
+
+
+def test_with_patience_an_outage_is_outlasted_and_told_as_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = failing(monkeypatch, 3 * ATTEMPTS)
+    heard: list[str] = []
+    found = make_saver(
+        tmp_path,
+        first_pause=0.01,
+        hear=lambda: heard.extend(problem for outcome in found.outcomes() for problem in outcome.problems),
+    )
+    save_step(found, 1, lambda: 100.0)
+    assert len(attempts) == 3 * ATTEMPTS + 1
+    assert len(heard) == 3 * ATTEMPTS, "before the save has ended"
+    assert all("No space left on device; trying again in " in line for line in heard)
+    assert heard[0].endswith("trying again in 0.0s, and so on for 1m40s")
+    [outcome] = ended(found)
+    assert outcome.path is not None and outcome.problems == ()
+
+
+def test_patience_ends_and_the_last_attempt_is_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = failing(monkeypatch, 10**9)
+    monkeypatch.setattr(saver, "LONGEST_WAIT", 0.05)
+    found = make_saver(tmp_path, first_pause=0.01)
+    start = time.monotonic()
+    save_step(found, 1, Deadline(1.0))
+    assert 1.0 <= time.monotonic() - start < 10.0
+    outcomes = ended(found)
+    assert ATTEMPTS < len(attempts) == len(outcomes)
+    assert outcomes[-1].problems[0].endswith("; it is given up")
+
+
+def test_no_patience_is_wasted_on_what_cannot_be_saved(tmp_path: Path) -> None:
+    found = make_saver(tmp_path, first_pause=0.01)
+    found.save(1, lambda: (fragments_of(make_state(1)), {"half": object()}), {}, {}, patience=lambda: 100.0)
+    outcomes = ended(found)
+    assert len(outcomes) == ATTEMPTS
+    assert "TypeError" in outcomes[0].problems[0] and outcomes[-1].problems[0].endswith("; it is given up")
+
+
+def impatient_on_one_rank(folder: str, defect: bool) -> list[list[Any]]:
+    """Saves that fail for longer than `ATTEMPTS`; the ranks' clocks differ."""
+    path, write = Path(folder), writer._write_safetensors
+    failures = 0
+
+    def full(*arguments: Any) -> Any:
+        nonlocal failures
+        failures += 1
+        if rank() == 1 and failures <= ATTEMPTS + 2:
+            raise ValueError("a defect") if defect else OSError(errno.EIO, "Input/output error", str(arguments[0]))
+        return write(*arguments)
+
+    writer._write_safetensors = full
+    found = make_saver(path, first_pause=0.01)
+    save_step(found, 1, lambda: 100.0 * (1 - rank()))
+    outcomes = ended(found)
+    found.close()
+    return [[outcome.path is not None, *outcome.problems] for outcome in outcomes]
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_all_ranks_have_the_same_patience(defect: bool, tmp_path: Path) -> None:
+    for seen in run_ranks(impatient_on_one_rank, 2, str(tmp_path), defect):
+        if defect:
+            assert [saved for saved, *_ in seen] == [False] * ATTEMPTS
+            assert seen[-1][1].endswith("; it is given up")
+        else:
+            assert [saved for saved, *_ in seen] == [False] * (ATTEMPTS + 2) + [True]
 
 
 def test_without_memory_for_a_copy_training_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

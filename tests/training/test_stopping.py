@@ -1,5 +1,6 @@
 """Claim: a run that is asked to stop, on one rank or all, by a signal or a file, wherever it is, saves the step it has
-done, leaves with all its ranks, says so in end.json, and goes on later as if nothing had been.
+done, leaves with all its ranks, says so in end.json, and goes on later as if nothing had been. Its last save is tried
+for as long as a run can wait.
 
 Run: pytest tests/training/test_stopping.py
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from slope_dist.checkpoint import CheckpointError
 from slope_dist.cluster.requeue import decide
 from slope_dist.errors import EXIT_STOPPED
 from slope_dist.parallel.environment import Environment
@@ -244,6 +246,63 @@ def test_a_second_ctrl_c_ends_the_process(corpus: Path, tmp_path: Path) -> None:
     [outcome] = run(asked_to_stop, 1, config, "step 2", "SIGINT SIGINT", [0])
     assert outcome.code == 130 and "Traceback" not in outcome.errors
     assert end_of(tmp_path) | {"how": "failed", "cause": "interrupted", "exit_code": 130} == end_of(tmp_path)
+
+
+def cannot_save(config: str, step: int, failures: int, how: dict[str, str]) -> None:
+    """The disk is out of order `failures` times from the save of `step` on; asked to stop by `how` at each of some."""
+    from slope_dist.checkpoint import saver, writer
+
+    save = writer.save
+    failed = 0
+
+    def failing(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal failed
+        if arguments[1] < step or failed == failures:
+            return save(*arguments, **keywords)
+        failed += 1
+        ask(config, how.get(str(failed), ""))
+        raise CheckpointError(f"step {arguments[1]} was not saved: Input/output error")
+
+    writer.save = failing
+    saver.LONGEST_WAIT = 0.01
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_a_run_outlasts_an_outage_at_its_last_step(corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    [outcome] = run(cannot_save, 1, config, STEPS, 20, {})
+    assert outcome.code == 0, outcome.errors
+    assert newest(tmp_path / "run").step == STEPS
+    lines = [line for line in outcome.output.splitlines() if "was not saved" in line]
+    assert len(lines) == 20 and lines[-1].endswith("trying again in 0.0s, and so on for 10m00s")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_stop_leaves_less_time_for_the_last_save(when: str, corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES | {"checkpoint__interval": 0}))
+    if when == "before":
+        [outcome] = run(stopped_and_cannot_save, 1, config)
+        end = "stopped"
+    else:
+        [outcome] = run(cannot_save, 1, config, STEPS, 20, {"8": "SIGTERM"})
+        end = "finished"
+    assert end_of(tmp_path)["how"] == end, outcome.errors
+    lines = [line for line in outcome.output.splitlines() if "was not saved" in line]
+    assert len(lines) == 20 and lines[-1].endswith("and so on for 2m00s")
+    # The first attempt of the last step is made beside training.
+    assert [line.endswith("for 10m00s") for line in lines].count(True) == (0 if when == "before" else 6)
+
+
+def stopped_and_cannot_save(config: str) -> None:
+    install("step 2", lambda: ask(config, "SIGTERM"))
+    cannot_save(config, 1, 20, {})
+
+
+def test_a_second_ctrl_c_ends_the_last_save(corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES))
+    [outcome] = run(cannot_save, 1, config, STEPS, 10**9, {"8": "SIGINT", "12": "SIGINT"})
+    assert outcome.code == 130 and "Traceback" not in outcome.errors
+    assert newest(tmp_path / "run").step == 3
 
 
 @pytest.fixture
