@@ -57,6 +57,7 @@ class Trainer:
         step: the last one that is done, here or before the checkpoint that the run goes on from.
         first_step: the first that is to be done here.
         stopped: why the run left before its last step; "" if it did not.
+        resumed_from: the folder of the checkpoint that the run goes on from; None if it starts at its first step.
     """
 
     def __init__(
@@ -110,7 +111,8 @@ class Trainer:
         self.step = 0
         self.adapters = False
         self.first_adapter_step = self.derived.first_adapter_step
-        self.resumed_from: Checkpoint | None = found
+        self.resumed_from: Path | None = None if found is None else found.path
+        self._source = found
         if found is not None:
             state = state_of(found)
             self.step = found.step
@@ -207,8 +209,10 @@ class Trainer:
         self._engine = build_engine(
             self.config, self.derived, self.groups, adapters=self.adapters, draw=self.resumed_from is None
         )
-        if self.resumed_from is not None:
-            self._load(self._engine, self.resumed_from)
+        if self._source is not None:
+            self._load(self._engine, self._source)
+            # Its files stay mapped as long as it lives, and so on the disk when retention has removed them.
+            self._source = None
         with collectives.together():
             if self.environment.is_first:
                 self.journal = Journal(self.folder, self.step)
@@ -217,7 +221,7 @@ class Trainer:
         # From here on there is a state to save, and somebody who asks.
         self.stopper.defer(self.folder.path)
         if self.resumed_from is not None:
-            self.progress.say(f"resumed from {self.resumed_from.path} after step {self.step}")
+            self.progress.say(f"resumed from {self.resumed_from} after step {self.step}")
             if self._due(self.config.evaluation.interval) and not self._is_evaluated(self.step):
                 self._evaluate()
         self.progress.pause()
@@ -238,7 +242,7 @@ class Trainer:
         settings = self.config.checkpoint
         retention = Retention(self.folder.checkpoints, settings.keep, settings.keep_every)
         if self.resumed_from is not None:
-            retention.trust(self.resumed_from.path)
+            retention.trust(self.resumed_from)
         say = self.progress.say if self.environment.is_first else None
         return Saver(
             self.folder.checkpoints,

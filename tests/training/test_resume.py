@@ -1,4 +1,5 @@
 """Kill a run anywhere and give the same command again: every later number is the uninterrupted run's, to the last bit.
+The checkpoint that a run goes on from is let go of once it is loaded.
 
 Twelve steps, the adapters before step 8, column masks refreshed before steps 1, 6 and 11, an evaluation after every
 third step, checkpoints after every second. The runs go through the entry point, in forked processes that kill
@@ -9,6 +10,7 @@ Run: pytest tests/training/test_resume.py
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from slope_dist.checkpoint import Checkpoint
 from slope_dist.checkpoint.format import MANIFEST, encode
 from tests.distributed import Outcome, end_ranks, run_ranks
 from tests.runs import evaluation_rows, newest, pretrain, step_rows, train, watch_engines, write_config
@@ -201,6 +204,29 @@ def test_killed_run_in_bf16_goes_on_exactly(uninterrupted: Callable, corpus: Pat
     [resumed] = run(whole_run, 1, config)
     assert resumed.code == 0, resumed.errors
     assert_same_run(tmp_path / "run", uninterrupted(1, 1, "bf16"))
+
+
+def held_while_training(config: str) -> list[Any]:
+    """Goes on with a run; returns what there is of the checkpoint before its first and second step."""
+    held: list[Any] = []
+
+    def look(event: str, engine: Any, step: Any) -> None:
+        if event == "before step" and step <= 2:
+            mapped = sum(".safetensors" in line for line in Path("/proc/self/maps").read_text().splitlines())
+            held.append([mapped, sum(isinstance(thing, Checkpoint) for thing in gc.get_objects())])
+
+    watch_engines(look)
+    train(config)
+    return held
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_resumed_checkpoint_is_let_go_of(stage: int, corpus: Path, tmp_path: Path) -> None:
+    """What retention removes under a run that has it open stays on the disk, and on NFS also in its folder."""
+    config = str(write_config(tmp_path, corpus, **CHANGES, parallel__zero_stage=stage))
+    [killed] = run(killed_run, 1, config, "after step", 5)
+    assert killed.code == -signal.SIGKILL, killed.errors
+    assert run_ranks(held_while_training, 1, config) == [[[0, 0], [0, 0]]]
 
 
 def test_kill_between_evaluation_and_picture_leaves_one_evaluation(corpus: Path, tmp_path: Path) -> None:
