@@ -23,6 +23,7 @@ from slope_dist.checkpoint.format import (
     FORMAT_VERSION,
     LATEST,
     MANIFEST,
+    MAX_MANIFEST_BYTES,
     CheckpointError,
     decode,
     dtype_name,
@@ -33,7 +34,7 @@ from slope_dist.checkpoint.retention import discard, set_aside, sync_folder
 from slope_dist.checkpoint.tensor_file import Entry, durable_file, header_of, write_hashed
 from slope_dist.parallel.collectives import broadcast_json, gather_json, rank
 from slope_dist.parallel.fragments import Fragment
-from slope_dist.transfer import Transfer
+from slope_dist.transfer import Transfer, size_text
 
 Progress = Callable[[str], None]
 
@@ -216,6 +217,13 @@ def _commit(
         "python": platform.python_version(),
     }
     data = encode({"format": FORMAT_VERSION, **content, "versions": versions, "files": files, "tensors": tensors})
+    if len(data) > MAX_MANIFEST_BYTES:
+        pieces = sum(len(entry["fragments"]) for entry in tensors.values())
+        raise ValueError(
+            f"the manifest of {pieces} pieces would take {size_text(len(data))}, and no reader takes more than "
+            f"{size_text(MAX_MANIFEST_BYTES)}; let fewer ranks share each tensor: fewer data ranks with more tensor or "
+            "pipeline ranks, or a ZeRO stage below 3"
+        )
     # The reader's own checks: a defect that leaves a hole in a tensor must not become a checkpoint.
     decode(data)
     for name, entry in files.items():

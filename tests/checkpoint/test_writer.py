@@ -23,8 +23,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import slope_dist.checkpoint.writer as writer
-from slope_dist.checkpoint import CheckpointError, Retention, find_newest, save
+from slope_dist.checkpoint import Checkpoint, CheckpointError, Retention, find_newest, reader, save, writer
+from slope_dist.checkpoint.writer import UnsavableError
 from slope_dist.parallel.collectives import rank
 from slope_dist.parallel.fragments import Fragment, whole
 
@@ -142,6 +142,19 @@ def test_a_defect_does_not_become_a_checkpoint(tmp_path: Path, fragments: list[F
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path, 2, fragments, {}, {}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+
+
+def test_a_manifest_that_no_reader_would_take_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_state(tmp_path, 1)
+    size = (tmp_path / "step-00000001" / "manifest.json").stat().st_size
+    for module in (writer, reader):
+        monkeypatch.setattr(module, "MAX_MANIFEST_BYTES", size)
+    assert_holds(Checkpoint.open(save_state(tmp_path, 2).path), make_state(2))
+    for module in (writer, reader):
+        monkeypatch.setattr(module, "MAX_MANIFEST_BYTES", size - 1)
+    with pytest.raises(UnsavableError, match=r"manifest of 7 pieces would take .*; let fewer ranks share each tensor"):
+        save_state(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001", "step-00000002"]
 
 
 def test_scalars_that_are_not_json_fail_the_save(tmp_path: Path) -> None:
