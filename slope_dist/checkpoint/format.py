@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
@@ -128,8 +129,15 @@ def encode(content: dict[str, Any]) -> bytes:
     Raises:
         TypeError, ValueError: if something in it is not JSON.
     """
-    body = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()[:-1]
+    body = _json(content).encode()[:-1]
     return body + b',"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
+
+
+def _json(value: Any, levels: int = 2) -> str:
+    """The JSON of a value; its upper levels member by member, since the library lets no other thread run meanwhile."""
+    if levels and isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return f"{{{','.join(f'{json.dumps(name)}:{_json(member, levels - 1)}' for name, member in value.items())}}}"
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def unseal(data: bytes) -> Any:
@@ -158,17 +166,46 @@ def decode(data: bytes) -> Manifest:
     Raises:
         ValueError: what was expected and what found, in one line.
     """
-    content = unseal(data)
+    manifest = _typed(unseal(data))
+    _check_moderate(manifest)
+    _check_pieces(manifest.files, manifest.tensors.items())
+    return manifest
+
+
+def check_content(content: dict[str, Any]) -> None:
+    """Refuse what `decode` would refuse of `encode(content)`, tensor by tensor, so that other threads run meanwhile.
+
+    json and pydantic let none run: the pieces of a thousand ranks take them a minute.
+
+    Args:
+        content: the fields of `Manifest`.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    tensors = content["tensors"]
+    bare = _typed(unseal(encode(content | {"tensors": {key: tensors[key] | {"fragments": []} for key in tensors}})))
+    _check_moderate(bare)
+    # One at a time, and none is kept: the collector of garbage would walk through all of them, and let none run either.
+    _check_pieces(bare.files, ((key, _validated(StoredTensor, tensors[key], "tensors", key)) for key in tensors))
+
+
+def _typed(content: Any) -> Manifest:
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(f"expected format {FORMAT_VERSION}, found {version!r:.80}")
+    return _validated(Manifest, content)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _validated(model: type[_Model], content: Any, *where: str) -> _Model:
     try:
-        manifest = Manifest.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    _check(manifest)
-    return manifest
+        raise ValueError(f"{'.'.join(map(str, (*where, *first['loc'])))}: {first['msg']}") from None
 
 
 def _no_number(text: str) -> None:
@@ -195,27 +232,26 @@ def _check_moderate(manifest: Manifest) -> None:
             raise ValueError(f"{key}: expected a shape of moderate size, found another")
 
 
-def _check(manifest: Manifest) -> None:
+def _check_pieces(files: Mapping[str, StoredFile], tensors: Iterable[tuple[str, StoredTensor]]) -> None:
     """Refuse fragments that name no listed file, share a place, do not tile their tensor or do not fit their file; and
     unused files."""
-    _check_moderate(manifest)
     places = set()
-    sizes = dict.fromkeys(manifest.files, 0)
-    for name, tensor in manifest.tensors.items():
+    sizes = dict.fromkeys(files, 0)
+    for name, tensor in tensors:
         try:
             check_tiling(tensor.shape, ((part.rectangle, part.start, part.stop) for part in tensor.fragments))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         for part in tensor.fragments:
-            if part.file not in manifest.files:
+            if part.file not in files:
                 raise ValueError(f"{name}: a fragment lies in {part.file!r}, which is not among the files")
             if (part.file, part.key) in places:
                 raise ValueError(f"{name}: {part.key!r} of {part.file} is used twice")
             places.add((part.file, part.key))
             sizes[part.file] += (part.stop - part.start) * DTYPES[tensor.dtype].itemsize
-    unused = sorted(manifest.files.keys() - {file for file, _ in places})
+    unused = sorted(files.keys() - {file for file, _ in places})
     if unused:
         raise ValueError(f"no tensor has a fragment in {unused[0]}")
     for file, size in sizes.items():
-        if size > manifest.files[file].bytes:
-            raise ValueError(f"{file}: expected at least its tensors' {size} bytes, found {manifest.files[file].bytes}")
+        if size > files[file].bytes:
+            raise ValueError(f"{file}: expected at least its tensors' {size} bytes, found {files[file].bytes}")

@@ -36,6 +36,9 @@ from slope_dist.transfer import Transfer
 
 _CHUNK_BYTES = 4 * 2**20
 
+Stamp = tuple[int, int, int]
+"""Size, time of change and inode of a file."""
+
 
 class Checkpoint:
     """A checkpoint on disk, as a `StateSource`.
@@ -56,7 +59,7 @@ class Checkpoint:
         self.scalars: Mapping[str, Any] = manifest.scalars
         self.identity: Mapping[str, Any] = manifest.identity
         self.config: Mapping[str, Any] = manifest.config
-        self._stamps: dict[str, tuple[int, int, int]] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._handles: dict[str, safe_open] = {}
         self._headers: dict[str, dict[str, tuple[str, list[int]]]] = {file: {} for file in manifest.files}
         for tensor in manifest.tensors.values():
@@ -77,7 +80,7 @@ class Checkpoint:
         """
         try:
             checkpoint = cls(path, _read_manifest(path))
-            checkpoint._check_listing()
+            checkpoint._stamps = check_listing(path, checkpoint.sizes)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         if verify:
@@ -105,6 +108,11 @@ class Checkpoint:
             if found != expected:
                 raise CheckpointError(f"{self.path}: {name}: expected sha256 {expected}, found {found}")
             self._open_file(name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each of the manifest's files."""
+        return {name: file.bytes for name, file in self.manifest.files.items()}
 
     def has(self, name: str, kind: Kind) -> bool:
         """Whether this state is there; if so, all of it is."""
@@ -187,24 +195,11 @@ class Checkpoint:
             self._handles[name] = handle
         return self._handles[name]
 
-    def _check_listing(self) -> None:
-        """Refuse other files than the manifest's, links, and other sizes than its."""
-        expected, found = self.manifest.files, set(os.listdir(self.path)) - {MANIFEST}
-        for name in sorted(expected.keys() - found):
-            raise CheckpointError(f"{self.path}: {name}: expected a file, found none")
-        for name in sorted(found - expected.keys()):
-            raise CheckpointError(f"{self.path}: {name!r}: expected only the manifest's files, found this one too")
-        for name, entry in expected.items():
-            found_file = _regular_file(self.path, name)
-            if found_file.st_size != entry.bytes:
-                raise CheckpointError(f"{self.path}: {name}: expected {entry.bytes} bytes, found {found_file.st_size}")
-            self._stamps[name] = _stamp(found_file)
-
     def _check_unchanged(self, name: str) -> None:
         """Refuse a file that is not as it was when the checkpoint was opened, before anything of it was hashed."""
         try:
             # Asked twice a read; Path's own joining would take longer than the answer.
-            stamp = _stamp(os.lstat(f"{self.path}/{name}"))
+            stamp = stamp_of(os.lstat(f"{self.path}/{name}"))
         except OSError as error:
             raise CheckpointError(f"{self.path}: {name}: cannot be read: {error}") from error
         if stamp != self._stamps[name]:
@@ -337,6 +332,30 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def check_listing(path: Path, sizes: Mapping[str, int]) -> dict[str, Stamp]:
+    """Refuse a checkpoint's folder with other files beside its manifest than these, with links, and with other sizes.
+
+    Returns:
+        The files as they are now.
+
+    Raises:
+        CheckpointError: at the first of them.
+        OSError: if the folder cannot be read.
+    """
+    stamps = {}
+    found = set(os.listdir(path)) - {MANIFEST}
+    for name in sorted(sizes.keys() - found):
+        raise CheckpointError(f"{path}: {name}: expected a file, found none")
+    for name in sorted(found - sizes.keys()):
+        raise CheckpointError(f"{path}: {name!r}: expected only the manifest's files, found this one too")
+    for name, size in sizes.items():
+        found_file = _regular_file(path, name)
+        if found_file.st_size != size:
+            raise CheckpointError(f"{path}: {name}: expected {size} bytes, found {found_file.st_size}")
+        stamps[name] = stamp_of(found_file)
+    return stamps
+
+
 def _regular_file(folder: Path, name: str) -> os.stat_result:
     found = os.lstat(folder / name)
     if not stat.S_ISREG(found.st_mode):
@@ -344,7 +363,8 @@ def _regular_file(folder: Path, name: str) -> os.stat_result:
     return found
 
 
-def _stamp(file: os.stat_result) -> tuple[int, int, int]:
+def stamp_of(file: os.stat_result) -> Stamp:
+    """What tells whether a file is still the one it was."""
     return file.st_size, file.st_mtime_ns, file.st_ino
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from uuid import uuid4
 
 from slope_dist.checkpoint.format import FILE_NAME, LEFTOVER_NAME, MANIFEST, CheckpointError, step_of
-from slope_dist.checkpoint.reader import Checkpoint
+from slope_dist.checkpoint.reader import Checkpoint, Stamp, check_listing, stamp_of
 from slope_dist.parallel.collectives import rank
 
 MIN_KEPT = 2
@@ -23,6 +23,9 @@ class Retention:
     Rank 0 acts; on other ranks nothing happens. What this process has written, or read in full, is known to be whole;
     an older one is hashed, once, before anything is removed in reliance on it. Folders that are damaged, and any that
     hold a file of someone else, are neither counted nor touched.
+
+    A manifest is read again only if it has changed: to decode one of many ranks takes a minute, and training stands
+    still meanwhile.
 
     Args:
         checkpoints: the folder of all checkpoints of the run.
@@ -40,10 +43,20 @@ class Retention:
         self._keep = keep
         self._every = every
         self._whole: set[str] = set()
+        self._seen: dict[str, tuple[Stamp, Mapping[str, int]]] = {}
 
-    def trust(self, folder: Path) -> None:
-        """Take note that this process has written the checkpoint, or verified it."""
+    def trust(self, folder: Path, sizes: Mapping[str, int]) -> None:
+        """Take note that this process has written the checkpoint, or verified it.
+
+        Args:
+            folder: its folder.
+            sizes: bytes of each of its manifest's files; of use on rank 0.
+        """
+        if rank() != 0:
+            return
         self._whole.add(folder.name)
+        with contextlib.suppress(OSError):
+            self._seen[folder.name] = stamp_of(os.lstat(folder / MANIFEST)), sizes
 
     def prune(self, *, progress: Callable[[str], None] | None = None) -> list[str]:
         """Remove what need not stay, and what interrupted saves and removals left behind.
@@ -65,6 +78,7 @@ class Retention:
                 trash = set_aside(self._checkpoints / name)
                 notify("trashed")
                 discard(trash)
+                self._seen.pop(name, None)
                 notify("removed")
         except OSError as error:
             problems.append(f"{self._checkpoints}: old checkpoints could not be removed: {error}")
@@ -92,19 +106,33 @@ class Retention:
         for position, name in enumerate(newest_first):
             if whole == self._keep:
                 older = [name for name in newest_first[position:] if self._every is None or steps[name] % self._every]
-                return [name for name in reversed(older) if looks_complete(self._checkpoints / name)]
+                return [name for name in reversed(older) if self._looks_complete(name)]
             # Without older ones nothing depends on whether this one is whole.
             whole += position + 1 < len(newest_first) and self._is_whole(name)
         return []
 
     def _is_whole(self, name: str) -> bool:
         if name in self._whole:
-            return looks_complete(self._checkpoints / name)
+            return self._looks_complete(name)
         try:
-            Checkpoint.open(self._checkpoints / name)
+            checkpoint = Checkpoint.open(self._checkpoints / name)
         except CheckpointError:
             return False
-        self._whole.add(name)
+        self.trust(checkpoint.path, checkpoint.sizes)
+        return True
+
+    def _looks_complete(self, name: str) -> bool:
+        """As the function, of a manifest that may have been read before."""
+        folder = self._checkpoints / name
+        try:
+            stamp = stamp_of(os.lstat(folder / MANIFEST))
+            before, sizes = self._seen.get(name, (None, {}))
+            if stamp == before:
+                check_listing(folder, sizes)
+            else:
+                self._seen[name] = stamp, Checkpoint.open(folder, verify=False).sizes
+        except (CheckpointError, OSError):
+            return False
         return True
 
 

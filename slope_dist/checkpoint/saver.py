@@ -246,7 +246,7 @@ class Saver:
                 return
             pause = min(2 * pause, LONGEST_PAUSE)
         seconds = time.perf_counter() - save.start
-        self._retention.trust(saved.path)
+        self._retention.trust(saved.path, saved.sizes)
         problems = tuple(self._retention.prune())
         standing = seconds if stall is None else stall
         held = self._copy.bytes

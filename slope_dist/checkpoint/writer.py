@@ -25,7 +25,7 @@ from slope_dist.checkpoint.format import (
     MANIFEST,
     MAX_MANIFEST_BYTES,
     CheckpointError,
-    decode,
+    check_content,
     dtype_name,
     encode,
     folder_name,
@@ -49,10 +49,17 @@ class UnsavableError(CheckpointError):
 
 
 class Saved(NamedTuple):
-    """A new checkpoint: its folder, `step-00000123`, and the bytes of all its files."""
+    """A new checkpoint.
+
+    Attributes:
+        path: its folder, `step-00000123`.
+        bytes: of all its files.
+        sizes: of each but the manifest, on rank 0; empty elsewhere.
+    """
 
     path: Path
     bytes: int
+    sizes: dict[str, int]
 
 
 def save(
@@ -107,15 +114,15 @@ def save(
     votes = gather_json([error, in_vain, part], group)
     notify("voted")
     verdict, size = None, 0
+    sizes: dict[str, int] = {}
     if votes is not None:
         failed = [(f"rank {index}: {said}", vain) for index, (said, vain, _) in enumerate(votes) if said is not None]
         verdict, in_vain = failed[0] if failed else (None, False)
         if verdict is None:
             content = {"step": step, "scalars": scalars, "identity": identity, "config": config}
             try:
-                size = _commit(
-                    temporary, checkpoints / folder_name(step), content, [written for *_, written in votes], notify
-                )
+                parts = [written for *_, written in votes]
+                size, sizes = _commit(temporary, checkpoints / folder_name(step), content, parts, notify)
             except Exception as caught:
                 verdict, cause, in_vain = _in_words(caught), caught, _is_in_vain(caught)
         if verdict is not None:
@@ -124,7 +131,7 @@ def save(
     if verdict is not None:
         kind = UnsavableError if in_vain else CheckpointError
         raise kind(f"{checkpoints}: step {step} was not saved: {verdict}") from cause
-    return Saved(checkpoints / folder_name(step), size)
+    return Saved(checkpoints / folder_name(step), size, sizes)
 
 
 def _write_rank(folder: Path, fragments: Iterable[Fragment], notify: Progress, transfer: Transfer) -> dict[str, Any]:
@@ -201,8 +208,12 @@ def _all_bytes(tensors: Iterable[Tensor]) -> Iterator[memoryview]:
 
 def _commit(
     temporary: Path, final: Path, content: dict[str, Any], parts: list[dict[str, Any]], notify: Progress
-) -> int:
-    """Write the manifest of all ranks' files and give the folder its name; returns the bytes of all files."""
+) -> tuple[int, dict[str, int]]:
+    """Write the manifest of all ranks' files and give the folder its name.
+
+    Returns:
+        The bytes of all files, and of each but the manifest.
+    """
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     for part in parts:
@@ -216,7 +227,10 @@ def _commit(
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-    data = encode({"format": FORMAT_VERSION, **content, "versions": versions, "files": files, "tensors": tensors})
+    content = {"format": FORMAT_VERSION, **content, "versions": versions, "files": files, "tensors": tensors}
+    # The reader's own checks: a defect that leaves a hole in a tensor must not become a checkpoint.
+    check_content(content)
+    data = encode(content)
     if len(data) > MAX_MANIFEST_BYTES:
         pieces = sum(len(entry["fragments"]) for entry in tensors.values())
         raise ValueError(
@@ -224,8 +238,6 @@ def _commit(
             f"{size_text(MAX_MANIFEST_BYTES)}; let fewer ranks share each tensor: fewer data ranks with more tensor or "
             "pipeline ranks, or a ZeRO stage below 3"
         )
-    # The reader's own checks: a defect that leaves a hole in a tensor must not become a checkpoint.
-    decode(data)
     for name, entry in files.items():
         path = temporary / name
         if not path.exists() or path.stat().st_size != entry["bytes"]:
@@ -249,7 +261,8 @@ def _commit(
     sync_folder(final.parent.parent)
     _point_latest(final)
     notify("latest")
-    return len(data) + sum(int(entry["bytes"]) for entry in files.values())
+    sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    return len(data) + sum(sizes.values()), sizes
 
 
 def _point_latest(final: Path) -> None:

@@ -219,15 +219,16 @@ class _Run:
         """Empty before the trainer stands: what could be gone on from is not known yet."""
         if self.trainer is None:
             return ""
-        return how_to_go_on(self.trainer.folder.newest_complete(), self.request, self.place)
+        return how_to_go_on(self.trainer.newest_complete(), self.request, self.place)
 
     def _write_end(self, how: How, code: int | None, cause: str | None, *, temporary: bool = False) -> None:
         """In the job's own file alone before the trainer stands: the folder may be another run's.
 
         So also where nothing was left to do: how the run has ended stands there already.
         """
-        folder = None if self.trainer is None or self.trainer.finished else self.trainer.folder
-        checkpoint = None if folder is None else folder.newest_complete()
+        trainer = None if self.trainer is None or self.trainer.finished else self.trainer
+        folder = None if trainer is None else trainer.folder
+        checkpoint = None if trainer is None else trainer.newest_complete()
         write_end(
             None if folder is None else folder.path,
             how,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slope_dist.checkpoint import Checkpoint, find_newest_on_all_ranks
-from slope_dist.checkpoint.format import step_of
+from slope_dist.checkpoint.format import MANIFEST, step_of
 from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
 from slope_dist.config.model import ModelConfig
@@ -161,11 +161,19 @@ class RunFolder:
                 passing = may_pass(failure)
         collectives.agree(error, passing=passing)
 
-    def newest_complete(self) -> Path | None:
-        """The newest checkpoint that looks complete, for a message; its bytes are not read."""
+    def newest_complete(self, known: Path | None) -> Path | None:
+        """The newest checkpoint that looks complete, for a message; its bytes are not read.
+
+        Args:
+            known: one that this process has written or verified, of which a manifest that is there is enough: to
+                decode that of many ranks takes a minute.
+        """
         with suppress(OSError):
             steps = {step: path for step, path in self._by_step().items() if path.name not in self.damaged}
-            return next((steps[step] for step in sorted(steps, reverse=True) if looks_complete(steps[step])), None)
+            for step in sorted(steps, reverse=True):
+                path = steps[step]
+                if (path / MANIFEST).is_file() if path == known else looks_complete(path):
+                    return path
         return None
 
     def _by_step(self) -> dict[int, Path]:

@@ -211,12 +211,12 @@ class Trainer:
         )
         if self._source is not None:
             self._load(self._engine, self._source)
-            # Its files stay mapped as long as it lives, and so on the disk when retention has removed them.
-            self._source = None
         with collectives.together():
             if self.environment.is_first:
                 self.journal = Journal(self.folder, self.step)
         self.saver = self._make_saver()
+        # Its files stay mapped as long as it lives, and so on the disk when retention has removed them.
+        self._source = None
         self.progress.start()
         # From here on there is a state to save, and somebody who asks.
         self.stopper.defer(self.folder.path)
@@ -241,8 +241,8 @@ class Trainer:
     def _make_saver(self) -> Saver:
         settings = self.config.checkpoint
         retention = Retention(self.folder.checkpoints, settings.keep, settings.keep_every)
-        if self.resumed_from is not None:
-            retention.trust(self.resumed_from)
+        if self._source is not None:
+            retention.trust(self._source.path, self._source.sizes)
         say = self.progress.say if self.environment.is_first else None
         return Saver(
             self.folder.checkpoints,
@@ -446,6 +446,10 @@ class Trainer:
     def _is_saved(self) -> bool:
         """Whether the state of now is. Saves end alike on all ranks, so they agree on it."""
         return self.last_checkpoint is not None and self.last_checkpoint.name == folder_name(self.step)
+
+    def newest_complete(self) -> Path | None:
+        """The checkpoint that the run could be gone on from, for a message."""
+        return self.folder.newest_complete(self.last_checkpoint)
 
     def result(self) -> str:
         """One line on a run that has nothing left to do."""

@@ -18,7 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from slope_dist.checkpoint.format import CheckpointError, decode, dtype_name, encode, folder_name, step_of
+from slope_dist.checkpoint.format import (
+    CheckpointError,
+    check_content,
+    decode,
+    dtype_name,
+    encode,
+    folder_name,
+    step_of,
+)
 
 from .states import in_ranks, make_state, save_state
 
@@ -53,6 +61,7 @@ def test_round_trip_is_exact() -> None:
     content = good_content()
     data = encode(content)
     manifest = decode(data)
+    check_content(content)
     assert json.loads(manifest.model_dump_json()) == content
     assert manifest.scalars["rate"] == 0.1 + 0.2
     # What the documentation tells a stranger: one JSON object, hashed up to its last member.
@@ -164,8 +173,11 @@ FRAGMENT = ("tensors", "weight/a.b", "fragments", 1)
 def test_bad_content_with_a_right_hash_is_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
     content = copy.deepcopy(good_content())
     change(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as read:
         decode(encode(content))
+    with pytest.raises(ValueError, match=message) as written:
+        check_content(content)
+    assert str(written.value) == str(read.value), "what is written is checked as what is read"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Claim: after any sequence of saves, kills, damage, restarts and clean-ups the newest k checkpoints that verify are
 there, and the milestones, the rest of the writer's folders are gone, and nothing else was touched. The model is a
-dictionary of what must be on disk.
+dictionary of what must be on disk. A manifest is read once, and again when it has changed.
 
 Run alone: python -m pytest tests/checkpoint/test_retention.py
 """
@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from slope_dist.checkpoint import Retention, find_newest
+from slope_dist.checkpoint import Checkpoint, Retention, find_newest, format
 from slope_dist.checkpoint.format import folder_name
 
 from .states import in_child, kill_at, save_state
@@ -81,7 +81,8 @@ class Model(RuleBasedStateMachine):
         step = self.next_step
         # A process that was started just now: it knows of what it has written itself, and must find out the rest.
         retention = Retention(self.folder, self.keep, self.every)
-        retention.trust(save_state(self.folder, step).path)
+        saved = save_state(self.folder, step)
+        retention.trust(saved.path, saved.sizes)
         self.next_step += stride
         self.whole.add(step)
         gone = set(self.dispensable)
@@ -163,6 +164,65 @@ def test_retention_follows_the_model() -> None:
             max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+class Readings:
+    """Counts the manifests that are decoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        validate = format.Manifest.model_validate
+
+        def counted(content: Any) -> Any:
+            # Of one without pieces the rest is checked before it is written.
+            self.count += any(tensor["fragments"] for tensor in content["tensors"].values())
+            return validate(content)
+
+        monkeypatch.setattr(format.Manifest, "model_validate", counted)
+
+    def since(self) -> int:
+        """How many since the last call."""
+        count, self.count = self.count, 0
+        return count
+
+
+def test_a_save_decodes_no_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2, 3):
+        save_state(tmp_path, step)
+    readings = Readings(monkeypatch)
+    retention = Retention(tmp_path, 2)
+    # The newest is what a run has resumed.
+    resumed = Checkpoint.open(tmp_path / folder_name(3))
+    retention.trust(resumed.path, resumed.sizes)
+    counts = [readings.since()]
+    for step in (4, 5, 6, 7):
+        saved = save_state(tmp_path, step)
+        retention.trust(saved.path, saved.sizes)
+        assert retention.prune() == []
+        counts.append(readings.since())
+    assert counts == [1, 2, 0, 0, 0], "the resumed one; those older than that, once, before they are removed; no others"
+    assert sorted(os.listdir(tmp_path)) == ["latest", folder_name(6), folder_name(7)]
+
+
+@pytest.mark.parametrize("damage", ["manifest", "cut", "gone", "foreign"])
+def test_what_is_known_is_still_looked_at(damage: str, tmp_path: Path) -> None:
+    retention = Retention(tmp_path, 2)
+    for step in (1, 2, 3):
+        saved = save_state(tmp_path, step)
+        retention.trust(saved.path, saved.sizes)
+    folder = tmp_path / folder_name(2)
+    victim = sorted(folder.glob("rank*"))[0]
+    if damage == "manifest":
+        content = (folder / "manifest.json").read_bytes()
+        (folder / "manifest.json").write_bytes(content.replace(b'"step":2', b'"step":3'))
+    elif damage == "cut":
+        os.truncate(victim, victim.stat().st_size - 1)
+    elif damage == "gone":
+        victim.unlink()
+    else:
+        (folder / "notes.txt").write_text("mine")
+    assert retention.prune() == []
+    assert sorted(os.listdir(tmp_path)) == ["latest", *(folder_name(step) for step in (1, 2, 3))], "two whole ones"
 
 
 def test_at_least_two_stay(tmp_path: Path) -> None:

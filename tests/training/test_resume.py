@@ -229,6 +229,30 @@ def test_the_resumed_checkpoint_is_let_go_of(stage: int, corpus: Path, tmp_path:
     assert run_ranks(held_while_training, 1, config) == [[[0, 0], [0, 0]]]
 
 
+def manifests_read(config: str) -> int:
+    """Goes on with a run by the entry point, and returns how many manifests it decodes on the way."""
+    from slope_dist.checkpoint import reader
+
+    decode, count = reader.decode, 0
+
+    def counted(data: bytes) -> Any:
+        nonlocal count
+        count += 1
+        return decode(data)
+
+    reader.decode = counted
+    assert pretrain("--config", config) == 0
+    return count
+
+
+def test_a_run_reads_the_manifests_that_it_found_and_no_other(corpus: Path, tmp_path: Path) -> None:
+    config = str(write_config(tmp_path, corpus, **CHANGES, checkpoint__asynchronous=False, checkpoint__keep=2))
+    [killed] = run(killed_run, 1, config, "after step", 7)
+    assert killed.code == -signal.SIGKILL, killed.errors
+    # Those of steps 4 and 6: the older one is hashed before anything is removed in reliance on it.
+    assert run(manifests_read, 1, config)[0].result == 2
+
+
 def test_kill_between_evaluation_and_picture_leaves_one_evaluation(corpus: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path, corpus, **CHANGES | {"training__steps": 3, "evaluation__interval": 0}))
     [killed] = run(killed_run, 1, config, "evaluation row", 1)
