@@ -14,10 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slope_dist.sparse.pattern import Pattern
-
-_BITS_OF_BYTE = (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1).bool()
-"""[256, 8]: the eight mask entries of a byte of bits."""
+from slope_dist.sparse.pattern import SUPPORTED, Pattern
 
 # Multiplied by this, eight bytes of 0 or 1 read as one little-endian number leave their eight bits, in order, on top.
 _GATHER_BITS = 0x0102040810204080
@@ -29,30 +26,35 @@ step's peak memory, and beyond 32 MiB take twice to four times as long: the C li
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _columns_of_byte() -> Tensor:
-    """Map of a byte of 2:4 codes to the four columns (0..7) it keeps: int64 [256, 4]."""
-    byte = torch.arange(256)
-    return torch.stack([byte & 3, byte >> 2 & 3, (byte >> 4 & 3) + 4, (byte >> 6 & 3) + 4], dim=1)
+def _bits_of_byte(device: torch.device) -> Tensor:
+    """Map of a byte of bits to its eight mask entries: bool [256, 8]."""
+    return (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1).bool()
 
 
-def _codes_of_bits() -> Tensor:
-    """Map of a byte of bits with two set in each half to its byte of 2:4 codes; of no other byte: uint8 [256]."""
-    codes = torch.zeros(256, dtype=torch.uint8)
-    for bits in range(256):
-        kept = [column for column in range(8) if bits >> column & 1]
-        if [column // 4 for column in kept] == [0, 0, 1, 1]:
-            codes[bits] = sum((column % 4) << 2 * slot for slot, column in enumerate(kept))
-    return codes
+def _columns_of_byte(n: int, m: int, device: torch.device) -> Tensor:
+    """Map of a byte of metadata to the 8 n / m columns (0..7) it keeps, ascending: int64 [256, 8 n / m]."""
+    if (n, m) == (2, 4):
+        shifts = torch.arange(0, 8, 2, device=device)
+        return (torch.arange(256, device=device).unsqueeze(1) >> shifts & 3) + shifts // 4 * 4
+    return _bits_of_byte(device).to(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, : 8 * n // m]
 
 
-_COLUMNS_OF_BYTE = _columns_of_byte()
-_CODES_OF_BITS = _codes_of_bits()
+def _codes_of_bits(device: torch.device) -> Tensor:
+    """Map of a byte of bits with two set in each half to its byte of 2:4 codes: uint8 [256, 1]."""
+    columns = _columns_of_byte(4, 8, device)
+    return ((columns & 3) << torch.arange(0, 8, 2, device=device)).sum(dim=1, keepdim=True).to(torch.uint8)
+
+
+# A copy to an accelerator would wait for it and could be part of no CUDA graph: there, tables are made anew.
+_HOST = torch.device("cpu")
+_BITS = _bits_of_byte(_HOST)
+_COLUMNS = {(n, m): _columns_of_byte(n, m, _HOST) for n, m in SUPPORTED}
+_CODES = _codes_of_bits(_HOST)
 
 
 def _translate(packed: Tensor, table: Tensor) -> Tensor:
     """Each byte of uint8 [O, W] replaced by its row of a table [256, n]: [O, W * n]."""
-    rows = table.to(packed.device).index_select(0, packed.reshape(-1).int())
-    return rows.view(packed.shape[0], -1)
+    return table.index_select(0, packed.reshape(-1).int()).view(packed.shape[0], -1)
 
 
 def pack(mask: Tensor, pattern: Pattern) -> Tensor:
@@ -80,7 +82,9 @@ def pack(mask: Tensor, pattern: Pattern) -> Tensor:
 def encode(mask: Tensor, pattern: Pattern) -> Tensor:
     """`pack` for a mask that is right by construction: nothing is checked, so a compiler can take it whole."""
     packed = pack_bits(mask)
-    return _translate(packed, _CODES_OF_BITS.unsqueeze(1)) if pattern.is_two_four else packed
+    if not pattern.is_two_four:
+        return packed
+    return _translate(packed, _CODES if packed.device == _HOST else _codes_of_bits(packed.device))
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor) -> Tensor:
     """Undo `pack_bits`: uint8 [O, I / 8] -> bool [O, I]."""
-    return _translate(packed, _BITS_OF_BYTE)
+    return _translate(packed, _BITS if packed.device == _HOST else _bits_of_byte(packed.device))
 
 
 def columns_of(indices: Tensor, pattern: Pattern) -> Tensor:
@@ -104,11 +108,10 @@ def columns_of(indices: Tensor, pattern: Pattern) -> Tensor:
     Returns:
         int64 [O, K], usable by `gather` and `scatter` along dimension 1.
     """
-    rows, width = indices.shape
-    if not pattern.is_two_four:
-        return unpack_bits(indices).nonzero()[:, 1].view(rows, pattern.kept(width * 8))
-    first = torch.arange(0, width * 8, 8, device=indices.device).repeat_interleave(4)
-    return _translate(indices, _COLUMNS_OF_BYTE).add_(first)
+    device, size = indices.device, (pattern.n, pattern.m)
+    table = _COLUMNS[size] if device == _HOST else _columns_of_byte(*size, device)
+    first = torch.arange(0, indices.shape[1] * 8, 8, device=device).repeat_interleave(pattern.kept(8))
+    return _translate(indices, table).add_(first)
 
 
 def mask_of(indices: Tensor, pattern: Pattern) -> Tensor:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from slope_dist.sparse import Pattern, codec
+from slope_dist.sparse import Pattern, codec, pruning
 from tests.sparse import oracle
 
 pytestmark = pytest.mark.usefixtures("nan_scratch")
@@ -131,3 +134,29 @@ def test_a_mask_that_is_not_contiguous_packs_alike() -> None:
     strided = mask.t().contiguous().t()
     assert not strided.is_contiguous()
     assert codec.pack(strided, Pattern(2, 4)).equal(codec.pack(mask, Pattern(2, 4)))
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails where an operator takes or gives a tensor of any device but `meta`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        found = {t.device.type for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}
+        assert found <= {"meta"}, f"{func} on {found}"
+        return result
+
+
+@pytest.mark.parametrize(("n", "m"), oracle.PATTERNS)
+def test_on_another_device_nothing_comes_from_the_host_or_waits_for_it(n: int, m: int) -> None:
+    """A copy from the host, or a shape that depends on data, can be part of no CUDA graph."""
+    pattern = Pattern(n, m)
+    dense, mask = torch.empty(16, 32, device="meta"), torch.empty(16, 32, device="meta", dtype=torch.bool)
+    with OnOneDevice():
+        packed = codec.encode(mask, pattern)
+        values = codec.gather(dense, packed, pattern)
+        assert codec.expand(values, packed, pattern).shape == (16, 32)
+        assert codec.mask_of(packed, pattern).shape == (16, 32)
+        for kept in (None, codec.unpack_bits(codec.pack_bits(mask))):
+            transposed, indices = pruning.doubly_pruned_transpose(values, packed, pattern, kept)
+            assert transposed.shape == (32, pattern.kept(16))
+            assert indices.shape == (32, 2)
