@@ -7,12 +7,24 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 EXIT_INTERRUPTED = 130
 """What shells report for a program that Ctrl-C ended."""
+
+
+def path_argument(text: str) -> Path:
+    """The path that an option names; not "", which is what a shell makes of a variable that is not set.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path (a shell variable may not be set)")
+    return Path(text)
 
 
 class Parser(argparse.ArgumentParser):

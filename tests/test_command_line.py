@@ -8,8 +8,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from slope_dist.command_line import Parser, path_argument
+from slope_dist.errors import UserError
 
 PROGRAM = """
 import sys
@@ -72,3 +76,15 @@ def test_another_failure_stays_one() -> None:
     code, errors = run("open('/nowhere/at/all')", subprocess.DEVNULL)
     assert code == 1
     assert "FileNotFoundError" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"), [(["run", "--output", ""], "--output"), (["", "--output", "out"], "FOLDER")]
+)
+def test_a_path_is_not_the_working_folder_because_a_variable_is_not_set(arguments: list[str], named: str) -> None:
+    parser = Parser()
+    parser.add_argument("--output", type=path_argument)
+    parser.add_argument("folder", type=path_argument, metavar="FOLDER")
+    assert parser.parse_args(["run", "--output", "out"]).folder == Path("run")
+    with pytest.raises(UserError, match=f"argument {named}: is empty; give a path"):
+        parser.parse_args(arguments)

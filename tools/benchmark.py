@@ -59,7 +59,7 @@ from rich.table import Table
 from slope_dist.benchmark import inference, layer, loading, machine, memory, preparing, ranks, traffic
 from slope_dist.benchmark.cells import CellFailedError
 from slope_dist.benchmark.timing import WrongResultError
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, path_argument
 from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.export.options import DTYPES
@@ -123,7 +123,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="ZeRO stages (%(default)s)",
     )
     options.add_argument("--rounds", type=int, default=5, metavar="N", help="saves and loads of each (%(default)s)")
-    options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
+    options.add_argument(
+        "--folder", type=path_argument, metavar="DIR", help="where to write (the system's temporary folder)"
+    )
     _add_output(options)
     options = commands.add_parser("loader", help="batches read from a corpus, beside Megatron-core's")
     options.set_defaults(check=_check_loader, run=run_loader)
@@ -132,7 +134,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--length", type=int, default=read.sequence_length, metavar="N", help="tokens (%(default)s)")
     options.add_argument("--batch", type=int, default=read.batch_size, metavar="N", help="samples (%(default)s)")
     options.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of timing (%(default)s)")
-    options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
+    options.add_argument(
+        "--folder", type=path_argument, metavar="DIR", help="where to write (the system's temporary folder)"
+    )
     _add_output(options)
     options = commands.add_parser("data", help="text to tokens, beside datasets.map")
     options.set_defaults(check=_check_data, run=run_data)
@@ -153,7 +157,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.add_argument("--prompt", type=int, default=use.prompt, metavar="N", help="tokens (%(default)s)")
     options.add_argument("--seconds", type=float, default=use.seconds, metavar="S", help="timing of each (%(default)s)")
     options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
-    options.add_argument("--folder", type=Path, metavar="DIR", help="where to write (the system's temporary folder)")
+    options.add_argument(
+        "--folder", type=path_argument, metavar="DIR", help="where to write (the system's temporary folder)"
+    )
     _add_output(options)
     gpu_benchmarks.add_commands(commands, _add_output)
     chosen = parser.parse_args(arguments)
@@ -162,7 +168,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _add_output(options: argparse.ArgumentParser) -> None:
-    options.add_argument("--output", type=Path, metavar="FILE", help="write every number as JSON")
+    options.add_argument("--output", type=path_argument, metavar="FILE", help="write every number as JSON")
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -33,9 +33,8 @@ import argparse
 import shlex
 import signal
 import sys
-from pathlib import Path
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, visible
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, path_argument, visible
 from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.export.exporting import FORMS, convert
@@ -55,15 +54,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         UserError: an option is unknown, missing, or has no meaning beside another.
     """
     parser = Parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint, run folder, or converted model")
+    parser.add_argument("model", type=path_argument, metavar="MODEL", help="checkpoint, run folder, or converted model")
     parser.add_argument("--to", required=True, choices=[*FORMS, CHECKPOINT], help="what to write")
     parser.add_argument(
         "--from", dest="source", choices=["checkpoint", *FORMS], help="what MODEL is, if it should be nothing else"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to make; must not exist")
+    parser.add_argument("--output", type=path_argument, metavar="DIR", help="folder to make; must not exist")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the numbers written (as they are stored)")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="of the model, if it is not where its run had it"
+        "--tokenizer", type=path_argument, metavar="PATH", help="of the model, if it is not where its run had it"
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer")
     adapters = parser.add_argument_group("adapters")

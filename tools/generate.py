@@ -35,9 +35,8 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from slope_dist.command_line import Parser, answer, visible
+from slope_dist.command_line import Parser, answer, path_argument, visible
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 from slope_dist.inference.command_line import add_model_options, model_of, say
@@ -60,7 +59,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_model_options(parser)
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="to continue; may be repeated")
-    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="prompts, one a line, or .jsonl")
+    prompts.add_argument("--prompt-file", type=path_argument, metavar="FILE", help="prompts, one a line, or .jsonl")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of each text (%(default)s)")
     parser.add_argument("--temperature", type=float, metavar="T", help="draw tokens, from logits divided by T")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable only")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gpu_tables as tables
@@ -17,6 +16,7 @@ from slope_dist.benchmark.block_linears import config_name, matrices
 from slope_dist.benchmark.cells import Cell
 from slope_dist.benchmark.results import ResultFile
 from slope_dist.benchmark.timing import WrongResultError
+from slope_dist.command_line import path_argument
 from slope_dist.config import Config, load_config
 from slope_dist.errors import UserError
 from slope_dist.export.options import DTYPES
@@ -92,7 +92,7 @@ def _command(
         "it, or by metadata made for each product (%(default)s)",
     )
     add_output(options)
-    options.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (beside --output)")
+    options.add_argument("--plot", type=path_argument, metavar="FILE", help="draw a PNG (beside --output)")
     options.add_argument("--fresh", action="store_true", help="replace the results that --output holds")
     options.add_argument("--again", action="store_true", help="try again what could not be measured")
     return options

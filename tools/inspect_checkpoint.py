@@ -37,7 +37,7 @@ from slope_dist.checkpoint.inspection import (
 )
 from slope_dist.checkpoint.report import Line, comparison, comparison_json, print_lines, report, report_json, to_json
 from slope_dist.checkpoint.validation import check_state
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, drop_output, visible
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, drop_output, path_argument, visible
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.transfer import Transfer
 
@@ -52,14 +52,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         UserError: an option is unknown or missing or contradicts another.
     """
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="checkpoint, checkpoints folder or run folder")
+    parser.add_argument(
+        "folder", type=path_argument, metavar="DIR", help="checkpoint, checkpoints folder or run folder"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="first hash every file and check all metadata and every number"
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--diff",
-        type=Path,
+        type=path_argument,
         metavar="OTHER",
         help="instead, what differs from OTHER, which is found as DIR is; relative: norm of the difference over that "
         "of OTHER's tensor",

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from slope_dist.command_line import Parser, answer
+from slope_dist.command_line import Parser, answer, path_argument
 from slope_dist.config import Config, load_config
 from slope_dist.errors import UserError
 from slope_dist.planning.cluster import Cluster
@@ -55,11 +55,13 @@ def _parser() -> Parser:
     parser.add_argument("--nodes", type=int, help="default: as many as parallel.gpus of the config asks for")
     parser.add_argument("--inside-gb", type=float, help="GB/s that a GPU sends within its node; default: of the kind")
     parser.add_argument("--between-gb", type=float, help="GB/s that a GPU sends to other nodes; default: of the kind")
-    parser.add_argument("--gemm", type=Path, help="results of tools/benchmark.py gemm on such a card")
-    parser.add_argument("--checked-by", type=Path, metavar="FILE", help="results of block or step on such a card")
+    parser.add_argument("--gemm", type=path_argument, help="results of tools/benchmark.py gemm on such a card")
+    parser.add_argument(
+        "--checked-by", type=path_argument, metavar="FILE", help="results of block or step on such a card"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--search", action="store_true", help="rank all legal layouts")
-    what.add_argument("--validate", type=Path, metavar="FILE", help="compare with measured blocks or steps")
+    what.add_argument("--validate", type=path_argument, metavar="FILE", help="compare with measured blocks or steps")
     parser.add_argument("--top", type=int, default=SHOWN, help=f"layouts that --search shows ({SHOWN})")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser

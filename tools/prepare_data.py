@@ -22,9 +22,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, path_argument
 from slope_dist.config.schema import DataConfig, RunConfig
 from slope_dist.data.prepare import prepare
 from slope_dist.data.sources import EMBEDDED, Source, dataset, embedded_source, text_files
@@ -41,7 +40,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """
     parser = Parser(__doc__)
     parser.add_argument("input", nargs="*", help="file of text, folder of them, or glob pattern")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to make; must not exist")
+    parser.add_argument(
+        "--output", required=True, type=path_argument, metavar="DIR", help="folder to make; must not exist"
+    )
     parser.add_argument("--source", choices=sorted(EMBEDDED), help="text that this machine has, instead of INPUT")
     parser.add_argument("--dataset", metavar="NAME[:CONFIG]", help="what `datasets` loads, instead of INPUT")
     parser.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
@@ -52,7 +53,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     tokenizer = parser.add_mutually_exclusive_group()
     tokenizer.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="SentencePiece model, tokenizer.json, or a folder"
+        "--tokenizer", type=path_argument, metavar="PATH", help="SentencePiece model, tokenizer.json, or a folder"
     )
     tokenizer.add_argument(
         "--vocab-size", type=int, metavar="N", help=f"pieces of a tokenizer to train ({DEFAULT_VOCAB_SIZE})"

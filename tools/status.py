@@ -18,12 +18,11 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
 
-from slope_dist.command_line import Parser, answer
+from slope_dist.command_line import Parser, answer, path_argument
 from slope_dist.errors import UserError
 from slope_dist.training.status import Observer, Status
 from slope_dist.training.status_screen import as_json, screen
@@ -39,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         UserError: an option is unknown or missing.
     """
     parser = Parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="RUN", help="the run folder")
+    parser.add_argument("folder", type=path_argument, metavar="RUN", help="the run folder")
     parser.add_argument("--json", action="store_true", help="the same as JSON; with --follow one object a line")
     parser.add_argument("--follow", type=float, metavar="SECONDS", help="look again and again, with this pause")
     parser.add_argument("--verify", action="store_true", help="read all bytes of the newest checkpoint")

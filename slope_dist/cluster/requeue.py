@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from slope_dist.command_line import Parser, visible
+from slope_dist.command_line import Parser, path_argument, visible
 from slope_dist.config import Config, load_config, run_folder
 from slope_dist.config.resolve import fit
 from slope_dist.errors import EXIT_BAD_INPUT, UserError, may_pass
@@ -318,16 +318,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     questions = parser.add_subparsers(dest="question", required=True)
     first = questions.add_parser("before", help="before a part: is there anything to do?")
-    first.add_argument("--journal", type=Path, required=True)
-    first.add_argument("--end", type=Path, required=True, help="where an earlier part may have said how it ended")
+    first.add_argument("--journal", type=path_argument, required=True)
+    first.add_argument(
+        "--end", type=path_argument, required=True, help="where an earlier part may have said how it ended"
+    )
     first.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of launch/pretrain.py")
     between = questions.add_parser("nodes", help="how many of the job's nodes fit a layout of the run?")
     between.add_argument("--nodes", type=int, required=True)
     between.add_argument("--ranks", type=int, required=True, help="on each node")
     between.add_argument("rest", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of launch/pretrain.py")
     second = questions.add_parser("after", help="after a part: does the job go on?")
-    second.add_argument("--journal", type=Path, required=True)
-    second.add_argument("--end", type=Path, required=True, help="what the run has written to SLOPE_END_FILE")
+    second.add_argument("--journal", type=path_argument, required=True)
+    second.add_argument("--end", type=path_argument, required=True, help="what the run has written to SLOPE_END_FILE")
     second.add_argument("--code", type=int, required=True, help="exit code of the launcher")
     second.add_argument(
         "--job", choices=("running", "preempted", "requeued", "held", "lost", "ending"), default="running"

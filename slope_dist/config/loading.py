@@ -47,9 +47,11 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     An override is "section.key=value" (or "precision=value"); the value is read as JSON and, where it is none,
     taken as a plain string. `run.folder` is "runs/<file name without suffix>" where neither gives one.
 
-    Raises `UserError`, in one line that starts with the file's name, on anything wrong: an unreadable file, text
-    that is not JSON, unknown, duplicate, missing, mistyped or out-of-range keys, impossible combinations.
+    Raises `UserError`, in one line that starts with the file's name if it has one, on anything wrong: an unreadable
+    file, text that is not JSON, unknown, duplicate, missing, mistyped or out-of-range keys, impossible combinations.
     """
+    if not str(path):
+        raise UserError("the config's name is empty; give the JSON file of a run (a shell variable may not be set)")
     try:
         tree = _parse(_read(Path(path)))
         if not isinstance(tree, dict):

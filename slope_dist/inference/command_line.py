@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from slope_dist.command_line import path_argument
 from slope_dist.errors import UserError
 from slope_dist.export.opening import open_model
 from slope_dist.export.options import DTYPES
@@ -19,9 +20,14 @@ DEVICES = ("cpu", "cuda")
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, --tokenizer, --dtype and --device."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder of a checkpoint, run or converted model")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="of the model (the one with it, or where its config says)"
+        "model", type=path_argument, metavar="MODEL", help="folder of a checkpoint, run or converted model"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path_argument,
+        metavar="PATH",
+        help="of the model (the one with it, or where its config says)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (as the weights are stored)")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (%(default)s)")

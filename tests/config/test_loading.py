@@ -152,6 +152,8 @@ def test_unreadable_files(tmp_path, minimal):
         load_config("run\0.json")
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         load_config("x" * 300)
+    with pytest.raises(UserError, match="^the config's name is empty; give the JSON file of a run"):
+        load_config("")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
