@@ -167,7 +167,8 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
         others = {name: value for name, value in (of_one_layout | changes).items() if name not in held}
         return load_config(options.config, [*options.set, *overrides(others)])
 
-    found = search(make, cluster, times, held)
+    with Console(stderr=True).status("layouts") as status:
+        found = search(make, cluster, times, held, lambda done, total: status.update(f"layout {done} of {total}"))
     if not found:
         raise UserError(
             f"{options.config}: no layout{' with these --set' if held else ''} is legal on {cluster.gpus} GPUs: tensor "

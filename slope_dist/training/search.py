@@ -83,6 +83,7 @@ def search(
     cluster: Cluster,
     times: ProductTimes,
     held: Collection[str] = (),
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Candidate]:
     """All layouts that the config may have on all GPUs of a cluster, ranked. Tensor ranks stay within a node.
 
@@ -93,11 +94,14 @@ def search(
         cluster: the machines.
         times: of products on them.
         held: dotted paths whose values stay those of `make({})`.
+        tell: called with how many layouts have been looked at, and of how many.
     """
     found: list[Candidate] = []
     too_large: set[tuple[Any, ...]] = set()
     start = make({})
-    for changes in _changes(start, cluster.gpus, cluster.gpus_per_node):
+    every = list(_changes(start, cluster.gpus, cluster.gpus_per_node))
+    for number, changes in enumerate(every):
+        tell(number, len(every))
         if any(name in held and _value(start, name) not in (value, None) for name, value in changes.items()):
             continue
         but_size = tuple(value for name, value in changes.items() if name != _SIZE)
