@@ -17,13 +17,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "gpu_session.sh"
 TESTS = ["triton", "cusparselt", "products", "cutlass", "training"]
+KERNELS = "gpu-session-kernels.tar.gz"
 BENCHMARKS = ["gemm", "block", "step", "decode", "refresh"]
 
 # {failing}: lines of a shell's case, by the stage's test folder or benchmark.
 PYTHON = """#!/bin/bash
-case "$1 $2" in
+case "$1 $2 $3" in
+  "-c import torch"*capability*) echo sm_90a ;;
   "-c import torch"*) echo "{card}" ;;
   "-c import importlib"*) for name in "${{@:3}}"; do case $name in {missing}) echo "missing $name" ;; esac; done ;;
+  "-m slope_dist.sparse.kernels.cutlass.build --arch")
+    ls "$XDG_CACHE_HOME" 2>/dev/null
+    mkdir -p "$XDG_CACHE_HOME" && echo "compiled for $4" >"$XDG_CACHE_HOME/kernel.so" ;;
   *)
     echo "$@ $PYTHONPATH" >>{calls}
     echo "said $2"
@@ -54,7 +59,7 @@ def session(tmp_path: Path):
 
 
 def packed(out: Path) -> dict[str, str]:
-    assert [path.name for path in out.iterdir()] == ["gpu-session.tar.gz"]
+    assert {path.name for path in out.iterdir()} - {KERNELS, ".kernels"} == {"gpu-session.tar.gz"}
     with tarfile.open(out / "gpu-session.tar.gz") as archive:
         return {m.name.removeprefix("./"): archive.extractfile(m).read().decode() for m in archive if m.isfile()}  # type: ignore[union-attr]
 
@@ -67,10 +72,24 @@ def test_stages_run_in_order_each_in_a_process_of_its_own_and_come_back_in_one_f
     results = tmp_path / "results"
     assert calls[5][:4] == ["tools/benchmark.py", "gemm", "--output", f"{results}/gemm-nvidia-h200.json"]
     assert not any("-x" in call for call in calls)
-    assert packed(tmp_path / "out").keys() == {f"{stage}.1.log" for stage in TESTS + BENCHMARKS}
+    assert packed(tmp_path / "out").keys() == {"cutlass-build.log", *(f"{stage}.1.log" for stage in TESTS + BENCHMARKS)}
     # A later call keeps the logs of the one before.
     done, calls = session("out", "gemm")
     assert [call[1] for call in calls] == ["gemm"] and packed(tmp_path / "out")["gemm.2.log"].startswith("said gemm")
+
+
+def test_kernels_are_compiled_beside_the_first_stages_and_once_for_all_calls(session, tmp_path: Path) -> None:
+    waiting = f"*gemm*) until [ -e {tmp_path / 'out' / KERNELS} ]; do sleep 0.01; done ;;"
+    done, _ = session("out", "gemm", failing=waiting)
+    assert done.returncode == 0, done.stdout
+    assert "kernel.so" not in packed(tmp_path / "out")["cutlass-build.log"]
+    # Another machine: what came back is all it has.
+    shutil.rmtree(tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "out" / KERNELS).rename(tmp_path / "results" / KERNELS)
+    done, _ = session("out", "gemm", failing=waiting)
+    assert packed(tmp_path / "out")["cutlass-build.log"] == "kernel.so\n"
+    assert (tmp_path / "results" / "cache" / "kernel.so").read_text() == "compiled for sm_90a\n"
 
 
 def test_every_test_for_a_gpu_is_in_a_stage(session) -> None:

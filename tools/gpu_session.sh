@@ -3,8 +3,9 @@
 #
 #   tools/gpu_session.sh [OPTION ...] OUT [STAGE ...]
 #
-# OUT takes gpu-session.tar.gz, packed anew after each stage: every log and result. A stage that fails, crashes or runs
-# out of time does not stop the others, and the exit code is 1 if any did. Options, with what holds without them:
+# OUT takes gpu-session.tar.gz, packed anew after each stage: every log and result; and gpu-session-kernels.tar.gz,
+# compiled CUTLASS, which a later call takes from --results. A stage that fails, crashes or runs out of time does not stop
+# the others, and the exit code is 1 if any did. Options, with what holds without them:
 #   --limit SECONDS    of this call (560); a stage gets its share of what is left
 #   --results DIR      logs and results, where a later call goes on (build/gpu-session)
 #   --wheels DIR       Python packages that this machine lacks (wheels, if it is there); not installed into the system
@@ -16,7 +17,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,17s/^# \{0,1\}//p' "$0"
+  sed -n '2,18s/^# \{0,1\}//p' "$0"
   exit 2
 }
 
@@ -134,7 +135,7 @@ fi
 # How long each may take beside the others.
 declare -A weight=(
   [triton]=20 [cusparselt]=20 [products]=30 [cutlass]=30 [training]=30
-  [gemm]=35 [block]=25 [step]=15 [decode]=20 [refresh]=10
+  [gemm]=35 [block]=35 [step]=15 [decode]=20 [refresh]=7
 )
 # From the request to stop until it is killed.
 grace=15
@@ -154,19 +155,37 @@ command_of() {
       mapfile -t files < <(grep -rlE 'mark\.gpu|kernels\.devices import' tests --include='test_*.py' | grep -v '^tests/sparse/' | sort)
       command=("${pytest[@]}" "${files[@]}")
       ;;
-    gemm) command=("${benchmark[@]}" --seconds 0.5) ;;
+    # As engines have weights: block, step and refresh then need not search what this has searched.
+    gemm) command=("${benchmark[@]}" --seconds 0.5 --arrangement kept) ;;
     *) command=("${benchmark[@]}") ;;
   esac
 }
 
 pack() {
-  tar -czf "$out/.partial" --exclude='*.tar.gz' --exclude=.partial -C "$results" .
+  tar -czf "$out/.partial" --exclude='*.tar.gz' --exclude=.partial --exclude=./cache -C "$results" .
   mv "$out/.partial" "$out/gpu-session.tar.gz"
+}
+
+# CUTLASS's kernels take a minute or two to compile: beside the first stages, and once for all calls.
+compile() {
+  local arch
+  arch=$("$python" -c 'import torch; print({8: "sm_80", 9: "sm_90a"}.get(torch.cuda.get_device_capability()[0], ""))')
+  [[ -n $arch ]] || return 0
+  "$python" -m slope_dist.sparse.kernels.cutlass.build --arch "$arch" || return 0
+  tar -czf "$out/.kernels" -C "$results" cache
+  mv "$out/.kernels" "$out/gpu-session-kernels.tar.gz"
 }
 
 summary=() bad=("${without[@]}") failures=()
 for stage in "${without[@]}"; do summary+=("$stage: not run, something is missing"); done
-$list || mkdir -p "$out" "$results"
+if ! $list; then
+  mkdir -p "$out" "$results"
+  [[ ! -f $results/gpu-session-kernels.tar.gz ]] || tar -xzf "$results/gpu-session-kernels.tar.gz" -C "$results"
+  export XDG_CACHE_HOME=$results/cache
+  compile >"$results/cutlass-build.log" 2>&1 &
+  compiling=$!
+  trap 'pkill -P "$compiling" 2>/dev/null || true; kill "$compiling" 2>/dev/null || true' EXIT
+fi
 for ((number = 0; number < ${#runnable[@]}; number++)); do
   ! $list || SECONDS=0
   stage=${runnable[number]} weights=0
