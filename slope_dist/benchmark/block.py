@@ -12,7 +12,7 @@ from torch import nn
 from slope_dist.benchmark import timing
 from slope_dist.benchmark.checking import check_weight, one_of_each_shape
 from slope_dist.benchmark.random_models import Form, build_block, sparse_weights
-from slope_dist.benchmark.trainer import Trainer
+from slope_dist.benchmark.trainer import Trainer, forget_graphs
 from slope_dist.config import Config
 from slope_dist.errors import UserError
 
@@ -69,6 +69,7 @@ def measure(
     Raises:
         WrongResultError: a sparse rival is wrong; nothing is timed.
     """
+    forget_graphs()
     torch.manual_seed(0)
     numbers: dict[str, dict[str, Any]] = {}
     for form in forms(config):

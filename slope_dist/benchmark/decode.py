@@ -106,6 +106,7 @@ def measure(
     rank = adapter_rank(config, share)
     prompts = max(1, work.prefill // work.prompt)
     models, held = {}, {}
+    memory.make_workspaces(device)
     for form in (Form(DENSE, sparse=False), Form(SPARSE, sparse=True, adapter_rank=rank)):
         before = memory.allocated(device)
         models[form.name] = model = build_language_model(small, form, device, dtype).eval()

@@ -10,6 +10,7 @@ import torch
 from slope_dist.benchmark import block, timing
 from slope_dist.benchmark.checking import one_of_each_shape
 from slope_dist.benchmark.random_models import Form, build_block, sparse_weights
+from slope_dist.benchmark.trainer import forget_graphs
 from slope_dist.config import Config
 from slope_dist.sparse import SparseWeight
 
@@ -29,6 +30,7 @@ def measure(
     Raises:
         WrongResultError: a product over a refreshed weight is wrong; nothing is timed.
     """
+    forget_graphs()
     torch.manual_seed(0)
     trained = block.trainer(config, RESIDENT, tokens, device, dtype)
     held = build_block(config, RESIDENT, device, dtype, hold_column_mask=True)

@@ -12,7 +12,7 @@ from torch import nn
 from slope_dist.benchmark import block, timing
 from slope_dist.benchmark.cells import NotMeasuredError
 from slope_dist.benchmark.random_models import Form, build_language_model, factory, with_layers
-from slope_dist.benchmark.trainer import Trainer
+from slope_dist.benchmark.trainer import Trainer, forget_graphs
 from slope_dist.config import Config
 from slope_dist.models import LanguageModel
 from slope_dist.planning import measure as measure_share
@@ -106,6 +106,7 @@ def measure(
         WrongResultError: a sparse rival is wrong; it and what comes after is not timed.
         NotMeasuredError: the model does not fit.
     """
+    forget_graphs()
     torch.manual_seed(0)
     layers = layers or layers_that_fit(config, tokens, device, dtype)
     small = with_layers(config, layers)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
 
@@ -91,7 +90,6 @@ def in_turns(
     """
     names = list(rivals)
     calls = _warm(rivals, device)
-    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if flush and device.type == "cuda" else None
     taken: dict[str, list[_Sample]] = {name: [] for name in names}
     start = time.perf_counter()
     for turn in range(MAX_ROUNDS):
@@ -99,7 +97,7 @@ def in_turns(
             break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
-            taken[name].append(_sample(rivals[name], device, calls[name], scratch))
+            taken[name].append(_sample(rivals[name], device, calls[name], flush=flush))
     baseline = taken[names[0]]
     return {
         name: Timing(
@@ -122,14 +120,14 @@ def _warm(rivals: Mapping[str, Callable[[], object]], device: torch.device) -> d
     start = time.perf_counter()
     while not once or time.perf_counter() - start < WARM_SECONDS:
         for name, run in rivals.items():
-            once[name] = _sample(run, device, 1, None).seconds
+            once[name] = _sample(run, device, 1).seconds
     return {name: max(1, min(MOST_CALLS, int(SAMPLE_SECONDS / max(taken, 1e-9)))) for name, taken in once.items()}
 
 
-def _sample(run: Callable[[], object], device: torch.device, calls: int, scratch: Tensor | None) -> _Sample:
+def _sample(run: Callable[[], object], device: torch.device, calls: int, *, flush: bool = False) -> _Sample:
     wait(device)
     if device.type == "cuda":
-        return _sample_on_cuda(run, device, calls, scratch)
+        return _sample_on_cuda(run, device, calls, flush)
     clock, processor = time.perf_counter(), time.process_time()
     for _ in range(calls):
         run()
@@ -137,15 +135,15 @@ def _sample(run: Callable[[], object], device: torch.device, calls: int, scratch
     return _Sample(taken, (time.process_time() - processor) / calls, taken)
 
 
-def _sample_on_cuda(run: Callable[[], object], device: torch.device, calls: int, scratch: Tensor | None) -> _Sample:
-    # Flushed, each call has events of its own, and the flush hides the time that the host takes to launch it.
-    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
-    if scratch is None:
-        spans = spans[:1]
+def _sample_on_cuda(run: Callable[[], object], device: torch.device, calls: int, flush: bool) -> _Sample:
+    # Flushed, each call has events of its own.
+    scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+    count = calls if flush else 1
+    spans = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     clock, processor = time.perf_counter(), time.process_time()
     for start, stop in spans:
-        if scratch is not None:
-            scratch.zero_()
+        # Also where nothing need be flushed: the device is busy while the host queues what is timed, as in a run.
+        scratch.zero_()
         start.record()
         for _ in range(calls // len(spans)):
             run()

@@ -16,6 +16,14 @@ Backward = Callable[[nn.Module], None]
 Blocks = Callable[[nn.Module], Sequence[nn.Module]]
 
 
+def forget_graphs() -> None:
+    """Drop what torch has compiled; called once for all trainers that are compared, which share what is alike.
+
+    The graphs of others would count against a limit of theirs, where torch has one for all.
+    """
+    torch._dynamo.reset()
+
+
 def _itself(module: nn.Module) -> Sequence[nn.Module]:
     return [module]
 
@@ -38,6 +46,7 @@ class Trainer:
     def __init__(
         self, build: Callable[[], nn.Module], backward: Backward, device: torch.device, *, blocks: Blocks = _itself
     ) -> None:
+        memory.make_workspaces(device)
         self._held_before = memory.allocated(device)
         self.module = module = build()
         self.device = device
@@ -58,9 +67,10 @@ class Trainer:
 
     def step(self) -> None:
         """One training step."""
-        self._transpose()
         self._backward(self.module)
         self._update()
+        # Behind the optimizer in the device's queue: at the beginning of a step it would wait for the host.
+        self._transpose()
 
     def _transpose(self) -> None:
         # Outside of compiled blocks: what is made inside one has no vendor's metadata.
@@ -104,8 +114,6 @@ class Trainer:
         return torch.cuda.max_memory_allocated(self.device)
 
     def _compile(self, blocks: Sequence[nn.Module]) -> None:
-        # The graphs of other cells would count against this one's limit, where torch has one for all.
-        torch._dynamo.reset()
         compiler = BlockCompiler()
         for block in blocks:
             compiler(block)
