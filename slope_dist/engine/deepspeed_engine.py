@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slope_dist.engine.interface import MicroBatch, Skip, StepResult
+from slope_dist.engine.interface import MicroBatch, Skip, StepResult, moved
 from slope_dist.engine.loading import index_patterns, load_fragments, load_steps, saved_steps
 from slope_dist.engine.optimizer import AdamW, GuardedAdamW, OptimizerSettings, mean_over_ranks, parameter_groups
 from slope_dist.engine.zero_state import ZeroState, zero_state
@@ -191,8 +191,8 @@ class DeepSpeedEngine:
         total = torch.zeros((), dtype=torch.float64, device=self._engine.device)
         scale_before = self._loss_scale()
         self._make_transposes()
-        for tokens, labels in micro_batches:
-            loss = self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
+        for batch in micro_batches:
+            loss = self._engine(*moved(batch, self._engine.device))
             total += loss.detach()
             self._engine.backward(guarded(loss))
             self._engine.step()
@@ -207,8 +207,7 @@ class DeepSpeedEngine:
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """Mean loss of this rank's batch. Collective at ZeRO 3: every rank calls it equally often."""
         self._engine.eval()
-        tokens, labels = batch
-        loss = self._engine(tokens.to(self._engine.device), labels.to(self._engine.device))
+        loss = self._engine(*moved(batch, self._engine.device))
         if self.stage == 3:
             # It has gathered what the backward pass would begin with, and would keep it until the next one.
             self._engine.optimizer.empty_partition_cache()

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from slope_dist.engine.interface import MicroBatch, StepResult
+from slope_dist.engine.interface import MicroBatch, StepResult, moved
 from slope_dist.engine.loading import index_patterns, load_fragments, load_steps, saved_steps
 from slope_dist.engine.optimizer import GuardedAdamW, OptimizerSettings, mean_over_ranks, parameter_groups
 from slope_dist.errors import UserError
@@ -196,8 +196,8 @@ class FSDPEngine:
         """Forward, backward and one guarded update."""
         self.module.train()
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for tokens, labels in micro_batches:
-            loss = self.module(tokens.to(self._device), labels.to(self._device))
+        for batch in micro_batches:
+            loss = self.module(*moved(batch, self._device))
             total += loss.detach()
             # A loss that is not finite must not pass with gradients that are: the factor, which needs no host
             # sync, makes them agree, and the global norm carries it to every rank.
@@ -221,8 +221,7 @@ class FSDPEngine:
     def evaluate(self, batch: MicroBatch) -> Tensor:
         """Mean loss of this rank's batch. Collective: every rank calls it equally often."""
         self.module.eval()
-        tokens, labels = batch
-        loss = self.module(tokens.to(self._device), labels.to(self._device))
+        loss = self.module(*moved(batch, self._device))
         # Backward, which frees what the model's own unit has gathered, does not follow.
         self._units[-1].reshard()
         return loss

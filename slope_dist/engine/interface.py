@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from slope_dist.parallel.fragments import Fragment, StateSource
@@ -23,6 +24,14 @@ Skip = Literal["loss scale", "non-finite"]
 
 Fp16's scaler found its scale too high, or gradients were not finite on their own account.
 """
+
+
+def moved(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """A micro-batch on a device. A GPU's is queued: a copy of pageable memory would wait for all that came before."""
+    tokens, labels = batch
+    if device.type == "cuda":
+        tokens, labels = tokens.pin_memory(), labels.pin_memory()
+    return tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
