@@ -91,6 +91,10 @@ class KernelsOfGPUs:
         """As it is."""
         return values, None
 
+    def lay_transpose(self, values: Tensor, indices: Tensor, column_mask: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        """Its shapes."""
+        return *torch.ops.slope_dist.transpose(values, indices, column_mask), None
+
 
 def run_layers(
     layers: Sequence[nn.Module],

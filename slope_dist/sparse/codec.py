@@ -23,6 +23,9 @@ _BLOCK = 2**18
 """Kept entries whose columns (8 bytes each) exist at one time. All at once they would outweigh the weight, double a
 step's peak memory, and beyond 32 MiB take twice to four times as long: the C library then maps and zeroes them anew."""
 
+_BLOCK_ELSEWHERE = 2**24
+"""The same on an accelerator, where a block has to keep the device busy for longer than the host takes to queue it."""
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -168,4 +171,5 @@ def gather(dense: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
 
 def _blocks(tensor: Tensor, kept: int) -> tuple[Tensor, ...]:
     """Blocks of a tensor's rows, of `kept` entries each, small enough to bound the 64-bit columns made of them."""
-    return tensor.split(max(1, _BLOCK // max(1, kept)))
+    block = _BLOCK if tensor.device == _HOST else _BLOCK_ELSEWHERE
+    return tensor.split(max(1, block // max(1, kept)))

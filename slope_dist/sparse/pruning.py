@@ -15,7 +15,7 @@ from slope_dist.sparse import codec
 from slope_dist.sparse.pattern import Pattern
 
 
-def _scores(entries: Tensor) -> Tensor:
+def scores(entries: Tensor) -> Tensor:
     """Integers of the width of the entries that order them by magnitude, from 1 up: 0 is left for what was pruned.
 
     The bits of a magnitude, read as a number, order it; NaN counts as larger than infinity. The comparisons of `_best`
@@ -45,7 +45,7 @@ def _best(scores: Sequence[Tensor], n: int) -> list[Tensor]:
 def row_mask(dense: Tensor, pattern: Pattern) -> Tensor:
     """Keep the n largest magnitudes of every m consecutive entries of a row: [O, I] -> bool [O, I]."""
     rows, columns = dense.shape
-    groups = _scores(dense).view(rows, columns // pattern.m, pattern.m)
+    groups = scores(dense).view(rows, columns // pattern.m, pattern.m)
     return torch.stack(_best(groups.unbind(2), pattern.n), dim=2).view(rows, columns).bool()
 
 
@@ -73,16 +73,16 @@ def column_mask(values: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
         bool [O, I], True where W^{R,C} keeps an entry of W^R. Groups of a column with fewer than n kept entries keep
         all they have.
     """
-    scores = codec.expand(_scores(values), indices, pattern)
-    best = _best(_rows_of_tiles(scores, pattern), pattern.n)
-    return (torch.stack(best, dim=1).view(scores.shape) & scores) != 0
+    expanded = codec.expand(scores(values), indices, pattern)
+    best = _best(_rows_of_tiles(expanded, pattern), pattern.n)
+    return (torch.stack(best, dim=1).view(expanded.shape) & expanded) != 0
 
 
 def doubly_pruned(values: Tensor, indices: Tensor, pattern: Pattern, kept: Tensor | None = None) -> Tensor:
     """W^{R,C} as a dense matrix [O, I]; `kept` (bool [O, I]) replaces the mask by magnitude where one is held fixed."""
     # On the bits, not the numbers: 0 * inf would be NaN.
     if kept is None:
-        masks = _best(_rows_of_tiles(codec.expand(_scores(values), indices, pattern), pattern), pattern.n)
+        masks = _best(_rows_of_tiles(codec.expand(scores(values), indices, pattern), pattern), pattern.n)
         dense = codec.expand(values, indices, pattern)
         for row, mask in zip(_rows_of_tiles(codec.as_integers(dense), pattern), masks, strict=True):
             row &= mask

@@ -64,9 +64,12 @@ class DenseWeight(Weight):
 
         By another `product` where each rank has but a part of the weight's gradient.
         """
+        if product is not None:
+            return _added(product(x, self.values), bias, addend)
         # Looked up now: ZeRO 3 puts a product in its place that lets go of a gathered weight.
-        y = functional.linear(x, self.values) if product is None else product(x, self.values)
-        return _added(y, bias, addend)
+        if addend is None:
+            return functional.linear(x, self.values, bias)
+        return _added(functional.linear(x, self.values), bias, addend)
 
 
 class SparseWeight(Weight):
@@ -202,8 +205,11 @@ class SparseWeight(Weight):
         Called on the schedule of `column_mask_interval`, never by a save.
         """
         assert self.column_mask is not None
-        kept = pruning.column_mask(self.values, self.indices, self.pattern)
-        self.column_mask.copy_(codec.pack_bits(kept))
+        if self.pattern.is_two_four:
+            self.column_mask.copy_(primitives.column_mask(self.values, self.indices))
+        else:
+            kept = pruning.column_mask(self.values, self.indices, self.pattern)
+            self.column_mask.copy_(codec.pack_bits(kept))
         self._transpose, self._transpose_is_new = None, False
 
     def values_changed(self) -> None:
@@ -272,11 +278,12 @@ class SparseWeight(Weight):
                 made = pruning.doubly_pruned_transpose(self.values, self.indices, self.pattern, kept)
                 self._transpose = TransposeForm(*made)
             else:
-                values, indices = torch.ops.slope_dist.transpose(self.values, self.indices, self.column_mask)
-                metadata = None
-                if not torch.compiler.is_compiling():
-                    values, metadata = dispatcher.lay(values, indices)
-                self._transpose = TransposeForm(values, indices, *(metadata or ("", None)))
+                weight = self.values, self.indices, self.column_mask
+                if torch.compiler.is_compiling():
+                    self._transpose = TransposeForm(*torch.ops.slope_dist.transpose(*weight))
+                else:
+                    values, indices, metadata = dispatcher.lay_transpose(*weight)
+                    self._transpose = TransposeForm(values, indices, *(metadata or ("", None)))
         return self._transpose
 
     def _apply(self, fn: Callable, recurse: bool = True) -> SparseWeight:

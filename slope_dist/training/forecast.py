@@ -21,7 +21,7 @@ from slope_dist.planning.products import ProductTimes
 from slope_dist.planning.step_time import StepTime, step_time
 from slope_dist.planning.traffic import Message, messages
 from slope_dist.sparse import SparseWeight
-from slope_dist.sparse.kernels.ops import LARGEST_GRADIENT
+from slope_dist.sparse.kernels.ops import gradient_rows
 from slope_dist.training.build import build_share, count_state, sample_layers, stages, storage
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -261,7 +261,6 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
         *(training.micro_batch_size, training.recompute, widened),
     )
     if key not in _samples:
-        config = _as_two_four(config)
         with tensor_ranks(parallel.tensor) as group:
             layers, loss = sample_layers(config, derived, adapters=adapters, group=group)
             shares = tuple(measure(layer) for layer in layers)
@@ -286,23 +285,16 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
     return _samples[key]
 
 
-def _as_two_four(config: Config) -> Config:
-    """Other patterns take as much in activations; their metadata has no shape that can be told without values."""
-    if config.sparsity.patterns <= {"2:4", "dense"}:
-        return config
-    sparsity = config.sparsity.model_copy(update={"pattern": "2:4", "layer_patterns": ()})
-    return config.model_copy(update={"sparsity": sparsity})
-
-
 def _workspace(layer: torch.nn.Module, derived: Derived, config: Config) -> int:
     """Bytes that kernels of 2:4 products take inside themselves in backward, which fake tensors do not show."""
     width = _DTYPES[config.precision].itemsize
-    sizes = [m.shape[0] * m.shape[1] for m in layer.modules() if isinstance(m, SparseWeight)]
-    if not sizes:
+    shapes = [m.shape for m in layer.modules() if isinstance(m, SparseWeight)]
+    if not shapes:
         return 0
+    largest = max(rows * columns for rows, columns in shapes)
     # The transposed weight where it is made for each product; a dense weight gradient, of which the kept are taken.
-    transposed = 0 if derived.backward_weight == "resident" else max(sizes) * width // 2 + max(sizes) // 8
-    return max(transposed, min(max(sizes), LARGEST_GRADIENT) * width)
+    transposed = 0 if derived.backward_weight == "resident" else largest * width // 2 + largest // 8
+    return max(transposed, *(gradient_rows(rows, columns) * columns * width for rows, columns in shapes))
 
 
 def stage_of(config: Config, derived: Derived, samples: Samples, number: int) -> Stage:

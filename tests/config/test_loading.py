@@ -152,7 +152,7 @@ def test_unreadable_files(tmp_path, minimal):
         load_config("run\0.json")
     with pytest.raises(UserError, match="cannot be read: File name too long"):
         load_config("x" * 300)
-    with pytest.raises(UserError, match="^the config's name is empty; give the JSON file of a run"):
+    with pytest.raises(UserError, match=r"^the config's name is empty; give the JSON file of a run"):
         load_config("")
 
 

@@ -117,19 +117,21 @@ def _algorithms(problem: Problem, vendors: Vendors) -> Iterator[tuple[VendorRout
             yield vendor, tiles, found
 
 
-def input_gradient_candidates(problem: Problem, over_transpose: Candidate) -> Iterator[Candidate]:
+def input_gradient_candidates(problem: Problem, over_transpose: Candidate, vendors: Vendors) -> Iterator[Candidate]:
     """Every way to compute the input gradient of a problem from W^R alone; `expand` first.
 
     Args:
         problem: T, and O and I of W.
         over_transpose: how the product over (W^{R,C})^T is computed once that has been made.
+        vendors: with the one that it uses.
     """
     yield EXPAND_DOUBLY_PRUNED
     if over_transpose.route in ("sparse", "tiled"):
+        vendor = next(route for route in vendors.routes if route.name == over_transpose.vendor)
         yield replace(
             over_transpose,
             label=f"transpose, {over_transpose.label}",
-            run=partial(_over_transpose, over_transpose),
+            run=partial(_over_transpose, over_transpose, vendor),
             form="",
         )
 
@@ -138,9 +140,32 @@ def _expanded_doubly_pruned(operands: Operands) -> Tensor:
     return operands.x @ primitives.doubly_pruned(operands.values, operands.indices, operands.column_mask)
 
 
-def _over_transpose(product: Candidate, operands: Operands) -> Tensor:
-    values, indices = primitives.transpose(operands.values, operands.indices, operands.column_mask)
-    return product.run(Operands(operands.x, values, indices))
+def _over_transpose(product: Candidate, vendor: VendorRoute, operands: Operands) -> Tensor:
+    weight = operands.values, operands.indices, operands.column_mask
+    if product.route == "tiled":
+        return product.run(Operands(operands.x, *primitives.transpose(*weight)))
+    values, indices, metadata = transpose_for(vendor, *weight)
+    return product.run(Operands(operands.x, values, indices, product.form, metadata))
+
+
+def transpose_for(
+    vendor: VendorRoute, values: Tensor, indices: Tensor, column_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(W^{R,C})^T, its values made where the vendor reads them, before its metadata.
+
+    Returns:
+        values [I, O / 2], indices uint8 [I, O / 8], metadata uint8 [I O / 8] or None if it is kept in no known way.
+    """
+    rows, width = indices.shape
+    head = values.nbytes
+    buffer = values.new_empty(head + indices.nbytes, dtype=torch.uint8)
+    into = buffer[:head].view(values.dtype).view(8 * width, rows // 2)
+    transposed, packed = primitives.transpose(values, indices, column_mask, into)
+    try:
+        metadata = metadata_of(vendor, 1, packed, values.dtype)
+    except VendorError:
+        return transposed, packed, None
+    return transposed, packed, buffer[head:].copy_(metadata)
 
 
 EXPAND_DOUBLY_PRUNED = Candidate("expand", "expand", True, _expanded_doubly_pruned)
@@ -208,4 +233,5 @@ def metadata_of(vendor: VendorRoute, tiles: int, indices: Tensor, dtype: torch.d
     layout = vendor.metadata_layout(rows // tiles, width * 8, dtype)
     if layout is None:
         raise VendorError(f"{vendor.name} keeps metadata in an unknown way")
-    return torch.cat([layout.vendor(part.contiguous()) for part in indices.chunk(tiles)])
+    parts = [layout.vendor(part.contiguous()) for part in indices.chunk(tiles)]
+    return parts[0] if tiles == 1 else torch.cat(parts)

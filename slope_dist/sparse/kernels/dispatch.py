@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +26,7 @@ from slope_dist.sparse.kernels.candidates import Candidate, Operands
 from slope_dist.sparse.kernels.failures import CRASHED, breaks_device, reason_of
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
-from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, on
+from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, VendorRoute, on
 from slope_dist.sparse.kernels.vendors import Vendors
 
 Kind: TypeAlias = Literal["product", "input gradient"]
@@ -191,10 +192,9 @@ class Dispatcher:
         form = self.form(indices, dtype)
         if not form:
             return None
-        name, _, tiles = form.rpartition("/")
-        vendor = next(route for route in self.vendors.routes if route.name == name)
+        vendor, tiles = self._vendor_of(form)
         try:
-            return form, ways.metadata_of(vendor, int(tiles), indices, dtype)
+            return form, ways.metadata_of(vendor, tiles, indices, dtype)
         except VendorError:
             # It keeps them in a way of its own, and makes them for every product.
             return None
@@ -220,6 +220,27 @@ class Dispatcher:
         laid.copy_(values)
         buffer[head:].copy_(metadata[1])
         return laid, (metadata[0], buffer[head:])
+
+    def lay_transpose(
+        self, values: Tensor, indices: Tensor, column_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[str, Tensor] | None]:
+        """(W^{R,C})^T of a weight, as products over it want it: values, indices, and the metadata of their vendor.
+
+        The values are nobody else's, unlike a weight's, so in every arrangement they lie where the vendor reads them.
+        """
+        rows, columns = indices.shape[0], indices.shape[1] * 8
+        form = "" if self.arrangement == "derived" else self._forms.get((columns, rows, values.dtype), "")
+        if not form.endswith("/1"):
+            transposed, packed = primitives.transpose(values, indices, column_mask)
+            return transposed, packed, self.metadata(packed, values.dtype)
+        vendor, _ = self._vendor_of(form)
+        transposed, packed, metadata = ways.transpose_for(vendor, values, indices, column_mask)
+        return transposed, packed, None if metadata is None else (form, metadata)
+
+    def _vendor_of(self, form: str) -> tuple[VendorRoute, int]:
+        """The library that reads a form of metadata, and of how many tiles it is."""
+        name, _, tiles = form.rpartition("/")
+        return next(route for route in self.vendors.routes if route.name == name), int(tiles)
 
     def product_choice(self, problem: Problem) -> Choice:
         """How a product is computed; measured now if it never was."""
@@ -295,10 +316,21 @@ class Dispatcher:
         for known in (problem, rounded):
             choice = self._choices.get((kind, known)) if capturing else self._known(kind, known)
             if choice is not None:
-                return choice.candidate
+                return choice.candidate if capturing else self._readable(kind, known, choice)
         if self.deterministic or self._settled or capturing:
             return None
-        return self._choice(kind, rounded).candidate
+        return self._readable(kind, rounded, self._choice(kind, rounded))
+
+    def _readable(self, kind: Kind, problem: Problem, choice: Choice) -> Candidate:
+        """The fastest way of a choice that reads the metadata which the weight has, if it has any.
+
+        Another form would be made anew for every product, which is not what was measured.
+        """
+        form = self._forms.get((problem.rows, problem.columns, problem.dtype), "")
+        if self.arrangement == "derived" or choice.candidate.form in ("", form):
+            return choice.candidate
+        right = [way for way in self.candidates(kind, problem) if way.label in choice.seconds]
+        return min((way for way in right if way.form in ("", form)), key=lambda way: choice.seconds[way.label])
 
     def _choice(self, kind: Kind, problem: Problem) -> Choice:
         choice = self._known(kind, problem)
@@ -338,8 +370,9 @@ class Dispatcher:
             for (of, p), c in self._choices.items()
             if of == "product" and (p.rows, p.columns, p.dtype) == weight and c.candidate.form
         ]
-        if same:
+        if same and self._forms.get(weight) != max(same)[1]:
             self._forms[weight] = max(same)[1]
+            self._ready.clear()
 
     def candidates(self, kind: Kind, problem: Problem) -> Sequence[Candidate]:
         """Every way to compute a problem, right or not."""
@@ -347,7 +380,7 @@ class Dispatcher:
             decode = primitives.why_no_triton(self.device.type) is None
             return list(ways.candidates(problem, self.vendors, decode=decode))
         over_transpose = self._find("product", problem.transposed()) or ways.EXPAND
-        return list(ways.input_gradient_candidates(problem, over_transpose))
+        return list(ways.input_gradient_candidates(problem, over_transpose, self.vendors))
 
     def _measure(self, kind: Kind, problem: Problem) -> Choice:
         operands, dense, expected = _sample(kind, problem)
@@ -479,6 +512,7 @@ def _capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

@@ -24,8 +24,11 @@ _SCHEMAS = (
     "transpose(Tensor values, Tensor indices, Tensor? column_mask) -> (Tensor, Tensor)",
 )
 
-LARGEST_GRADIENT = 2**26
+LARGEST_GRADIENT = 2**27
 """Entries of a dense weight gradient that exist at one time: larger ones are made and gathered in blocks of rows."""
+
+_TILE = 256
+"""Rows of the largest tiles that dense products are computed in: of blocks of whole tiles none is half empty."""
 
 
 def _dispatcher() -> Dispatcher:
@@ -75,14 +78,23 @@ def weight_gradient(grad_y: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     The product is dense, for the sparsity is in its result (eq. BWD-1).
     """
     rows, columns = grad_y.shape[1], x.shape[1]
-    height = max(8, LARGEST_GRADIENT // columns // 8 * 8)
-    if height >= rows:
+    height = gradient_rows(rows, columns)
+    if height == rows:
         return primitives.gather(grad_y.t() @ x, indices)
     gradient = x.new_empty(rows, columns // 2)
     for start in range(0, rows, height):
         part = slice(start, start + height)
-        gradient[part] = primitives.gather(grad_y[:, part].t() @ x, indices[part])
+        primitives.gather(grad_y[:, part].t() @ x, indices[part], gradient[part])
     return gradient
+
+
+def gradient_rows(rows: int, columns: int) -> int:
+    """Rows of a dense weight gradient [O, I] that exist at one time.
+
+    In equal blocks: a last one of a few rows would leave most of a card idle for as long as it takes.
+    """
+    parts = -(-rows * columns // LARGEST_GRADIENT)
+    return min(rows, -(-rows // (parts * _TILE)) * _TILE)
 
 
 def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

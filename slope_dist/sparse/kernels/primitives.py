@@ -58,22 +58,35 @@ def doubly_pruned(values: Tensor, indices: Tensor, column_mask: Tensor | None) -
     return pruning.doubly_pruned(values, indices, TWO_FOUR, _unpacked(column_mask))
 
 
-def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(W^{R,C})^T compressed: values [I, O / 2], indices uint8 [I, O / 8]."""
+def column_mask(values: Tensor, indices: Tensor) -> Tensor:
+    """Which entries of W^R its column mask keeps, by magnitude now: packed uint8 [O, I / 8]."""
+    if not has_triton(values):
+        return codec.pack_bits(pruning.column_mask(values, indices, TWO_FOUR))
+    # Of the scores, which are from 1 up and in the order of the magnitudes, what is not 0 was kept.
+    scores = pruning.scores(values).view(values.dtype)
+    return codec.pack_bits(codec.as_integers(doubly_pruned(scores, indices, None)) != 0)
+
+
+def transpose(
+    values: Tensor, indices: Tensor, column_mask: Tensor | None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(W^{R,C})^T compressed: values [I, O / 2], which lie in `into` if that is given, and indices uint8 [I, O / 8]."""
     if has_triton(values):
         from slope_dist.sparse.kernels.jit.transpose import transpose as kernel
 
-        return kernel(values, indices, column_mask)
-    return pruning.doubly_pruned_transpose(values, indices, TWO_FOUR, _unpacked(column_mask))
+        return kernel(values, indices, column_mask, into)
+    transposed, packed = pruning.doubly_pruned_transpose(values, indices, TWO_FOUR, _unpacked(column_mask))
+    return transposed if into is None else into.copy_(transposed), packed
 
 
-def gather(dense: Tensor, indices: Tensor) -> Tensor:
-    """Kept entries of a dense matrix: [O, I], indices uint8 [O, I / 8] -> [O, K]."""
+def gather(dense: Tensor, indices: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Kept entries of a dense matrix: [O, I], indices uint8 [O, I / 8] -> [O, K], into `kept` if that is given."""
     if has_triton(dense):
         from slope_dist.sparse.kernels.jit.gather import gather as kernel
 
-        return kernel(dense, indices)
-    return codec.gather(dense, indices, TWO_FOUR)
+        return kernel(dense, indices, kept)
+    gathered = codec.gather(dense, indices, TWO_FOUR)
+    return gathered if kept is None else kept.copy_(gathered)
 
 
 def adamw_step(weight: Tensor) -> Callable[..., None]:

@@ -460,3 +460,45 @@ def test_no_kernel_is_used_without_a_dispatcher() -> None:
     given = operands(PROBLEM)
     with pytest.raises(RuntimeError, match="no dispatcher"):
         torch.ops.slope_dist.product(given.x, given.values, given.indices, "", None, None, None)
+
+
+@pytest.mark.parametrize("arrangement", ["in place", "kept"])
+def test_a_resident_transpose_lies_where_its_library_reads_it_however_weights_lie(arrangement: Arrangement) -> None:
+    vendor = PlainVendor()
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain/1"), arrangement=arrangement)
+    dispatcher.product_choice(PROBLEM.transposed())
+    given = operands(PROBLEM)
+    values, indices, metadata = dispatcher.lay_transpose(given.values, given.indices, None)
+    expected = primitives.transpose(given.values, given.indices, None)
+    assert values.equal(expected[0]) and indices.equal(expected[1])
+    vendor.seen.clear()
+    grad_y = torch.randn(16, 64)
+    y = dispatcher.product(Operands(grad_y, values, indices, *(metadata or ("", None))))
+    torch.testing.assert_close(y, grad_y @ codec.expand(*expected, primitives.TWO_FOUR).t())
+    assert vendor.seen == ["in place"]
+
+
+def test_a_weight_keeps_one_form_of_metadata_and_fewer_tokens_take_the_best_that_reads_it() -> None:
+    """Another form would be made anew for every product, which is not what was timed."""
+    one, other = PlainVendor(name="one"), PlainVendor(name="other")
+    preferred = {4: "one/1", 16: "other/1"}
+    tokens = 0
+
+    def timer(calls: Mapping[str, Callable[[], object]], device: torch.device, cold: bool) -> dict[str, float]:
+        return preferring(preferred[tokens], "expand")(calls, device, cold)
+
+    dispatcher = Dispatcher(CPU, vendors(one, other), timer=timer)
+    for tokens in preferred:
+        problem = kernels.Problem(tokens, 64, 64, torch.float32, CPU)
+        assert dispatcher.product_choice(problem).vendor == preferred[tokens].partition("/")[0]
+        check_product(dispatcher, problem)
+    given = operands(SQUARE)
+    metadata = dispatcher.metadata(given.indices, torch.float32)
+    assert metadata is not None and metadata[0] == "other/1"
+    one.seen.clear(), other.seen.clear()
+    few = Operands(given.x[:4], given.values, given.indices, *metadata)
+    torch.testing.assert_close(
+        dispatcher.product(few), few.x @ codec.expand(given.values, given.indices, primitives.TWO_FOUR).t()
+    )
+    # The expanded product, which was second: neither library is asked.
+    assert not one.seen and not other.seen

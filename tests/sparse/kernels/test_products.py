@@ -160,10 +160,11 @@ def test_new_indices_make_new_metadata() -> None:
 
 
 def test_a_gradient_too_large_for_one_piece_is_made_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, indices = primitives.random_matrix(40, 32, torch.float32, CPU)
-    grad_y, x = torch.randn(6, 40), torch.randn(6, 32)
+    _, indices = primitives.random_matrix(1000, 32, torch.float32, CPU)
+    grad_y, x = torch.randn(6, 1000), torch.randn(6, 32)
     whole = ops.weight_gradient(grad_y, x, indices)
-    monkeypatch.setattr(ops, "LARGEST_GRADIENT", 16 * 32)
+    monkeypatch.setattr(ops, "LARGEST_GRADIENT", 300 * 32)
+    assert ops.gradient_rows(1000, 32) == 256
     torch.testing.assert_close(ops.weight_gradient(grad_y, x, indices), whole)
 
 

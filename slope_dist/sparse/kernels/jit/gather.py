@@ -46,8 +46,8 @@ def _gather(dense, indices, kept, size, STEPS: tl.constexpr, BYTES: tl.constexpr
         tl.store(kept + start * 4 + slot, pairs, mask=slot < left * 4)
 
 
-def gather(dense: Tensor, indices: Tensor) -> Tensor:
-    """Kept entries of a dense matrix, row-major: dense [O, I], indices uint8 [O, I / 8] -> [O, K].
+def gather(dense: Tensor, indices: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Kept entries of a dense matrix, row-major: dense [O, I], indices uint8 [O, I / 8] -> [O, K], in `kept` if given.
 
     One pass: reads 2 bytes an element of 16 bits and 1/8 of metadata, writes 1.
 
@@ -55,7 +55,12 @@ def gather(dense: Tensor, indices: Tensor) -> Tensor:
         ValueError: if the two do not belong together or are not contiguous.
     """
     rows, width = eights_of(dense, indices, 8)
-    kept = torch.empty(rows, 4 * width, dtype=dense.dtype, device=dense.device)
+    if kept is None:
+        kept = torch.empty(rows, 4 * width, dtype=dense.dtype, device=dense.device)
+    elif (kept.shape, kept.dtype, kept.device) != ((rows, 4 * width), dense.dtype, dense.device):
+        raise ValueError(f"kept entries of {list(dense.shape)} do not go into {kept.dtype} {list(kept.shape)}")
+    elif not kept.is_contiguous():
+        raise ValueError(f"a tensor {list(kept.shape)} with strides {kept.stride()} is not contiguous")
     entries = codec.as_integers(dense), indices, codec.as_integers(kept)
     launch(_gather, blocks(rows * width, _STEPS * _BYTES), *entries, rows * width, STEPS=_STEPS, BYTES=_BYTES)
     return kept

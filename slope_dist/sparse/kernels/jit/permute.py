@@ -15,15 +15,15 @@ _BYTES = 512
 
 
 @triton.jit
-def _permute(packed, source, permuted, size, period, BYTES: tl.constexpr):
+def _permute(packed, source, permuted, size, period, LONG: tl.constexpr, BYTES: tl.constexpr):
     start = first_of(BYTES)
     left = left_of(start, size, BYTES)
     nibble = tl.arange(0, 2 * BYTES)
     inside = nibble < left * 2
-    # In 64 bits: of a matrix whose order repeats, the source is short and the nibbles are many.
-    here = start * 2 + nibble
-    within = here % period
-    place = here - within + tl.load(source + within, mask=inside, other=0)
+    # A matrix may have more nibbles than 32 bits count, a period has not: one long remainder, and none a nibble.
+    within = (start * 2 % period).to(tl.int32) + nibble
+    within = tl.where(within >= period, within - period, within) if LONG else within % period
+    place = start * 2 + (nibble - within + tl.load(source + within, mask=inside, other=0))
     moved = tl.load(packed + (place >> 1), mask=inside, other=0).to(tl.int32) >> (place & 1) * 4 & 15
     low, high = moved.reshape([BYTES, 2]).split()
     byte = tl.arange(0, BYTES)
@@ -59,5 +59,8 @@ def permute_nibbles(packed: Tensor, source: Tensor) -> Tensor:
     if not (packed.is_contiguous() and source.is_contiguous()):
         raise ValueError("nibbles and their sources must be contiguous")
     permuted = torch.empty(len(packed), dtype=torch.uint8, device=packed.device)
-    launch(_permute, blocks(len(packed), _BYTES), packed, source, permuted, len(packed), period, BYTES=_BYTES)
+    long = period >= 2 * _BYTES
+    launch(
+        _permute, blocks(len(packed), _BYTES), packed, source, permuted, len(packed), period, LONG=long, BYTES=_BYTES
+    )
     return permuted

@@ -65,7 +65,7 @@ def entry_of(first, second, code, position: tl.constexpr):
 
 @triton.jit
 def score_of(entries, largest: tl.constexpr):
-    """Numbers from 1 up that order entries by magnitude, as `pruning._scores`: NaN is largest, 0 is what was pruned.
+    """Numbers from 1 up that order entries by magnitude, as `pruning.scores`: NaN is largest, 0 is what was pruned.
 
     `largest` is the greatest integer of the entries' own width.
     """

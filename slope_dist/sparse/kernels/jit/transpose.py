@@ -125,7 +125,9 @@ def _transpose(
     tl.store(transposed_indices + begin + row + square_row[None, :], across_codes, mask=codes_in)
 
 
-def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def transpose(
+    values: Tensor, indices: Tensor, column_mask: Tensor | None = None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(W^{R,C})^T in the format of W^R; free slots take the lowest free positions and hold +0.
 
     One pass: reads and writes 1 byte an element of 16 bits and 1/8 of metadata, 2.25 in all, and reads 1/8 more where
@@ -135,6 +137,7 @@ def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None
         values: [O, K]; O is a multiple of 8.
         indices: uint8 [O, I / 8].
         column_mask: packed uint8 [O, I / 8], the second mask where it is held; None means by magnitude now.
+        into: [I, O / 2] for the values, contiguous; made here if not given.
 
     Returns:
         values [I, O / 2] and indices uint8 [I, O / 8].
@@ -147,7 +150,11 @@ def transpose(values: Tensor, indices: Tensor, column_mask: Tensor | None = None
         raise ValueError(
             f"{rows} rows are not a multiple of 8, so a row of the transpose is not whole bytes of metadata"
         )
-    transposed = torch.empty(8 * width, rows // 2, dtype=values.dtype, device=values.device)
+    transposed = into
+    if transposed is None:
+        transposed = torch.empty(8 * width, rows // 2, dtype=values.dtype, device=values.device)
+    elif transposed.shape != (8 * width, rows // 2) or not transposed.is_contiguous():
+        raise ValueError(f"a transpose of {8 * width} x {rows // 2} entries does not go into {list(transposed.shape)}")
     transposed_indices = torch.empty(8 * width, rows // 8, dtype=torch.uint8, device=values.device)
     kept = codec.as_integers(values)
     launch(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slope_dist.sparse import CompressedMatrix, Pattern, codec, pruning
+from slope_dist.sparse.kernels import primitives
 from slope_dist.sparse.kernels.jit.expand import doubly_pruned, expand
 from tests.sparse import oracle
 from tests.sparse.kernels.devices import DEVICES
@@ -55,6 +56,16 @@ def test_doubly_pruned_equals_the_loop_and_pruning(
     w_rc = doubly_pruned(matrix.values.to(device), matrix.indices.to(device)).cpu()
     assert oracle.same_bits(w_rc, masked(dense, oracle.column_mask(dense, kept, 2, 4)))
     assert oracle.same_bits(w_rc, matrix.doubly_pruned())
+
+
+@guarded
+@dtypes
+@kinds
+def test_the_packed_column_mask_is_that_of_pruning(kind: str, dtype: torch.dtype, device: str) -> None:
+    matrix = CompressedMatrix.prune(oracle.difficult_matrix(kind, 24, 136, dtype), PATTERN)
+    assert primitives.why_no_triton(device) is None
+    kept = primitives.column_mask(matrix.values.to(device), matrix.indices.to(device)).cpu()
+    assert kept.equal(codec.pack_bits(pruning.column_mask(matrix.values, matrix.indices, PATTERN)))
 
 
 @guarded

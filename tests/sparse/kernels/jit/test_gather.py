@@ -45,6 +45,17 @@ def test_any_bits_at_any_address(dtype: torch.dtype, device: str) -> None:
     assert oracle.same_bits(kept.cpu(), oracle.kept_entries(flat[1:].view(20, 136), mask))
 
 
+def test_into_a_part_of_another_matrix(device: str) -> None:
+    dense, mask = torch.randn(24, 136), oracle.row_mask(torch.randn(24, 136), 2, 4)
+    whole = torch.zeros(40, 68, device=device)
+    gather(dense.to(device), codec.pack(mask, PATTERN).to(device), whole[8:32])
+    assert oracle.same_bits(whole[8:32].cpu(), oracle.kept_entries(dense, mask))
+    assert not whole[:8].any() and not whole[32:].any()
+    for wrong in (whole[8:31], whole[8:32].double(), whole.view(20, 136)[:, :68]):
+        with pytest.raises(ValueError, match=r"do not go into|not contiguous"):
+            gather(dense.to(device), codec.pack(mask, PATTERN).to(device), wrong)
+
+
 def test_an_empty_matrix_is_no_launch(device: str) -> None:
     kept = gather(torch.zeros(0, 16, device=device), torch.zeros(0, 2, dtype=torch.uint8, device=device))
     assert kept.shape == (0, 8)

@@ -39,11 +39,11 @@ def test_a_nibble_may_be_wanted_twice_or_never(device: str) -> None:
 
 
 @pytest.mark.usefixtures("guarded_scratch")
-@pytest.mark.parametrize("period", [2, 6, 100, 1200])
-def test_an_order_may_repeat(period: int, device: str) -> None:
-    packed = torch.randint(256, (600,), dtype=torch.uint8)
+@pytest.mark.parametrize(("size", "period"), [(600, 2), (600, 6), (600, 100), (600, 1200), (3000, 1200), (3000, 1500)])
+def test_an_order_may_repeat(size: int, period: int, device: str) -> None:
+    packed = torch.randint(256, (size,), dtype=torch.uint8)
     order = torch.randperm(period)
-    whole = torch.cat([order + start for start in range(0, 1200, period)])
+    whole = torch.cat([order + start for start in range(0, 2 * size, period)])
     moved = permute_nibbles(packed.to(device), order.int().to(device))
     assert moved.tolist() == by_loop(packed.tolist(), whole.tolist())
 

@@ -50,6 +50,20 @@ def test_equals_the_loop_and_pruning(rows: int, columns: int, kind: str, dtype: 
 
 
 @guarded
+def test_into_the_head_of_a_buffer(device: str) -> None:
+    matrix = CompressedMatrix.prune(torch.randn(24, 136), PATTERN)
+    buffer = torch.zeros(136 * 12 + 8, device=device)
+    values, indices = transpose(
+        matrix.values.to(device), matrix.indices.to(device), None, buffer[: 136 * 12].view(136, 12)
+    )
+    twin = pruning.doubly_pruned_transpose(matrix.values, matrix.indices, PATTERN)
+    assert values.data_ptr() == buffer.data_ptr() and not buffer[136 * 12 :].any()
+    assert oracle.same_bits(values.cpu(), twin[0]) and indices.cpu().equal(twin[1])
+    with pytest.raises(ValueError, match=r"does not go into \[12, 136\]"):
+        transpose(matrix.values.to(device), matrix.indices.to(device), None, buffer[: 136 * 12].view(12, 136))
+
+
+@guarded
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_many_programs_in_both_directions(dtype: torch.dtype, device: str) -> None:
     matrix = CompressedMatrix.prune(torch.randn(264, 280).to(dtype), PATTERN)
