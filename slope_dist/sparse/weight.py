@@ -67,7 +67,8 @@ class DenseWeight(Weight):
         if product is not None:
             return _added(product(x, self.values), bias, addend)
         # Looked up now: ZeRO 3 puts a product in its place that lets go of a gathered weight.
-        if addend is None:
+        if addend is None and x.is_cuda:
+            # In the product's epilogue, where 2:4 products have it.
             return functional.linear(x, self.values, bias)
         return _added(functional.linear(x, self.values), bias, addend)
 

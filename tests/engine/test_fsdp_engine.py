@@ -44,6 +44,7 @@ from tests.same_run import (
     assert_rounded_masters,
     assert_same_rows,
     assert_same_run,
+    assert_same_run_in_bf16,
     engine_of,
     maker_of_runs,
     masters_apart,
@@ -130,7 +131,7 @@ def test_held_column_masks_and_ragged_shards_are_the_single_process(run: Callabl
 def test_data_ranks_are_the_single_process_in_bf16(ranks: int, run: Callable) -> None:
     expected = alone(run, precision="bf16", sparsity__column_mask_interval=4)
     found = run(ranks, **FSDP, precision="bf16", sparsity__column_mask_interval=4)
-    assert_same_run(found, expected, bound=BF16, weights="master")
+    assert_same_run_in_bf16(found, expected)
     assert_rounded_masters(found)
 
 

@@ -37,15 +37,13 @@ from tests.runs import (
     write_config,
 )
 from tests.same_run import (
-    BF16,
     EXACT,
-    assert_same_masks,
     assert_same_rows,
     assert_same_run,
+    assert_same_run_in_bf16,
     engine_of,
     far,
     maker_of_runs,
-    masters_apart,
 )
 
 VOCABULARY = 515
@@ -128,8 +126,9 @@ def test_tensor_ranks_are_the_single_process(
 def test_layers_that_every_tensor_rank_holds_whole(stage: int, sequence_parallel: bool, run: Run) -> None:
     # The form of OPT-350M: projections from and to narrower embeddings, in the residual stream.
     form = {"model__embedding_size": 16, "model__norm_position": "post", "sparsity__pattern": "dense"}
-    # Wider, that gradients are as large as those of the other form.
-    form |= {"model__init_std": 0.2}
+    # Wider, that gradients are as large as those of the other form; a seed with which no ReLU is so near to 0 that the
+    # order of a sum decides on it.
+    form |= {"model__init_std": 0.2, "run__seed": 8}
     expected = run(1, 1, parallel__zero_stage=0, **form)
     found = run(2, 1, parallel__zero_stage=stage, parallel__sequence_parallel=sequence_parallel, **form)
     assert "decoder.project_in.weight.values" in read_all(newest(found), "weight")
@@ -156,9 +155,7 @@ def test_a_kept_transpose_gives_the_gradients_of_a_derived_one(run: Run) -> None
 def test_tensor_ranks_are_the_single_process_in_bf16(stage: int, run: Run) -> None:
     expected = run(1, 1, precision="bf16", parallel__zero_stage=1)
     found = run(2, 2, precision="bf16", parallel__zero_stage=stage, parallel__sequence_parallel=stage != 2)
-    assert_same_rows(step_rows(found), step_rows(expected), loss=BF16, norm=2 * BF16)
-    assert masters_apart(found, expected) <= BF16
-    assert_same_masks(found, expected)
+    assert_same_run_in_bf16(found, expected)
 
 
 @pytest.mark.parametrize(("tensor", "data", "stage"), [(2, 2, 0), (4, 1, 1), (2, 2, 3)])
