@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 
-from slope_dist.command_line import Parser
+from slope_dist.command_line import Parser, settle_output
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
 
@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     from slope_dist.training.entry import Request, Resume, dry_run, pretrain
 
     request = Request(options.config, tuple(options.set), Resume(options.resume, options.accept_steps))
-    return dry_run(request) if options.dry_run else pretrain(request)
+    if options.dry_run:
+        return dry_run(request)
+    code = pretrain(request)
+    settle_output()
+    return code
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 
@@ -72,6 +73,21 @@ def answer(work: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
+
+
+def tell(text: str, file: TextIO | None = None) -> None:
+    """Print, as far as there is room: a log on a full disk, or one that nobody reads, must not end what it tells of."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
+def settle_output() -> None:
+    """Flush what `tell` could not, or drop it: at exit its failure would take the place of the exit code."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        drop_output()
 
 
 def drop_output() -> None:

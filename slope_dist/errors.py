@@ -27,6 +27,8 @@ class UnfinishedError(UserError):
 
 _PASSING = {
     errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
     errno.ESTALE,
     errno.ETIMEDOUT,
     errno.EAGAIN,
@@ -41,7 +43,11 @@ _PASSING = {
     errno.ENOTCONN,
     errno.ESHUTDOWN,
 }
-"""What disks and file servers say while they, or the network to them, are out of order."""
+"""What disks and file servers say while they are full, or they or the network to them are out of order.
+
+Whether somebody makes room nobody can know here. Who starts a run again gives up when that has not helped
+(`slope_dist.cluster.requeue`).
+"""
 
 
 def may_pass(error: BaseException | None) -> bool:

@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from slope_dist.command_line import tell
 from slope_dist.lines import Line, listen_on_any_port
 from slope_dist.parallel.environment import Environment
 
@@ -146,11 +147,10 @@ class Peers:
         address = json.loads(store.get(_KEY))
         self._line = _call(self._rank, address)
         if self._line is None:
-            print(
+            tell(
                 f"warning: rank {self._rank} cannot reach rank 0 on port {address['port']} of "
                 f"{' or '.join(address['hosts'])}: a rank that dies may end the others late, or by the launcher alone",
-                file=sys.stderr,
-                flush=True,
+                sys.stderr,
             )
             return
         threading.Thread(target=self._listen, name="peers", daemon=True).start()

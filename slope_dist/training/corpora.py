@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from slope_dist.command_line import tell
 from slope_dist.config import Config
 from slope_dist.config.weights import shares
 from slope_dist.data.corpus import Corpus, Summary, stamps_of, token_file
@@ -45,7 +46,7 @@ class Corpora:
 
     def __init__(self, config: Config, run_folder: Path) -> None:
         self._seen_path = run_folder / SEEN
-        self._say = print if collectives.rank() == 0 else None
+        self._say = tell if collectives.rank() == 0 else None
         self._seen: dict[str, Any] = {}
 
         def read_through(alive: Callable[[], None]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slope_dist.command_line import EXIT_INTERRUPTED, answer
+from slope_dist.command_line import EXIT_INTERRUPTED, answer, tell
 from slope_dist.config import Config, derive, dump_config, load_config, run_folder
 from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError, may_pass
@@ -96,7 +96,7 @@ def pretrain(request: Request) -> int:
         return _refused(error, place)
     except environment.MeetingError as error:
         assert place is not None
-        print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        tell(f"error: rank {place.rank}: {error}", sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         environment.stop()
@@ -203,7 +203,7 @@ class _Run:
                 lines += [] if shared else [traceback.format_exc().rstrip()]
                 lines += [self._how_to_go_on()]
                 self._write_end(how, code, cause, temporary=temporary)
-            print("\n".join(text for text in lines if text), file=sys.stderr, flush=True)
+            tell("\n".join(text for text in lines if text), sys.stderr)
         if peers is not None:
             code = peers.leave(code)
         else:
@@ -282,7 +282,7 @@ def command_to_go_on(request: Request, place: Environment) -> str:
 def _refused(error: UserError, place: Environment | None) -> int:
     # Before the rank is known, or where reading it failed, every process speaks for itself.
     if place is None or place.is_first:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(f"error: {error}", sys.stderr)
         details = {"step": 0, "checkpoint": None, "exit_code": EXIT_BAD_INPUT, "cause": str(error)}
         write_end(None, "failed", temporary=may_pass(error), **details)
     return EXIT_BAD_INPUT
@@ -290,4 +290,4 @@ def _refused(error: UserError, place: Environment | None) -> int:
 
 def _say(place: Environment, *lines: str) -> None:
     if place.is_first and lines:
-        print("\n".join(lines), flush=True)
+        tell("\n".join(lines))

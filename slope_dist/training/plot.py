@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training loss, its running mean, validation loss and the adapter switch from the rows of metrics.jsonl."""
+    """Draw training loss, its running mean, validation loss and the adapter switch from the rows of metrics.jsonl.
+
+    Raises:
+        OSError: if the file cannot be written; one that was there is then as it was.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,6 +53,13 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes.grid(alpha=0.25)
     axes.legend()
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
-    os.replace(partial, path)
+    try:
+        figure.savefig(partial, format="png", dpi=120)
+        os.replace(partial, path)
+    except OSError:
+        # A part of a picture is of no use, and takes room.
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    finally:
+        pyplot.close(figure)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from slope_dist.command_line import tell
 from slope_dist.training.utilization import Utilization
 from slope_dist.transfer import duration_text, size_text
 
@@ -106,7 +107,7 @@ class ProgressLine:
             if self._live is not None:
                 self._live.update(Text(text), refresh=True)
             elif step % self.log_interval == 0 or step == self.steps or skipped:
-                print(text, flush=True)
+                tell(text)
             if not done:
                 self._after_first = now
         return rate
@@ -116,7 +117,7 @@ class ProgressLine:
         if self.show and self._live is not None:
             self._console.print(Text(text))
         elif self.show:
-            print(text, flush=True)
+            tell(text)
 
     def pause(self) -> None:
         """Leave out of the next step's time what came since the last one: evaluation, saving, the switch."""

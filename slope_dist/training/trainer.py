@@ -11,6 +11,7 @@ from typing import Any
 from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
 from slope_dist.checkpoint.format import folder_name
 from slope_dist.checkpoint.saver import Patience
+from slope_dist.command_line import tell
 from slope_dist.comparing.ranks import RankComparison
 from slope_dist.config import Config, Derived, derive
 from slope_dist.data.corpus import Corpus
@@ -90,7 +91,7 @@ class Trainer:
             config,
             self.derived.adapter_rank,
             resume or Resume(),
-            Transfer("verifying checkpoints", print if environment.is_first else None),
+            Transfer("verifying checkpoints", tell if environment.is_first else None),
         )
         self.corpora.verify()
         if found is not None:
@@ -205,7 +206,7 @@ class Trainer:
         """Build the engine of the phase the run is in, and load the checkpoint it goes on from."""
         lines = [*start_products(self.config, self.derived, self.folder.path), self.progress.utilization.basis]
         if self.environment.is_first:
-            print("\n".join(lines), flush=True)
+            tell("\n".join(lines))
         self._engine = build_engine(
             self.config, self.derived, self.groups, adapters=self.adapters, draw=self.resumed_from is None
         )
@@ -213,7 +214,7 @@ class Trainer:
             self._load(self._engine, self._source)
         with collectives.together():
             if self.environment.is_first:
-                self.journal = Journal(self.folder, self.step)
+                self.journal = Journal(self.folder, self.step, self.progress.say)
         self.saver = self._make_saver()
         # Its files stay mapped as long as it lives, and so on the disk when retention has removed them.
         self._source = None
@@ -228,7 +229,7 @@ class Trainer:
 
     def _load(self, engine: Engine, source: Checkpoint) -> None:
         """Take over a checkpoint, and see that its state gives the loss that it gave when it was saved."""
-        say = print if self.environment.is_first else None
+        say = tell if self.environment.is_first else None
         engine.load_state(source, transfer=Transfer(f"loading {source.path.name}", say))
         found = self._fingerprint()
         fingerprint.compare(state_of(source).fingerprint.model_dump(), found, str(source.path))

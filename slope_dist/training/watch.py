@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 import slope_dist
+from slope_dist.command_line import tell
 from slope_dist.config.watch import WatchConfig
 from slope_dist.lines import listen_on_any_port
 from slope_dist.parallel.environment import Environment
@@ -133,7 +134,7 @@ class Watch:
             self._warn(f"the watchdog of {socket.gethostname()} has ended ({code}): hangs are not found any more")
 
     def _warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        tell(f"warning: {text}", sys.stderr)
 
 
 def machine() -> str:

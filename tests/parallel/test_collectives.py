@@ -90,7 +90,7 @@ def meet_errors(number: int, failing: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "passes"), [(errno.EIO, True), (errno.ESTALE, True), (errno.EHOSTDOWN, True), (errno.ENOENT, False)]
+    ("number", "passes"), [(errno.EIO, True), (errno.EDQUOT, True), (errno.EHOSTDOWN, True), (errno.ENOENT, False)]
 )
 def test_all_ranks_know_whether_an_error_may_pass(number: int, passes: bool) -> None:
     assert run_ranks(meet_errors, 2, number, 0) == [[f"cannot read it: {passes}"] * 2] * 2

@@ -84,7 +84,7 @@ def fail_on(config: str, end: str, where: str, rank: str, number: int) -> None:
     [
         ("config", "0", errno.EIO, True, None),
         ("config", "0", errno.EACCES, False, None),
-        ("before", "0", errno.ESTALE, True, 0),
+        ("before", "0", errno.ENOSPC, True, 0),
         ("before", "1", errno.ESTALE, True, 0),
         ("before", "1", errno.ENOENT, False, 0),
         ("training", "0", errno.EIO, True, 2),
@@ -210,6 +210,13 @@ def test_a_dry_run_whose_output_has_no_room_is_one_line(corpus: Path, tmp_path: 
     [outcome] = end_ranks(entry_point_without_room, 1, "--config", str(config), "--dry-run", process_group=False)
     assert outcome.code == EXIT_BAD_INPUT
     assert one_line(outcome.errors) == "error: standard output cannot be written: No space left on device"
+
+
+def test_a_run_whose_output_has_no_room_trains(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus)
+    [outcome] = end_ranks(entry_point_without_room, 1, "--config", str(config), process_group=False)
+    assert (outcome.code, outcome.errors) == (0, "")
+    assert json.loads((tmp_path / "run/end.json").read_text())["how"] == "finished"
 
 
 @pytest.mark.parametrize(
