@@ -18,7 +18,7 @@ RUN := runs/tiny
 
 pretrain: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --config configs/tiny.json
-	@echo "the picture of the loss: $(RUN)/loss.png"
+	@echo "the picture of the loss: $(RUN)/loss.png; to go on by hand: source $(VENV)/bin/activate"
 
 test: $(INSTALLED)
 	$(BIN)/pytest -m "not slow and not slurm" -n 2 --dist loadfile --no-loadscope-reorder

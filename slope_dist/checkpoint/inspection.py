@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
@@ -53,6 +53,7 @@ def open_folder(path: Path, transfer: Transfer | None = None) -> Opened:
     except (OSError, RuntimeError, ValueError) as error:
         # RuntimeError: links in a circle; ValueError: a NUL in the name.
         raise UserError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    refuse_corpus(path, names)
     if MANIFEST in names or step_of(path.name) is not None:
         return Opened(Checkpoint.open(path, verify=False), False, [])
     folder = path / "checkpoints" if "checkpoints" in names else path
@@ -62,6 +63,16 @@ def open_folder(path: Path, transfer: Transfer | None = None) -> Opened:
             raise CheckpointError(f"{folder}: no checkpoint verifies; the newest: {search.damaged[0]}")
         raise UserError(f"{path} is no checkpoint, and holds none; give a step-... folder or the folder of a run")
     return Opened(search.checkpoint, True, search.skipped)
+
+
+def refuse_corpus(path: Path, names: Collection[str]) -> None:
+    """A prepared corpus has a manifest too, which would be called a damaged checkpoint's.
+
+    Raises:
+        UserError: the folder holds one.
+    """
+    if "train.idx" in names:
+        raise UserError(f"{path} is a prepared corpus and no model; give a checkpoint or the folder of a run")
 
 
 def logical_hashes(checkpoint: Checkpoint, transfer: Transfer | None = None) -> dict[str, str]:

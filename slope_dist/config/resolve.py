@@ -199,11 +199,18 @@ def zero_stage(config: Config) -> int:
     return 1 if stage == 0 and config.precision != "fp32" else stage
 
 
-def threads_per_process(config: Config, local_ranks: int) -> int:
-    """Return `run.threads`, or where it is null the share of one of `local_ranks` processes in this machine's cores."""
+def threads_per_process(config: Config, local_ranks: int, processors: float | None = None) -> int:
+    """Return `run.threads`, or where it is null the share of one of `local_ranks` processes in this machine's cores.
+
+    Args:
+        config: the run.
+        local_ranks: on these cores.
+        processors: whose time they may use, where that is limited.
+    """
     # Not every system can say which of its cores this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return config.run.threads or max(1, cores // local_ranks)
+    usable = cores if processors is None else min(cores, processors)
+    return config.run.threads or max(1, int(usable // local_ranks))
 
 
 def without_effect(config: Config) -> list[str]:

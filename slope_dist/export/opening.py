@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from slope_dist.checkpoint.format import MANIFEST, step_of
+from slope_dist.checkpoint.inspection import refuse_corpus
 from slope_dist.errors import UserError
 from slope_dist.export.checkpoint_model import CheckpointModel
 from slope_dist.export.compressed import CompressedModel
@@ -47,6 +48,7 @@ def form_of(path: Path) -> str:
         names = set(os.listdir(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    refuse_corpus(path, names)
     if MANIFEST in names or "checkpoints" in names:
         return "checkpoint"
     if SLOPE in names:

@@ -10,6 +10,8 @@ import torch
 from slope_dist.config import Config, Derived, derive, run_folder
 from slope_dist.config.resolve import backward_weight_reason, layout_text, without_effect, zero_stage
 from slope_dist.data.corpus import token_file
+from slope_dist.data.manifest import read_manifest
+from slope_dist.data.prepare import MANIFEST
 from slope_dist.errors import UserError
 from slope_dist.training.build import StateCount, count_state, stages
 from slope_dist.training.forecast import forecast
@@ -110,16 +112,27 @@ def _state_text(count: StateCount, divided: bool) -> str:
 
 
 def corpus_warning(config: Config) -> str | None:
-    """A line if a corpus is absent, saying what a real run would do."""
+    """A line if a corpus is absent, saying what a real run would do, or if the model does not know all of its ids."""
     missing = [part.folder for part in config.data.corpora if not is_there(Path(part.folder))]
     if not missing:
-        return None
+        return next(filter(None, (_vocabulary_warning(config, Path(p.folder)) for p in config.data.corpora)), None)
     what = (
         f'it will be prepared from "{config.data.source}" at first use'
         if config.data.source
         else "make it with tools/prepare_data.py"
     )
     return f"warning: no corpus in {', '.join(missing)} yet: {what}"
+
+
+def _vocabulary_warning(config: Config, folder: Path) -> str | None:
+    """What the manifest says; the ids themselves are looked at when a run starts."""
+    manifest = read_manifest(folder / MANIFEST) if folder.is_dir() else None
+    if manifest is None or manifest["vocab_size"] <= config.model.vocab_size:
+        return None
+    return (
+        f"warning: a run would be refused where it meets an id that the model has not: the tokenizer of {folder} has "
+        f"{manifest['vocab_size']} ids, model.vocab_size is {config.model.vocab_size}"
+    )
 
 
 def is_there(folder: Path) -> bool:

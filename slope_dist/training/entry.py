@@ -23,6 +23,7 @@ from slope_dist.training.describe import corpus_warning, describe, describe_alte
 from slope_dist.training.ending import How, write_end
 from slope_dist.training.folder import Resume
 from slope_dist.training.guards import RunFailedError
+from slope_dist.training.host_memory import processor_limit
 from slope_dist.training.stopping import StopNow, Stopper
 from slope_dist.training.watch import Watch
 
@@ -85,7 +86,7 @@ def pretrain(request: Request) -> int:
         try:
             environment.start(
                 place,
-                threads_per_process(config, environment.ranks_on_these_cores(place)),
+                threads_per_process(config, environment.ranks_on_these_cores(place), processor_limit()),
                 deterministic=config.training.deterministic,
             )
         except UserError as error:

@@ -1,4 +1,4 @@
-"""How much host memory the processes here may have: limits of control groups and of a SLURM job."""
+"""How much host memory and processor time the processes here may have: limits of control groups and SLURM jobs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def memory_limits(
     """
     env = os.environ if variables is None else variables
     limits = []
-    for path in _limit_files(groups, own_groups):
+    for path in _limit_files(groups, own_groups, "memory", "memory.max", "memory.limit_in_bytes"):
         try:
             limits.append(int(path.read_text()))
         except (OSError, ValueError):
@@ -36,11 +36,32 @@ def memory_limits(
     return limits
 
 
-def _limit_files(groups: Path, own_groups: Path) -> Iterator[Path]:
-    """Those of the process's group and of all above it, whose limits hold for it too."""
+def processor_limit(groups: Path = GROUPS, own_groups: Path = OWN_GROUPS) -> float | None:
+    """Processors whose time this process may use together with its group, as `docker --cpus` sets it; None: all.
+
+    A thread for every core of a large machine would be stopped for most of the time that it is waited for.
+    """
+    found = []
+    for path in _limit_files(groups, own_groups, "cpu", "cpu.max", "cpu.cfs_quota_us"):
+        try:
+            quota, *period = path.read_text().split()
+            if not period:
+                period = path.with_name("cpu.cfs_period_us").read_text().split()
+            share = int(quota) / int(period[0])
+        except (OSError, ValueError, IndexError, ZeroDivisionError):
+            # Not there, or "max".
+            continue
+        # -1 is no limit.
+        if share > 0:
+            found.append(share)
+    return min(found, default=None)
+
+
+def _limit_files(groups: Path, own_groups: Path, controller: str, name_2: str, name_1: str) -> Iterator[Path]:
+    """Those of the process's group and of all above it, whose limits hold for it too, as versions 2 and 1 call them."""
     # In a container the root of what is mounted is often its own group, whatever path it has outside.
-    yield groups / "memory.max"
-    yield groups / "memory" / "memory.limit_in_bytes"
+    yield groups / name_2
+    yield groups / controller / name_1
     try:
         lines = own_groups.read_text().splitlines()
     except OSError:
@@ -48,9 +69,9 @@ def _limit_files(groups: Path, own_groups: Path) -> Iterator[Path]:
     for line in lines:
         number, controllers, path = [*line.split(":", 2), "", ""][:3]
         if number == "0" and not controllers:
-            root, name = groups, "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = groups / "memory", "memory.limit_in_bytes"
+            root, name = groups, name_2
+        elif controller in controllers.split(","):
+            root, name = groups / controller, name_1
         else:
             continue
         parts = PurePosixPath(path).parts[1:]

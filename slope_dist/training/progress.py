@@ -85,6 +85,7 @@ class ProgressLine:
         self._console = Console(soft_wrap=True, highlight=False)
         self._live: Live | None = None
         self._last = self._after_first = time.perf_counter()
+        self._busy, self._unsaid = 0.0, 0
         self._peak = 0
 
     def start(self) -> None:
@@ -99,15 +100,20 @@ class ProgressLine:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         rate = self.tokens_per_step / seconds
+        self._busy += seconds
+        self._unsaid += 1
         if self.show:
             # The first step carries one-time costs; leave it out of the estimate once there is another.
             done = step - self.first_step
             per_step = (now - self._after_first) / done if done else seconds
-            text = self._text(step, loss, rate, phase, skipped, per_step * (self.steps - step))
+            left = per_step * (self.steps - step)
             if self._live is not None:
-                self._live.update(Text(text), refresh=True)
-            elif step % self.log_interval == 0 or step == self.steps or skipped:
-                tell(text)
+                self._live.update(Text(self._text(step, loss, rate, phase, skipped, left)), refresh=True)
+            elif step % self.log_interval == 0 or step in (self.first_step, self.steps) or skipped:
+                # Of all steps since the last line: one alone may have been slow or fast.
+                mean = self._unsaid * self.tokens_per_step / self._busy
+                self._busy, self._unsaid = 0.0, 0
+                tell(self._text(step, loss, mean, phase, skipped, left))
             if not done:
                 self._after_first = now
         return rate

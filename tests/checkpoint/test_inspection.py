@@ -30,7 +30,9 @@ from slope_dist.checkpoint.inspection import (
 )
 from slope_dist.checkpoint.validation import check_state
 from slope_dist.errors import UserError
+from slope_dist.export.opening import form_of
 from slope_dist.sparse import Pattern, codec
+from tests.runs import small_corpus
 
 from .rewriting import RUNS, STEP, folder_of, opened, raw_bytes, raw_tensors, rewrite
 from .states import in_child, in_ranks, save_state
@@ -270,3 +272,10 @@ def test_what_cannot_be_opened_is_a_users_error(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             open_folder(tmp_path / name)
         assert not isinstance(caught.value, CheckpointError)
+
+
+def test_a_prepared_corpus_is_no_damaged_checkpoint(tmp_path: Path) -> None:
+    corpus = small_corpus(tmp_path)
+    for open_it in (open_folder, form_of):
+        with pytest.raises(UserError, match=f"{corpus} is a prepared corpus and no model"):
+            open_it(corpus)

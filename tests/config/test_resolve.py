@@ -134,6 +134,8 @@ def test_threads(minimal, load):
     assert threads_per_process(load(minimal, ["run.threads=3"]), 2) == 3
     assert threads_per_process(load(minimal), 10**6) == 1
     assert threads_per_process(load(minimal), 1) >= threads_per_process(load(minimal), 2) >= 1
+    assert threads_per_process(load(minimal), 1, 1.5) == threads_per_process(load(minimal), 1, 0.2) == 1
+    assert threads_per_process(load(minimal), 1, 1e6) == threads_per_process(load(minimal), 1)
 
 
 def test_run_folder_is_filled_in(minimal, load):

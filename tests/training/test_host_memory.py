@@ -1,4 +1,4 @@
-"""Claim: of all limits on a process's memory, its control group's, those above it and a SLURM job's, each is found.
+"""Claim: of all limits on a process's memory and processor time, its control group's and those above, each is found.
 
 Run: pytest tests/training/test_host_memory.py
 """
@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from slope_dist.training import memory
-from slope_dist.training.host_memory import memory_limits
+from slope_dist.training.host_memory import memory_limits, processor_limit
 
 
 def found(folder: Path, own: str, files: dict[str, str], variables: dict[str, str] | None = None) -> list[int]:
@@ -68,3 +68,19 @@ def test_the_least_of_the_machine_and_its_limits_holds(monkeypatch: pytest.Monke
     assert memory._machine_memory() == 16 * 2**20
     monkeypatch.setattr(memory, "memory_limits", lambda: [2**62])
     assert memory._machine_memory() == psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit"),
+    [
+        ("0::/job/step\n", {"cpu.max": "max 100000", "job/cpu.max": "250000 100000", "job/step/cpu.max": "max"}, 2.5),
+        ("0::/job/step\n", {"job/cpu.max": "200000 100000", "job/step/cpu.max": "800000 100000"}, 2.0),
+        ("4:cpu,cpuacct:/job\n", {"cpu/job/cpu.cfs_quota_us": "50000", "cpu/job/cpu.cfs_period_us": "100000"}, 0.5),
+        ("4:cpu:/job\n", {"cpu/job/cpu.cfs_quota_us": "-1", "cpu/job/cpu.cfs_period_us": "100000"}, None),
+        ("0::/\n", {"cpu.max": "100000 100000", "other/cpu.max": "1 100000"}, 1.0),
+        ("0::/\n", {"cpu.max": "torn"}, None),
+    ],
+)
+def test_a_limit_of_processor_time(own: str, files: dict[str, str], limit: float | None, tmp_path: Path) -> None:
+    found(tmp_path, own, files)
+    assert processor_limit(tmp_path / "groups", tmp_path / "own") == limit

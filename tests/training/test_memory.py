@@ -27,7 +27,7 @@ from slope_dist.training.forecast import MARGIN, forecast
 from slope_dist.training.memory import fit_on_gpu, needs_of, refuse_what_will_not_fit
 from slope_dist.transfer import size_text
 from tests.distributed import run_ranks
-from tests.runs import VOCAB_SIZE, write_config
+from tests.runs import VOCAB_SIZE, small_corpus, write_config
 
 ALONE = Environment(rank=0, world_size=1, local_rank=0, local_world_size=1, launcher="none")
 
@@ -241,6 +241,13 @@ def test_description_names_what_the_run_will_be(tmp_path: Path) -> None:
     assert "pipeline stages" not in text
     warning = corpus_warning(config)
     assert warning is not None and str(tmp_path / "nowhere") in warning
+
+
+def test_a_dry_run_says_that_a_model_does_not_know_all_ids_of_its_corpus(tmp_path: Path) -> None:
+    corpus = small_corpus(tmp_path)
+    assert corpus_warning(load_config(write_config(tmp_path, corpus))) is None
+    warning = corpus_warning(load_config(write_config(tmp_path, corpus, model__vocab_size=256)))
+    assert warning is not None and f"the tokenizer of {corpus} has 512 ids, model.vocab_size is 256" in warning
 
 
 def test_description_of_a_layout(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Run: pytest tests/training/test_progress.py
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 import torch
@@ -36,13 +37,30 @@ def test_plain_lines_say_everything(capsys: pytest.CaptureFixture[str]) -> None:
     progress.say("evaluated")
     progress.close()
     lines = capsys.readouterr().out.splitlines()
-    # Every second step, and the last.
-    assert [text.split(" | ")[0] for text in lines] == ["step 2/4", "step 4/4", "evaluated"]
+    # The first step, every second one, and the last.
+    assert [text.split(" | ")[0] for text in lines] == ["step 1/4", "step 2/4", "step 4/4", "evaluated"]
     parts = (
         r"step 2/4 \| 50\.0 % \| loss 3\.2500 \| [\d,]+ tokens/s \| .*peak memory [\d.]+ [KMG]?i?B \| sparse \| .+ left"
     )
-    assert re.fullmatch(parts, lines[0])
+    assert re.fullmatch(parts, lines[1])
     assert "\x1b" not in "".join(lines)
+
+
+def test_a_line_s_speed_is_of_all_steps_since_the_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    progress = line(steps=5, log_interval=4, tokens_per_step=100)
+    progress.start()
+    # A pause, as for an evaluation, is no step's.
+    for step, (pause, seconds) in enumerate([(0, 50.0), (0, 1.0), (9.0, 2.0), (0, 1.0), (0, 10.0)], start=1):
+        clock[0] += pause
+        progress.pause()
+        clock[0] += seconds
+        assert progress.step(step, 1.0, "sparse", None) == pytest.approx(100 / seconds)
+    said = re.findall(r"step (\d).* ([\d,]+) tokens/s", capsys.readouterr().out)
+    assert said == [("1", "2"), ("4", "75"), ("5", "10")]
 
 
 def test_mfu_is_shown_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
