@@ -15,7 +15,7 @@ from slope_dist.checkpoint.inspection import open_folder
 from slope_dist.command_line import visible
 from slope_dist.config import Config
 from slope_dist.config.messages import explain
-from slope_dist.data.load_tokenizer import load_tokenizer
+from slope_dist.data.load_tokenizer import FILES, load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.stored import Origin, StoredModel, all_finite, forms_of
@@ -78,12 +78,13 @@ class CheckpointModel(StoredModel):
         return found
 
     def tokenizer(self) -> Tokenizer:
-        """The one that was given, or that of the run's corpus; it must be the one that the run read ids of."""
+        """The one that was given, or that of the run's corpora; it must be the one that the run read ids of."""
         places = [self._tokenizer_path] if self._tokenizer_path else self._usual_places()
         found = next((place for place in places if place.exists()), None)
         if found is None:
+            place = places[0] if places else self.config.data.corpora[0].folder
             raise UserError(
-                f"the tokenizer of {self._checkpoint.path} is not at {places[0]}; name it with --tokenizer PATH"
+                f"the tokenizer of {self._checkpoint.path} is not at {place}; name it with --tokenizer PATH"
             )
         tokenizer = load_tokenizer(found)
         expected = self._checkpoint.identity.get("tokenizer")
@@ -95,9 +96,11 @@ class CheckpointModel(StoredModel):
         return tokenizer
 
     def _usual_places(self) -> list[Path]:
+        """Where training finds it: with a corpus, of which only some may have one, or where the config says."""
         data = self.config.data
-        named = [Path(data.tokenizer)] if data.tokenizer else []
-        return [Path(data.corpora[0].folder), *named]
+        folders = [Path(part.folder) for part in data.corpora]
+        having = [folder for folder in folders if any((folder / name).exists() for name in FILES)]
+        return having + ([Path(data.tokenizer)] if data.tokenizer else [])
 
     def _adapter_rank(self) -> int:
         tensors = self._checkpoint.manifest.tensors

@@ -120,6 +120,40 @@ def test_the_tokenizer_is_the_corpus_s_and_no_other(base: Path, tmp_path: Path) 
         CheckpointModel(path, other).tokenizer()
 
 
+@pytest.mark.parametrize("form", ["folder", "pair of files", "mixture"])
+def test_a_corpus_without_tokenizer_hides_no_other(base: Path, tmp_path: Path, form: str) -> None:
+    corpus, bare = small_corpus(base), tmp_path / "a-bare-one"
+    bare.mkdir()
+    for file in (*corpus.glob("*.bin"), *corpus.glob("*.idx")):
+        shutil.copy(file, bare)
+    tokenizer = tmp_path / "elsewhere.model"
+    shutil.copy(corpus / "tokenizer.model", tokenizer)
+    data: dict[str, Any] = {
+        "folder": {"folder": str(bare), "tokenizer": str(tokenizer)},
+        "pair of files": {"folder": str(bare / "train"), "tokenizer": str(tokenizer)},
+        "mixture": {"mixture": [f"{bare}=1", f"{corpus}=1"]},
+    }[form]
+
+    def read(tensors: dict[str, Any], content: dict[str, Any]) -> None:
+        content["config"]["data"] = data
+
+    path = rewrite(checkpoint(base, STEPS), tmp_path, read)
+    assert CheckpointModel(path).tokenizer().sha256 == load_tokenizer(corpus).sha256
+    tokenizer.unlink()
+    if form != "mixture":
+        with pytest.raises(UserError, match=r"is not at .*elsewhere\.model; name it with --tokenizer PATH"):
+            CheckpointModel(path).tokenizer()
+
+
+def test_no_tokenizer_at_all_is_one_line(base: Path, tmp_path: Path) -> None:
+    def read(tensors: dict[str, Any], content: dict[str, Any]) -> None:
+        content["config"]["data"] = {"folder": str(tmp_path)}
+
+    path = rewrite(checkpoint(base, STEPS), tmp_path, read)
+    with pytest.raises(UserError, match=rf"is not at {tmp_path}; name it with --tokenizer PATH"):
+        CheckpointModel(path).tokenizer()
+
+
 def test_what_is_no_model_is_refused_in_a_line(base: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no model: expected a checkpoint"):
