@@ -198,8 +198,10 @@ def gemm_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[
     """Both products of every weight of the models."""
     device = _device(options)
     tokens = options.tokens or [count for count in gemm.TOKENS if device.type == "cuda" or count <= CPU_TOKENS]
-    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    for case in gemm.cases(matrices(options.loaded, options.tensor), tokens, DTYPES[options.dtype], device):
+    dtype = DTYPES[options.dtype]
+    # The peaks are those of 16 bits.
+    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype.itemsize == 2 else None
+    for case in gemm.cases(matrices(options.loaded, options.tensor), tokens, dtype, device):
         yield Cell(str(case), partial(gemm.measure, case, dispatcher, options.seconds, peaks))
 
 

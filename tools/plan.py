@@ -8,8 +8,9 @@
 Memory is predicted for every pipeline stage: model state, the engine's buffers and the activations of the fullest
 moment, before the adapters, while they join and with them, beside the dense run. Time comes from products, links and
 the pipeline; products from a file of `tools/benchmark.py gemm` of that card, else from its peaks and assumptions. Times
-are UNVALIDATED unless --checked-by names measured blocks or steps of that card, and all are met within 15 %. How, and
-how well that has been checked: docs/planning.md. Nothing is written.
+are UNVALIDATED unless --checked-by names measured blocks or steps of that card, and all are met within 15 %. Of a file
+of measurements the rows in the precision of the config count, without a config those in bf16. How, and how well that
+has been checked: docs/planning.md. Nothing is written.
 
 --search tries every layout that is legal on all GPUs: tensor and sequence parallelism, pipeline, ZeRO stage or FSDP2,
 micro-batch and recomputation. --validate compares predictions with results of `tools/benchmark.py block` or `step`.
@@ -32,6 +33,7 @@ from rich.console import Console
 
 from slope_dist.command_line import Parser, answer, path_argument
 from slope_dist.config import Config, load_config
+from slope_dist.config.sections import Precision
 from slope_dist.errors import UserError
 from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.products import ProductTimes, Roofline, read_measured
@@ -81,16 +83,15 @@ def _run(options: argparse.Namespace) -> int:
         raise UserError("--config is required (or --validate); see plan.py --help")
     config = None if options.config is None else load_config(options.config, options.set)
     cluster = _cluster(options, config)
-    times: ProductTimes = Roofline(cluster.gpu, cluster.peaks)
+    precision: Precision = "bf16" if config is None else config.precision
+    times: ProductTimes = Roofline(cluster.gpu, cluster.peaks, WIDTH[precision])
     if options.gemm is not None:
-        times = read_measured(options.gemm, cluster.gpu)
+        times = read_measured(options.gemm, cluster.gpu, precision)
     if options.validate is not None:
-        return _validate(options, cluster, times)
+        return _validate(options, cluster, times, precision)
     assert config is not None
-    if options.gemm is None and WIDTH[config.precision] == 4:
-        times = Roofline(cluster.gpu, cluster.peaks, width=4)
     if options.search:
-        _search(options, cluster, times)
+        _search(options, cluster, times, precision)
     else:
         _plan(options, config, cluster, times)
     return 0
@@ -117,11 +118,11 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
     return Cluster.of(gpu, options.gpus_per_node, nodes, options.inside_gb, options.between_gb)
 
 
-def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> int:
+def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes, precision: Precision) -> int:
     from slope_dist.benchmark.prediction import CLOSE
     from slope_dist.training.plan_screen import table_of
 
-    found = _compared(options.validate, cluster, times)
+    found = _compared(options.validate, cluster, times, precision)
     if options.json:
         print(json.dumps([vars(one) | {"ratio": one.ratio} for one in found], indent=1))
     else:
@@ -135,11 +136,12 @@ def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes
     return 0 if close == len(found) else EXIT_FAR_OFF
 
 
-def _compared(path: Path, cluster: Cluster, times: ProductTimes) -> list[Prediction]:
+def _compared(path: Path, cluster: Cluster, times: ProductTimes, precision: Precision) -> list[Prediction]:
     from slope_dist.benchmark.prediction import compare
 
     configs = {path.stem: load_config(path) for path in sorted(CONFIGS.glob("*.json"))}
-    found = list(compare(path, _benchmark_of(path), configs, cluster.gpu, Machine(times, cluster.peaks)))
+    machine = Machine(times, cluster.peaks)
+    found = list(compare(path, _benchmark_of(path), configs, cluster.gpu, machine, precision))
     if not found:
         raise UserError(f"{path} has no measured cells")
     return found
@@ -154,7 +156,7 @@ def _benchmark_of(path: Path) -> str:
     return name
 
 
-def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> None:
+def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes, precision: Precision) -> None:
     from slope_dist.training.plan_screen import table_of
     from slope_dist.training.search import overrides, search
     from slope_dist.transfer import duration_text, size_text
@@ -184,7 +186,7 @@ def _search(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) 
     fitting = [candidate for candidate in found if candidate.fits]
     lines = [
         f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu}: {len(found)} layouts, of which {len(fitting)} fit",
-        _times_line(options, cluster, times),
+        _times_line(options, cluster, times, precision),
     ]
     _console().print("\n".join(lines), highlight=False)
     table = table_of("layout", "memory a rank", "step", "tokens/s")
@@ -211,15 +213,15 @@ def _plan(options: argparse.Namespace, config: Config, cluster: Cluster, times: 
     if options.json:
         print(json.dumps(to_data(plan), indent=1))
     else:
-        show(plan, _console(), _times_line(options, cluster, times))
+        show(plan, _console(), _times_line(options, cluster, times, config.precision))
 
 
-def _times_line(options: argparse.Namespace, cluster: Cluster, times: ProductTimes) -> str:
+def _times_line(options: argparse.Namespace, cluster: Cluster, times: ProductTimes, precision: Precision) -> str:
     from slope_dist.benchmark.prediction import CLOSE
 
     if options.checked_by is None:
         return f"times: UNVALIDATED; products {times.basis}"
-    found = _compared(options.checked_by, cluster, times)
+    found = _compared(options.checked_by, cluster, times, precision)
     off = sum(not one.is_close for one in found)
     cells = f"of {len(found)} measured cells in {options.checked_by}"
     verdict = f"UNVALIDATED, {off} {cells} are not met" if off else f"all {cells} are met"

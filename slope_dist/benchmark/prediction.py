@@ -15,6 +15,7 @@ from torch import nn
 from slope_dist.benchmark import block
 from slope_dist.benchmark.random_models import Form, build_meta_layers, with_layers
 from slope_dist.config import Config
+from slope_dist.config.sections import Precision
 from slope_dist.errors import UserError
 from slope_dist.planning.model_state import measure
 from slope_dist.planning.products import read_results
@@ -55,7 +56,7 @@ def predict_step(config: Config, tokens: int, form: Form, machine: Machine, *, w
     """Seconds of one step of a block, or of a whole model, as the benchmarks take it.
 
     Args:
-        config: of the model; its blocks count where it is `whole`.
+        config: of the model, in the precision that is measured; its blocks count where it is `whole`.
         tokens: of the micro-batch, all of the step.
         form: how linears are stored.
         machine: products and peaks of the card.
@@ -69,8 +70,7 @@ def predict_step(config: Config, tokens: int, form: Form, machine: Machine, *, w
             "training": config.training.model_copy(
                 update={"micro_batch_size": batch} | ({} if whole else {"recompute": "none"})
             ),
-            # What is measured: 16-bit weights and gradients on one rank.
-            "precision": "bf16",
+            # What is measured: weights and gradients of one dtype on one rank.
             "parallel": config.parallel.model_copy(
                 update={"tensor": 1, "sequence_parallel": False, "gradient_dtype": "model", "zero_stage": 1}
             ),
@@ -84,8 +84,10 @@ def predict_step(config: Config, tokens: int, form: Form, machine: Machine, *, w
     return work.seconds + optimizer_seconds(share, one, 1, machine.peaks, resident=form.resident)
 
 
-def compare(path: Path, benchmark: str, configs: dict[str, Config], gpu: str, machine: Machine) -> Iterator[Prediction]:
-    """Predict every rival in a file of `block` or `step`.
+def compare(
+    path: Path, benchmark: str, configs: dict[str, Config], gpu: str, machine: Machine, precision: Precision = "bf16"
+) -> Iterator[Prediction]:
+    """Predict every rival in a file of `block` or `step` that was measured in a precision.
 
     Args:
         path: of the file.
@@ -93,24 +95,29 @@ def compare(path: Path, benchmark: str, configs: dict[str, Config], gpu: str, ma
         configs: the models that cells can name.
         gpu: the kind of card that the file was measured on.
         machine: its products and peaks.
+        precision: of the rows that count.
 
     Raises:
-        UserError: if the file cannot be read, is of another card, or names a model that is not among `configs`.
+        UserError: if the file cannot be read, is of another card or precision, or names a model that is not among
+            `configs`.
     """
-    for row in read_results(path, benchmark, gpu)["rows"]:
-        yield from _row(path, row, benchmark, configs, machine)
+    for row in read_results(path, benchmark, gpu, precision)["rows"]:
+        yield from _row(path, row, benchmark, configs, machine, precision)
 
 
 def _row(
-    path: Path, row: dict[str, Any], benchmark: str, configs: dict[str, Config], machine: Machine
+    path: Path,
+    row: dict[str, Any],
+    benchmark: str,
+    configs: dict[str, Config],
+    machine: Machine,
+    precision: Precision,
 ) -> Iterator[Prediction]:
-    if "rivals" not in row:
-        return  # What could not be measured says why in their place.
     try:
         cell, name, tokens, rivals = row["cell"], row["config"], int(row["tokens"]), row["rivals"]
         if name not in configs:
             raise UserError(f'{path}: cell "{cell}" is of the model {name}, which is not in configs/')
-        config = configs[name]
+        config = configs[name].model_copy(update={"precision": precision})
         whole = benchmark == "step"
         if whole:
             config = with_layers(config, int(row["layers"]))

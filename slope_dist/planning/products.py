@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from slope_dist.config.sections import Precision
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 from slope_dist.planning.gpus import Peaks, kind_of
@@ -21,6 +22,9 @@ Kind = Literal["forward", "input gradient", "weight gradient"]
 
 _MEASURED: tuple[Kind, ...] = ("forward", "input gradient")
 _LARGEST_FILE = 2**28
+
+_DTYPES: dict[Precision, str] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What files of results call them."""
 
 DENSE_SHARE = 0.65
 """The share of a card's dense peak that large dense products are taken to reach where nothing is measured."""
@@ -103,7 +107,7 @@ class Measured:
     that is: in its tokens, rows and columns, by the sum of the logarithms of their ratios.
 
     Args:
-        rows: of the file.
+        rows: of the file, all of one dtype.
         basis: what to say of them.
     """
 
@@ -132,16 +136,16 @@ class Measured:
         return found[nearest] * wanted.flops / (2 * math.prod(nearest))
 
 
-def read_measured(path: Path, gpu: str) -> Measured:
-    """The products of a file.
+def read_measured(path: Path, gpu: str, precision: Precision) -> Measured:
+    """The products of a file in one precision.
 
     Raises:
-        UserError: if it cannot be read, holds something else, or was measured on another card.
+        UserError: if it cannot be read, holds something else, or was measured on another card or in another precision.
     """
-    content = read_results(path, "gemm", gpu)
-    card = content["machine"]["device"]
+    content = read_results(path, "gemm", gpu, precision)
+    card, commit = content["machine"]["device"], content["machine"].get("commit")
     try:
-        made = Measured(content["rows"], f"measured on {card}: {path}, commit {content['machine'].get('commit')}")
+        made = Measured(content["rows"], f"measured on {card} in {precision}: {path}, commit {commit}")
         for kind, sparse in product(_MEASURED, (False, True)):
             made.seconds(Product(kind, 1, 1, 1, sparse))
     except (KeyError, TypeError, ValueError) as error:
@@ -168,11 +172,11 @@ def _content(path: Path) -> Any:
         return None
 
 
-def read_results(path: Path, benchmark: str, gpu: str) -> dict[str, Any]:
-    """The content of a file of results.
+def read_results(path: Path, benchmark: str, gpu: str, precision: Precision) -> dict[str, Any]:
+    """The content of a file of results, with the rows of one precision: a file may hold several.
 
     Raises:
-        UserError: if it is none, of another benchmark, or measured on another card.
+        UserError: if it is none, of another benchmark, or measured on another card or in another precision.
     """
     content = _content(path)
     good = isinstance(content, dict) and content.get("benchmark") == benchmark
@@ -181,4 +185,13 @@ def read_results(path: Path, benchmark: str, gpu: str) -> dict[str, Any]:
     card = str(content["machine"].get("device"))
     if kind_of(card) != gpu:
         raise UserError(f'{path} was measured on "{card}", which is no {gpu}; take --gpu of that card, or another file')
-    return content
+    # What could not be measured has no dtype.
+    measured = [row for row in content["rows"] if isinstance(row, dict) and "dtype" in row]
+    rows = [row for row in measured if row["dtype"] == _DTYPES[precision]]
+    if not rows:
+        others = ", ".join(sorted({str(row["dtype"]) for row in measured}))
+        raise UserError(
+            f"{path} has nothing that was measured in {_DTYPES[precision]}{others and f', but in {others}'}; "
+            "the precision is that of --config, without one bf16"
+        )
+    return content | {"rows": rows}

@@ -5,6 +5,7 @@ Run: pytest tests/benchmark/test_gpu_benchmarks.py
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 
 from slope_dist.benchmark import gemm, machine, timing
+from slope_dist.config import load_config
 from slope_dist.sparse import kernels, reference
 from tests.distributed import ROOT
 from tests.programs import program
@@ -305,6 +307,19 @@ def test_cuda_is_not_promised_where_there_is_none(
     monkeypatch.setattr(tool.torch.cuda, "is_available", lambda: False)
     assert tool.main(["gemm", "--device", "cuda", "--configs", str(config)]) == 2
     assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "known"), [("bf16", True), ("fp16", True), ("fp32", False)])
+def test_the_bound_is_that_of_16_bits(
+    dtype: str, known: bool, tool: ModuleType, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tool.torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    made = argparse.Namespace(
+        device="cuda", dtype=dtype, tokens=[128], tensor=[1], seconds=0, loaded=[("small", load_config(config))]
+    )
+    cells = list(tool.gpu_benchmarks.gemm_cells(made, None))
+    assert cells and all((cell.measure.args[-1] is not None) == known for cell in cells)
 
 
 @pytest.mark.parametrize(("mfu", "shown"), [(0.4123, "41.2 %"), (None, "-")], ids=["known", "unknown"])

@@ -34,7 +34,7 @@ def config() -> Config:
 
 
 def results(path: Path, benchmark: str, rivals: dict[str, Any], **more: Any) -> Path:
-    row = {"cell": "opt1.3b", "config": "opt1.3b", "tokens": TOKENS, "rivals": rivals} | more
+    row = {"cell": "opt1.3b", "config": "opt1.3b", "tokens": TOKENS, "dtype": "bfloat16", "rivals": rivals} | more
     path.write_text(json.dumps({"benchmark": benchmark, "machine": {"device": "NVIDIA H200"}, "rows": [row]}))
     return path
 
@@ -70,6 +70,16 @@ def test_every_rival_is_compared(benchmark: str, config: Config, tmp_path: Path)
         ("adapters", False),
     ]
     assert found[1].ratio == pytest.approx(1 / 1.1)
+
+
+def test_rows_are_predicted_in_their_own_precision(config: Config, tmp_path: Path) -> None:
+    path = results(tmp_path / "r.json", "block", {"dense": {"seconds": 1.0}}, dtype="float32")
+    with pytest.raises(UserError, match="nothing that was measured in bfloat16, but in float32"):
+        list(compare(path, "block", {"opt1.3b": config}, "h200-141gb", MACHINE))
+    (wide,) = compare(path, "block", {"opt1.3b": config}, "h200-141gb", MACHINE, "fp32")
+    results(path, "block", {"dense": {"seconds": 1.0}})
+    (narrow,) = compare(path, "block", {"opt1.3b": config}, "h200-141gb", MACHINE)
+    assert wide.predicted > narrow.predicted
 
 
 def test_what_is_wrong_is_one_line(config: Config, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def gemm(folder: Path, device: str) -> str:
             "tokens": tokens,
             "rows": 64,
             "columns": 64,
+            "dtype": "bfloat16",
             "rivals": {"dense": {"seconds": 1e-3}, "dispatcher": {"seconds": 5e-4}},
         }
         for kind in ("forward", "input gradient")
@@ -76,7 +77,13 @@ def test_measured_products_are_used_and_said(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_measured_steps_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "rivals": {"dense": {"seconds": 1e9}}}
+    row = {
+        "cell": "opt125m",
+        "config": "opt125m",
+        "tokens": 2048,
+        "dtype": "bfloat16",
+        "rivals": {"dense": {"seconds": 1e9}},
+    }
     file = tmp_path / "block.json"
     machine = {"device": "NVIDIA A100-SXM4-80GB"}
     file.write_text(json.dumps({"benchmark": "block", "machine": machine, "rows": [row]}))
@@ -86,7 +93,8 @@ def test_measured_steps_are_compared(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_a_plan_is_validated_by_measured_steps_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, file = str(write_config(tmp_path, tmp_path, **SMALL)), tmp_path / "block.json"
-    row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "rivals": {"dense": {"seconds": 1.0}}}
+    row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "dtype": "bfloat16"}
+    row["rivals"] = {"dense": {"seconds": 1.0}}
     made = {"benchmark": "block", "machine": {"device": "NVIDIA A100-SXM4-40GB"}, "rows": [row]}
     file.write_text(json.dumps(made))
     _, shown, _ = run(capsys, "--gpu", "a100-40gb", "--validate", str(file), "--json")
@@ -96,6 +104,20 @@ def test_a_plan_is_validated_by_measured_steps_alone(tmp_path: Path, capsys: pyt
         file.write_text(json.dumps(made))
         code, text, _ = run(capsys, "--config", path, *TWO, "--checked-by", str(file))
         assert code == 0 and f"times: {said}" in text
+
+
+@pytest.mark.parametrize("option", ["--gemm", "--checked-by", "--validate"])
+def test_measurements_in_another_precision_are_refused(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, device = str(write_config(tmp_path, tmp_path, **SMALL | {"precision": "fp32"})), "NVIDIA A100-SXM4-40GB"
+    file = gemm(tmp_path, device)
+    if option != "--gemm":
+        row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "dtype": "bfloat16"}
+        rows = [row | {"rivals": {"dense": {"seconds": 1.0}}}]
+        Path(file).write_text(json.dumps({"benchmark": "block", "machine": {"device": device}, "rows": rows}))
+    code, _, error = run(capsys, "--config", path, *TWO, option, file)
+    assert code == 2 and "nothing that was measured in float32, but in bfloat16" in error and error.count("\n") == 1
 
 
 def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_half_the_arithmetic_is_assumed_to_gain_less_than_the_peak_says() -> Non
         assert few[1] / few[0] == pytest.approx((1 + 1 / 8) / 2, rel=0.01), "what the weight takes in memory"
 
 
-def gemm_rows() -> list[dict[str, Any]]:
+def gemm_rows(dtype: str = "bfloat16") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for kind in ("forward", "input gradient"):
         for tokens, seconds in ((512, 1.0), (8192, 8.0)):
@@ -130,6 +130,7 @@ def gemm_rows() -> list[dict[str, Any]]:
                     "tokens": tokens,
                     "rows": 1024,
                     "columns": 4096,
+                    "dtype": dtype,
                     "rivals": rivals,
                 }
             )
@@ -149,22 +150,45 @@ def test_a_file_is_of_this_card_and_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "gemm.json"
     content = {"benchmark": "gemm", "machine": {"device": "NVIDIA H200", "commit": "abc"}, "rows": gemm_rows()}
     path.write_text(json.dumps(content))
-    times = read_measured(path, "h200-141gb")
+    times = read_measured(path, "h200-141gb", "bf16")
     assert kind_of("NVIDIA H200") == "h200-141gb" and str(path) in times.basis and "abc" in times.basis
     with pytest.raises(UserError, match='was measured on "NVIDIA H200", which is no a100-80gb'):
-        read_measured(path, "a100-80gb")
+        read_measured(path, "a100-80gb", "bf16")
     for text, said in (
         ("{", "is no file of results of"),
         (json.dumps(content | {"benchmark": "block"}), 'is no file of results of "tools/benchmark.py gemm"'),
         (json.dumps(content | {"rows": gemm_rows()[:2]}), "has no dense and 2:4 products, forward and backward"),
-        (json.dumps(content | {"rows": [{"tokens": 1}]}), "has no dense and 2:4 products, forward and backward"),
+        (
+            json.dumps(content | {"rows": [{"tokens": 1, "dtype": "bfloat16"}]}),
+            "has no dense and 2:4 products, forward and backward",
+        ),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=said) as refusal:
-            read_measured(path, "h200-141gb")
+            read_measured(path, "h200-141gb", "bf16")
         assert "\n" not in str(refusal.value)
     with pytest.raises(UserError, match="cannot be read"):
-        read_measured(tmp_path / "none", "h200-141gb")
+        read_measured(tmp_path / "none", "h200-141gb", "bf16")
+
+
+def test_only_rows_of_the_wanted_precision_count(tmp_path: Path) -> None:
+    path = tmp_path / "gemm.json"
+    slow = gemm_rows("float32")
+    for row in slow:
+        row["rivals"] = {"dense": {"seconds": 100.0}, "dispatcher": {"seconds": 100.0}}
+    content = {"benchmark": "gemm", "machine": {"device": "NVIDIA H200"}}
+    unmeasured = {"cell": "forward, large", "not_measured": "out of memory"}
+    path.write_text(json.dumps(content | {"rows": [unmeasured, *gemm_rows(), *slow]}))
+    wanted = Product("forward", 8192, 1024, 4096, False)
+    assert read_measured(path, "h200-141gb", "bf16").seconds(wanted) == 8
+    assert read_measured(path, "h200-141gb", "fp32").seconds(wanted) == 100
+    with pytest.raises(
+        UserError, match="nothing that was measured in float16, but in bfloat16, float32; the precision is"
+    ):
+        read_measured(path, "h200-141gb", "fp16")
+    path.write_text(json.dumps(content | {"rows": [unmeasured]}))
+    with pytest.raises(UserError, match="nothing that was measured in bfloat16; the"):
+        read_measured(path, "h200-141gb", "bf16")
 
 
 @pytest.mark.parametrize(
