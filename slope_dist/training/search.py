@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from slope_dist.config import Config, Derived, derive
-from slope_dist.config.resolve import layout_text
+from slope_dist.config.resolve import layout_text, zero_stage
 from slope_dist.errors import UserError
 from slope_dist.planning.cluster import Cluster
 from slope_dist.planning.products import ProductTimes
@@ -140,8 +140,9 @@ def _changes(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Changes]
                 # Stage 0 is run as stage 1.
                 engines = engines[1:]
             if pipeline == 1 and config.precision != "fp16":
-                engines.append(("fsdp", config.parallel.zero_stage))
-            sizes = [size for size in (1, 2, 4, 8, 16, 32) if (batch // data) % size == 0]
+                engines.append(("fsdp", zero_stage(config)))
+            sizes = sorted({1, 2, 4, 8, 16, 32, config.training.micro_batch_size})
+            sizes = [size for size in sizes if (batch // data) % size == 0]
             choices = product(engines, sizes, ("none", "blocks"), (False, True) if tensor > 1 else (False,))
             for (engine, stage), size, recompute, sequence in choices:
                 yield {
@@ -157,6 +158,9 @@ def _changes(config: Config, gpus: int, gpus_per_node: int) -> Iterator[Changes]
 
 
 def _value(config: Config, path: str) -> Any:
+    if path == "parallel.zero_stage":
+        # As it is run, which is how it is searched.
+        return zero_stage(config)
     section, _, key = path.partition(".")
     return getattr(getattr(config, section), key)
 

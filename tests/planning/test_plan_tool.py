@@ -144,6 +144,21 @@ def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys
     assert code == 0 and "the first of them: --set parallel.engine=" in text
 
 
+@pytest.mark.parametrize(("size", "stage", "run_as"), [(12, 2, 2), (4, 0, 1)])
+def test_what_is_set_is_searched_around_whatever_it_is(
+    size: int, stage: int, run_as: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write_config(tmp_path, tmp_path, precision="bf16", training__global_batch_size=24))
+    held = {"training.micro_batch_size": size, "parallel.zero_stage": stage, "parallel.tensor": 1}
+    changes = [part for name, value in held.items() for part in ("--set", f"{name}={value}")]
+    code, text, error = run(capsys, "--config", path, *TWO, "--search", "--json", *changes)
+    assert code == 0, error
+    layouts = [layout["changes"] for layout in json.loads(text)]
+    assert {layout["training.micro_batch_size"] for layout in layouts} == {size}
+    assert {layout["parallel.zero_stage"] for layout in layouts} == {run_as}
+    assert {layout["parallel.engine"] for layout in layouts} == {"deepspeed", "fsdp"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
