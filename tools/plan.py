@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,12 +72,13 @@ def _parser() -> Parser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Answer; returns the exit code."""
+    # Told before anything is printed: whoever reads it may leave.
     found: list[int] = []
-    code = answer(lambda: found.append(_run(_parser().parse_args(arguments))))
-    return code or found[0]
+    code = answer(lambda: _run(_parser().parse_args(arguments), found.append))
+    return code or (found[0] if found else 0)
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace, tell: Callable[[int], None]) -> None:
     if options.top < 1:
         raise UserError(f"--top {options.top}: must be at least 1")
     if options.config is None and options.validate is None:
@@ -88,13 +90,13 @@ def _run(options: argparse.Namespace) -> int:
     if options.gemm is not None:
         times = read_measured(options.gemm, cluster.gpu, precision)
     if options.validate is not None:
-        return _validate(options, cluster, times, precision)
+        _validate(options, cluster, times, precision, tell)
+        return
     assert config is not None
     if options.search:
         _search(options, cluster, times, precision)
     else:
         _plan(options, config, cluster, times)
-    return 0
 
 
 def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
@@ -118,11 +120,19 @@ def _cluster(options: argparse.Namespace, config: Config | None) -> Cluster:
     return Cluster.of(gpu, options.gpus_per_node, nodes, options.inside_gb, options.between_gb)
 
 
-def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes, precision: Precision) -> int:
+def _validate(
+    options: argparse.Namespace,
+    cluster: Cluster,
+    times: ProductTimes,
+    precision: Precision,
+    tell: Callable[[int], None],
+) -> None:
     from slope_dist.benchmark.prediction import CLOSE
     from slope_dist.training.plan_screen import table_of
 
     found = _compared(options.validate, cluster, times, precision)
+    close = sum(one.is_close for one in found)
+    tell(0 if close == len(found) else EXIT_FAR_OFF)
     if options.json:
         print(json.dumps([vars(one) | {"ratio": one.ratio} for one in found], indent=1))
     else:
@@ -131,9 +141,7 @@ def _validate(options: argparse.Namespace, cluster: Cluster, times: ProductTimes
             milliseconds = f"{1e3 * one.measured:.3f}", f"{1e3 * one.predicted:.3f}"
             table.add_row(one.cell, one.rival, *milliseconds, f"{one.ratio:.3f}")
         _console().print(table)
-    close = sum(one.is_close for one in found)
     print(f"{close} of {len(found)} within {CLOSE:.0%}; products {times.basis}", file=sys.stderr)
-    return 0 if close == len(found) else EXIT_FAR_OFF
 
 
 def _compared(path: Path, cluster: Cluster, times: ProductTimes, precision: Precision) -> list[Prediction]:
@@ -228,9 +236,15 @@ def _times_line(options: argparse.Namespace, cluster: Cluster, times: ProductTim
     return f"times: {verdict} within {CLOSE:.0%}; products {times.basis}"
 
 
+class _Screen(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to `answer`; rich would end the program with 1."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
     # Into a file or a pipe as wide as it needs to be.
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return _Screen() if sys.stdout.isatty() else _Screen(width=200)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ Run: pytest tests/planning/test_plan_tool.py
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed import ROOT
 from tests.runs import write_config
 from tools import plan
 
@@ -104,6 +108,34 @@ def test_a_plan_is_validated_by_measured_steps_alone(tmp_path: Path, capsys: pyt
         file.write_text(json.dumps(made))
         code, text, _ = run(capsys, "--config", path, *TWO, "--checked-by", str(file))
         assert code == 0 and f"times: {said}" in text
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+@pytest.mark.parametrize(("options", "expected"), [(["--validate"], plan.EXIT_FAR_OFF), (["--config"], 0)])
+def test_a_reader_that_has_left_changes_no_exit_code(
+    options: list[str], expected: int, form: list[str], tmp_path: Path
+) -> None:
+    row = {"cell": "opt125m", "config": "opt125m", "tokens": 2048, "dtype": "bfloat16"}
+    file = tmp_path / "block.json"
+    made = {"machine": {"device": "NVIDIA A100-SXM4-40GB"}, "rows": [row | {"rivals": {"dense": {"seconds": 1e9}}}]}
+    file.write_text(json.dumps({"benchmark": "block"} | made))
+    path = file if options == ["--validate"] else write_config(tmp_path, tmp_path, **SMALL)
+    command = [sys.executable, str(ROOT / "tools/plan.py"), *TWO, *options, str(path), *form]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            command,
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            # What is printed fails at once, as it does where it is more than a buffer.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == expected, done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--gemm", "--checked-by", "--validate"])
