@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ from slope_dist.checkpoint.inspection import (
 )
 from slope_dist.checkpoint.report import Line, comparison, comparison_json, print_lines, report, report_json, to_json
 from slope_dist.checkpoint.validation import check_state
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, drop_output, path_argument, visible
-from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.command_line import Parser, answer, path_argument, visible
 from slope_dist.transfer import Transfer
 
 EXIT_DAMAGED = 1
@@ -75,16 +75,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Look at the checkpoint, print what was asked for, and return the exit code."""
+def run(options: argparse.Namespace, tell: Callable[[int], None]) -> None:
+    """Look at the checkpoint, `tell` the exit code if it is not 0, and print what was asked for."""
     checkpoint, skipped = _open(options.folder, options.verify)
     content: dict[str, Any] = {"path": str(checkpoint.path), "step": checkpoint.step, "skipped": skipped}
     lines: list[Line]
-    code = 0
     if options.diff is not None:
         other, skipped_there = _open(options.diff, options.verify)
         found = compare(checkpoint, other, _transfer("comparing"))
-        code = 0 if found.equal else EXIT_DIFFERENT
+        if not found.equal:
+            tell(EXIT_DIFFERENT)
         content |= {"other": str(other.path), "other_skipped": skipped_there, **comparison_json(found)}
         lines = [f"here: {checkpoint.path}", f"there: {other.path}", *comparison(found)]
     elif options.hashes:
@@ -106,9 +106,6 @@ def run(options: argparse.Namespace) -> int:
         print(to_json(content))
     else:
         print_lines(lines)
-    # Here a closed pipe is caught; at exit it would not be.
-    sys.stdout.flush()
-    return code
 
 
 def _open(folder: Path, verify: bool) -> tuple[Checkpoint, list[str]]:
@@ -128,20 +125,21 @@ def _transfer(what: str) -> Transfer:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    try:
-        return run(parse(arguments))
-    except UserError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        # What may not be read is not damaged.
-        damaged = isinstance(error, CheckpointError) and not isinstance(error.__cause__, PermissionError)
-        return EXIT_DAMAGED if damaged else EXIT_BAD_INPUT
-    except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does.
-        drop_output()
-        return 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    # Known before anything is printed: whoever reads it may leave.
+    found: list[int] = []
+
+    def work() -> None:
+        try:
+            run(parse(arguments), found.append)
+        except CheckpointError as error:
+            # What may not be read is not damaged.
+            if isinstance(error.__cause__, PermissionError):
+                raise
+            print(f"error: {visible(str(error))}", file=sys.stderr)
+            found.append(EXIT_DAMAGED)
+
+    code = answer(work)
+    return code or (found[-1] if found else 0)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,31 @@ def test_a_reader_that_has_seen_enough_is_no_error(base: Path) -> None:
         assert (ended.stderr.read(), ended.wait()) == ("", 0)
 
 
+def test_a_difference_is_one_whoever_reads_it(base: Path) -> None:
+    ended = process(folder_of(base, "data"), "--diff", folder_of(base, "mask"))
+    assert ended.stdout is not None and ended.stderr is not None
+    ended.stdout.close()
+    assert (ended.stderr.read(), ended.wait()) == ("", 1)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+def test_an_output_without_room_is_no_difference(base: Path) -> None:
+    folder = folder_of(base, "data")
+    full = os.open("/dev/full", os.O_WRONLY)
+    try:
+        ended = subprocess.run(
+            [sys.executable, str(TOOL), str(folder), "--diff", str(folder)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+        )
+    finally:
+        os.close(full)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert ended.stderr.startswith("error: standard output cannot be written: ")
+
+
 def test_hashes_are_lines_and_one_over_them(main: Main, base: Path) -> None:
     folder = folder_of(base, "bf16")
     code, output, _ = main(folder, "--hashes")
