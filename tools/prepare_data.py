@@ -22,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, path_argument
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, path_argument, visible
 from slope_dist.config.schema import DataConfig, RunConfig
 from slope_dist.data.prepare import prepare
 from slope_dist.data.sources import EMBEDDED, Source, dataset, embedded_source, text_files
@@ -97,13 +99,13 @@ def source_of(options: argparse.Namespace) -> Source:
     return text_files(options.input, options.field, skip_bad_rows=skip)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Prepare the corpus and print what it holds."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Prepare the corpus and return its manifest."""
     source = source_of(options)
     vocab_size = options.vocab_size
     if vocab_size is None and options.tokenizer is None:
         vocab_size = DEFAULT_VOCAB_SIZE
-    manifest = prepare(
+    return prepare(
         source,
         options.output,
         vocab_size=vocab_size,
@@ -113,6 +115,10 @@ def run(options: argparse.Namespace) -> None:
         end_of_document=options.end_of_document,
         workers=options.workers,
     )
+
+
+def show(manifest: dict[str, Any], output: Path) -> None:
+    """Print what a corpus holds."""
     if manifest["rows_rejected"]:
         print(f"rows left out: {manifest['rows_rejected']}")
     for split, entry in manifest["splits"].items():
@@ -120,21 +126,24 @@ def run(options: argparse.Namespace) -> None:
             f"{split}: {entry['documents']} documents, {entry['tokens']} tokens, "
             f"{entry['text_bytes'] / entry['tokens']:.2f} bytes a token"
         )
-    print(f"corpus of {manifest['vocab_size']} ids in {options.output}; set data.folder to it")
+    print(f"corpus of {manifest['vocab_size']} ids in {output}; set data.folder to it")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     try:
-        run(parse(arguments))
+        options = parse(arguments)
+        manifest = run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted: no corpus was written; the same command goes on with what was done", file=sys.stderr)
         return EXIT_INTERRUPTED
-    return 0
+    return answer(lambda: show(manifest, options.output))
 
 
 if __name__ == "__main__":
+    # Names of folders may hold characters that the terminal's encoding does not have.
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

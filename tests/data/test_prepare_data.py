@@ -23,12 +23,13 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(TOOL), *map(str, arguments)],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
 
 
@@ -50,6 +51,30 @@ def test_the_command_makes_a_corpus(tmp_path, make_texts):
     assert "corpus of 300 ids" in result.stdout
     documents = sum(Corpus.open(tmp_path / "corpus", s, 300).num_documents for s in ("train", "valid"))
     assert documents == 20
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+def test_an_output_without_room_is_one_line_and_the_corpus_is_there(tmp_path, tokenizer_file, make_texts):
+    for number, text in enumerate(make_texts(20)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    full = os.open("/dev/full", os.O_WRONLY)
+    options = ("--output", tmp_path / "corpus", "--tokenizer", tokenizer_file, "--valid-fraction", 0.3)
+    try:
+        result = run(tmp_path, *options, stdout=full, PYTHONUNBUFFERED="")
+    finally:
+        os.close(full)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: standard output cannot be written: ")
+    assert (tmp_path / "corpus/manifest.json").exists()
+
+
+def test_a_name_that_cannot_be_shown_is_escaped(tmp_path, tokenizer_file, make_texts):
+    for number, text in enumerate(make_texts(20)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    options = ("--tokenizer", tokenizer_file, "--valid-fraction", 0.3, "--output", tmp_path / "k\u00f6rper\udcff")
+    result = run(tmp_path, *options, PYTHONIOENCODING="ascii:strict", PYTHONUTF8="1")
+    assert result.returncode == 0, result.stderr
+    assert "k\\xf6rper\\udcff; set data.folder to it" in result.stdout
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
