@@ -198,8 +198,8 @@ def embedded_source(name: str) -> Source:
 def text_files(inputs: Sequence[str], text_field: str = "text", *, skip_bad_rows: bool = False) -> Source:
     """Documents of files in the formats of readers.py.
 
-    An input is a file, a folder (searched for known endings, in order of name), or a glob pattern, in which ** goes
-    into folders. A file that several inputs name is read once.
+    An input is a file, a folder (searched for known endings, in order of name; links to folders are entered), or a glob
+    pattern, in which ** goes into folders. A file that several inputs name is read once.
 
     Args:
         inputs: at least one.
@@ -348,12 +348,31 @@ def _find(given: str) -> Iterator[tuple[str, Path]]:
         raise UserError(f"input {given:.100} cannot be looked for: {error.strerror or error}") from error
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files of a folder, those behind links to folders too; a folder that several ways lead to is entered once."""
+    tops, entered = [folder], set()
+    while tops:
+        # Links come after all that is there without them, which so keeps its names.
+        links: list[Path] = []
+        for top in tops:
+            for where, subfolders, names in os.walk(top):
+                real = os.path.realpath(where)
+                if real in entered:
+                    subfolders.clear()
+                    continue
+                entered.add(real)
+                subfolders.sort()
+                links += [link for link in (Path(where, name) for name in subfolders) if link.is_symlink()]
+                yield from (Path(where, name) for name in names)
+        tops = links
+
+
 def _found(given: str) -> Iterator[tuple[str, Path]]:
     path = Path(given)
     if path.is_dir():
         found = sorted(
             (inside.relative_to(path).as_posix(), inside)
-            for inside in path.rglob("*")
+            for inside in _files_below(path)
             if inside.name.endswith(ENDINGS) and inside.is_file()
         )
         if not found:

@@ -48,6 +48,19 @@ def test_a_folder_gives_its_files_in_order(texts_folder):
     assert source.num_bytes == on_disk
 
 
+def test_folders_behind_links_are_entered_once(texts_folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "d.txt").write_text("d")
+    (elsewhere / "back").symlink_to(texts_folder)
+    # Before "deeper" in order of name, which is there without a link and keeps its own.
+    (texts_folder / "a-link").symlink_to(texts_folder / "deeper")
+    (texts_folder / "deeper" / "loop").symlink_to(texts_folder)
+    (texts_folder / "deeper" / "link").symlink_to(elsewhere)
+    (texts_folder / "twice").symlink_to(elsewhere)
+    (texts_folder / "broken").symlink_to(texts_folder / "nowhere")
+    assert read(text_files([str(texts_folder)])) == [*DOCUMENTS, ("twice/d.txt", "d")]
+
+
 def test_files_globs_and_fields(texts_folder):
     name = str(texts_folder / "b.txt")
     assert read(text_files([name, str(texts_folder / "a.jsonl")], "body")) == [
