@@ -348,8 +348,11 @@ def _report(name: str, rows: list[dict], facts: dict[str, object], table: Table,
     console.print(table)
     if output is None:
         return
+    # Whole or not at all: what a full disk cuts short must not take the place of earlier results.
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        output.write_text(json.dumps({"benchmark": name, "machine": facts, "rows": rows}, indent=1) + "\n")
+        partial.write_text(json.dumps({"benchmark": name, "machine": facts, "rows": rows}, indent=1) + "\n")
+        os.replace(partial, output)
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
     console.print(f"every number is in {output}")

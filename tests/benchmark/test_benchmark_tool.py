@@ -5,6 +5,7 @@ Run: pytest tests/benchmark/test_benchmark_tool.py
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -41,6 +42,25 @@ def test_a_small_run_reports_every_rival_and_the_machine(tmp_path: Path) -> None
         assert {"seconds", "ratio", "peak_bytes", "held_bytes", "weight_gradient_error"} <= row["rivals"][
             "derived"
         ].keys()
+
+
+def test_earlier_results_outlive_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import benchmark as tool
+
+    file = tmp_path / "layer.json"
+    table = tool.Table()
+    tool._report("layer", [{"seconds": 1.0}], {}, table, file)
+    before = file.read_text()
+
+    def cut_short(path: Path, text: str) -> None:
+        path.write_bytes(text[:10].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut_short)
+    with pytest.raises(tool.UserError, match="cannot be written: No space left on device"):
+        tool._report("layer", [{"seconds": 2.0}], {}, table, file)
+    assert file.read_text() == before
 
 
 @pytest.mark.parametrize(
