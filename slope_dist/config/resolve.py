@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slope_dist.config.schema import Config
-from slope_dist.config.sections import LossScaleConfig, ParallelConfig
+from slope_dist.config.sections import LossScaleConfig, ParallelConfig, SparsityConfig
 from slope_dist.config.watch import WatchConfig
 from slope_dist.errors import UserError
 
@@ -229,6 +229,9 @@ def without_effect(config: Config) -> list[str]:
             f'parallel.zero_stage {config.parallel.zero_stage} is not read: parallel.engine "fsdp" splits optimizer '
             "state, gradients and parameters over the data ranks, as ZeRO 3 does"
         )
+    gradients = config.parallel.gradient_dtype
+    if gradients != ParallelConfig().gradient_dtype and config.precision == "fp32":
+        lines.append(f'parallel.gradient_dtype "{gradients}" changes nothing: precision is "fp32"')
     if config.parallel.sequence_parallel and config.parallel.tensor == 1:
         lines.append("parallel.sequence_parallel changes nothing: parallel.tensor is 1")
     model = config.model
@@ -254,6 +257,9 @@ def without_effect(config: Config) -> list[str]:
     ):
         if off and getattr(watch, key) != getattr(usual, key):
             lines.append(f"watch.{key} {json.dumps(getattr(watch, key))} changes nothing: watch.{off}")
+    vendors = config.sparsity.vendors
+    if config.sparsity.kernels == "reference" and vendors != SparsityConfig().vendors:
+        lines.append(f'sparsity.vendors {json.dumps(vendors)} changes nothing: sparsity.kernels is "reference"')
     if config.sparsity.group is None:
         if config.adapters.rank:
             lines.append('no adapters are added: sparsity.pattern is "dense", and adapters stand beside sparse layers')

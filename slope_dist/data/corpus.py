@@ -244,12 +244,22 @@ class Corpus:
     def differs_from(self, config: Config) -> list[str]:
         """One line for each setting of `config` about making a corpus that this one, already there, does not follow.
 
-        A corpus made elsewhere has no manifest, so nothing is known to differ but its tokenizer.
+        A corpus made elsewhere has no manifest, so of it only its tokenizer and what is asked for are known to differ.
         """
+        data, lines = config.data, []
         if self._manifest is None:
-            return self._differing_tokenizer(config.data.tokenizer) if self._tokenizer else []
-        made, data = self._manifest, config.data
-        lines = []
+            if data.source is not None:
+                lines.append(
+                    f'data.source "{data.source}" does not apply: {self.folder} is there, and was made elsewhere'
+                )
+            is_split = self.path.parent == self.folder
+            if is_split and data.valid_fraction != type(data).model_fields["valid_fraction"].default:
+                lines.append(
+                    f"data.valid_fraction {data.valid_fraction} does not apply: {self.folder} is split into train.bin "
+                    "and valid.bin already"
+                )
+            return lines + (self._differing_tokenizer(data.tokenizer) if self._tokenizer else [])
+        made = self._manifest
         if made["valid_fraction"] != data.valid_fraction:
             lines.append(
                 f"data.valid_fraction {data.valid_fraction} does not apply: {self.folder} was split with "

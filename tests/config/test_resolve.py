@@ -167,6 +167,29 @@ def test_settings_that_change_nothing_are_named(minimal, load, override, expecte
 
 
 @pytest.mark.parametrize(
+    ("setting", "where", "elsewhere", "expected"),
+    [
+        (
+            'sparsity.vendors=["cutlass"]',
+            "sparsity.kernels=reference",
+            "sparsity.kernels=auto",
+            'sparsity.vendors ["cutlass"] changes nothing: sparsity.kernels is "reference"',
+        ),
+        (
+            "parallel.gradient_dtype=model",
+            "precision=fp32",
+            "precision=bf16",
+            'parallel.gradient_dtype "model" changes nothing: precision is "fp32"',
+        ),
+    ],
+)
+def test_settings_that_change_nothing_beside_another_are_named(minimal, load, setting, where, elsewhere, expected):
+    minimal["training"]["schedule"] = "constant"
+    assert without_effect(load(minimal, [where, setting])) == [expected]
+    assert without_effect(load(minimal, [where])) == without_effect(load(minimal, [elsewhere, setting])) == []
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, []),

@@ -367,4 +367,13 @@ def test_settings_that_an_existing_corpus_does_not_follow_are_named(corpus_folde
     lines = corpus.differs_from(config_of(corpus_folder, source="python-stdlib", vocab_size=512, seed=3))
     assert [line.split()[0] for line in lines] == ["run.seed", "data.source", "model.vocab_size"]
     (corpus_folder / "manifest.json").unlink()
-    assert Corpus.open(corpus_folder, "train", VOCAB_SIZE).differs_from(config_of(corpus_folder, seed=2)) == []
+    elsewhere = Corpus.open(corpus_folder, "train", VOCAB_SIZE)
+    assert elsewhere.differs_from(config_of(corpus_folder, seed=2, valid_fraction=0.02)) == []
+    lines = elsewhere.differs_from(config_of(corpus_folder, source="python-stdlib", valid_fraction=0.3))
+    assert [line.partition(":")[0] for line in lines] == [
+        'data.source "python-stdlib" does not apply',
+        "data.valid_fraction 0.3 does not apply",
+    ]
+    # One pair of files is split by it.
+    pair = Corpus.open(corpus_folder / "train", "train", VOCAB_SIZE, valid_fraction=0.3)
+    assert pair.differs_from(config_of(corpus_folder / "train", valid_fraction=0.3)) == []
