@@ -323,18 +323,26 @@ def _compared(
 def _train_on(source: Source, options: _Options, workers: int) -> Tokenizer:
     """A tokenizer trained on the training split, or on a sample of it that the seed and the names decide."""
     assert options.vocab_size is not None
-    job = Sample(min(1.0, _TOKENIZER_BYTES / max(1, source.num_bytes)), _rows(source, options))
-    lines: list[str] = []
-    taken = 0
+    size = source.num_bytes if source.text_bytes is None else source.text_bytes()
+    job = Sample(min(1.0, _TOKENIZER_BYTES / max(1, size)), _rows(source, options))
+    # Every `stride`th piece of the sample; more than one where compressed text is more than its files say.
+    pieces: list[str] = []
+    taken, stride, number = 0, 1, 0
     title = "reading text for the tokenizer"
     for _, result in _results(source, _batches(source), job, workers, title, source.num_bytes):
         for part in result.parts:
-            text = part.decode()
-            taken += len(text)
-            lines.extend(text.split(NEWLINE))
+            if number % stride == 0:
+                pieces.append(part.decode())
+                taken += len(pieces[-1])
+            number += 1
+            # Beyond what chance makes of plain text, whose sample is left as it is.
+            while taken > 2 * _TOKENIZER_BYTES and len(pieces) > 1:
+                pieces, stride = pieces[::2], 2 * stride
+                taken = sum(map(len, pieces))
         # Of a source of unknown size it is the beginning.
         if source.num_bytes == 0 and taken >= _TOKENIZER_BYTES:
             break
+    lines = [line for piece in pieces for line in piece.split(NEWLINE)]
     say(f"training a tokenizer of {options.vocab_size} pieces on {sum(map(len, lines)) / 1e6:.1f} M characters")
     model = train_tokenizer((line for line in lines if line), options.vocab_size, where="the training split")
     return SentencePieceTokenizer(model)

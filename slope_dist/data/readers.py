@@ -146,6 +146,24 @@ def of_text(text: Any, field: str, name: str, where: str) -> Document | Rejected
     return Document(name=name, text=text)
 
 
+def text_bytes(path: Path, field: str) -> int:
+    """About how many bytes of text a file has: of parquet those of the one column, of all others those on disk."""
+    if path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            groups = parquet.read_metadata(path)
+        except (pyarrow.ArrowException, OSError):
+            # Who reads it says what is wrong.
+            return path.stat().st_size
+        columns = [
+            groups.row_group(g).column(c) for g in range(groups.num_row_groups) for c in range(groups.num_columns)
+        ]
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    return path.stat().st_size
+
+
 def _read_parquet(name: str, path: Path, field: str) -> Iterator[Item]:
     import pyarrow
     from pyarrow import parquet

@@ -13,7 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from slope_dist.data.readers import ENDINGS, Document, Item, Lines, of_text, read_file
+from slope_dist.data.readers import ENDINGS, Document, Item, Lines, of_text, read_file, text_bytes
 from slope_dist.errors import UnfinishedError, UserError
 
 _ENDINGS_TEXT = ", ".join(ENDINGS)
@@ -112,13 +112,14 @@ class Source:
 
     Attributes:
         description: what the source is, for the corpus's manifest; holds no path of the machine.
-        num_bytes: bytes on disk, or of text, for progress and sampling; 0 where they are not known.
+        num_bytes: bytes on disk, or of text, for progress; 0 where they are not known.
         documents: starts a new pass; yields (document, bytes on disk read for it).
         unparsed: as `documents`, but bad rows come too, and rows of .jsonl as they lie in the file; None: there are
             documents only.
         skip_bad_rows: whether bad rows are left out and counted, which are otherwise refused.
         rejections: what of the pass was left out.
         inputs: the files of the pass.
+        text_bytes: about how many bytes of text there are, for sampling; None: `num_bytes`.
     """
 
     description: dict[str, Any]
@@ -128,6 +129,7 @@ class Source:
     skip_bad_rows: bool = False
     rejections: Rejections = field(default_factory=Rejections)
     inputs: Inputs = field(default_factory=Inputs)
+    text_bytes: Callable[[], int] | None = None
 
     def items(self) -> Iterator[Item]:
         """Start a new pass over `unparsed`; its bad rows are counted by who parses it."""
@@ -230,6 +232,7 @@ def text_files(inputs: Sequence[str], text_field: str = "text", *, skip_bad_rows
         sum(path.stat().st_size for _, path in found),
         skip_bad_rows,
         log,
+        lambda: sum(text_bytes(path, text_field) for _, path in found),
     )
 
 
@@ -313,6 +316,7 @@ def _checked(
     num_bytes: int,
     skip_bad_rows: bool,
     inputs: Inputs,
+    text_bytes: Callable[[], int] | None = None,
 ) -> Source:
     """The source of these items: its bad rows refused, or left out and counted."""
     rejections = Rejections()
@@ -338,6 +342,7 @@ def _checked(
         skip_bad_rows=skip_bad_rows,
         rejections=rejections,
         inputs=inputs,
+        text_bytes=text_bytes,
     )
 
 

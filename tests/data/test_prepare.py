@@ -5,6 +5,7 @@ python -m pytest tests/data/test_prepare.py
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -13,11 +14,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from slope_dist.data import prepare as prepare_module
 from slope_dist.data.corpus import Corpus
-from slope_dist.data.jobs import is_valid_document, token_dtype
+from slope_dist.data.jobs import RowOptions, Sample, is_valid_document, token_dtype
 from slope_dist.data.prepare import prepare, prepare_if_absent
+from slope_dist.data.readers import Document
 from slope_dist.data.sources import text_files
 from slope_dist.errors import UserError
 
@@ -82,6 +87,61 @@ def test_the_split_of_a_document_depends_on_its_name_and_the_seed_alone():
     at_half = {name for name in names if is_valid_document(name, 9, 0.5)}
     assert {name for name in names if is_valid_document(name, 9, 0.02)} < at_half
     assert at_half != {name for name in names if is_valid_document(name, 10, 0.5)}
+
+
+TARGET = 40_000
+
+
+@pytest.fixture
+def sampled(monkeypatch, tmp_path):
+    """The lines that a tokenizer would be trained on, where `TARGET` bytes of text are wanted."""
+
+    class Seen(Exception):
+        pass
+
+    def stop(lines, size, where):
+        raise Seen(list(lines))
+
+    def sample(path: Path, workers: int = 1) -> list[str]:
+        monkeypatch.setattr(prepare_module, "_TOKENIZER_BYTES", TARGET)
+        monkeypatch.setattr(prepare_module, "train_tokenizer", stop)
+        with pytest.raises(Seen) as seen:
+            folder = tmp_path / f"{path.name}-corpus"
+            prepare(text_files([str(path)]), folder, vocab_size=300, valid_fraction=0.02, seed=5, workers=workers)
+        return seen.value.args[0]
+
+    return sample
+
+
+def test_the_sample_of_plain_text_is_what_hashes_say_and_no_less(tmp_path, sampled, make_texts):
+    texts = make_texts(800)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    rows = RowOptions(seed=5, valid_fraction=0.02, skip_bad_rows=False)
+    documents = [Document(name=f"rows.jsonl:{number}", text=text) for number, text in enumerate(texts, start=1)]
+    parts = Sample(TARGET / path.stat().st_size, rows)(documents).parts
+    expected = [line for part in parts for line in part.decode().split("\n") if line]
+    assert TARGET / 2 < sum(map(len, expected)) < 2 * TARGET < path.stat().st_size
+    assert sampled(path) == expected
+
+
+def test_the_sample_of_compressed_text_is_no_larger_for_that(tmp_path, sampled, make_texts):
+    path = tmp_path / "rows.jsonl.gz"
+    texts = make_texts(40) * 40
+    path.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode()))
+    assert sum(map(len, texts)) > 4 * TARGET > 2 * path.stat().st_size
+    found = sampled(path)
+    assert TARGET / 2 < sum(map(len, found)) <= 2 * TARGET
+    assert sampled(path, workers=2) == found
+
+
+def test_the_sample_of_parquet_files_does_not_shrink_with_other_columns(tmp_path, sampled, make_texts):
+    texts = make_texts(70)
+    other = [os.urandom(20_000) for _ in texts]
+    table = pyarrow.table({"text": texts, "picture": other})
+    parquet.write_table(table, tmp_path / "rows.parquet", use_dictionary=False)
+    assert sum(map(len, texts)) < 0.9 * TARGET
+    assert sum(map(len, sampled(tmp_path / "rows.parquet"))) > 0.8 * sum(map(len, texts))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(400, np.uint16), (65535, np.uint16), (65536, np.int32)])
