@@ -67,6 +67,8 @@ _WITHOUT_DATA = {"barrier", "monitored_barrier_", "check_for_nan"}
 class TrafficCounter(TorchDispatchMode):
     """While entered, adds up the bytes of the collectives of a group: `total[REDUCED]` and `total[GATHERED]`.
 
+    And by their names in c10d: `operations["allreduce_"]`.
+
     Sees every collective of torch.distributed, whichever of its functions was called, and whoever kept a reference to
     that. Other operations, and those of other ranks, pass.
 
@@ -81,6 +83,7 @@ class TrafficCounter(TorchDispatchMode):
         super().__init__()
         self.ranks = set(dist.get_process_group_ranks(group))
         self.total: Counter[str] = Counter()
+        self.operations: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count a collective and run it."""
@@ -100,7 +103,9 @@ class TrafficCounter(TorchDispatchMode):
         if name not in _WHOLE_TENSOR:
             raise NotImplementedError(f"c10d::{name} is not counted")
         kind, position = _WHOLE_TENSOR[name]
-        self.total[kind] += sum(tensor.nbytes for tensor in _tensors(arguments[position]))
+        size = sum(tensor.nbytes for tensor in _tensors(arguments[position]))
+        self.total[kind] += size
+        self.operations[name] += size
 
 
 def _tensors(value: Any) -> Iterable[Tensor]:

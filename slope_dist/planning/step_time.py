@@ -238,22 +238,33 @@ def _data_seconds(
 ) -> float:
     """What the data ranks' collectives add.
 
-    Gradients are reduced while backward, two thirds of a micro-batch, goes on. Weights of ZeRO 3 and FSDP2 are gathered
-    ahead, while the layers before are computed. Those of ZeRO 1 and 2 come after the optimizer, when nothing else does.
+    Gradients are reduced while backward, two thirds of a micro-batch, goes on, or once all are added up. Weights of
+    ZeRO 3 and FSDP2 are gathered ahead, while the layers before are computed. Those of ZeRO 1 and 2 come after the
+    optimizer, when nothing else does.
     """
     bandwidth = cluster.bandwidth(group_of(config, derived, "data"))
+    hidden = 0.0 if _reduces_last(config) else micro_batch * 2 / 3
     added = 0.0
     for message in found:
         if message.group != "data":
             continue
         seconds = message.sent / bandwidth
         if message.what == "gradients":
-            added += max(0.0, seconds - message.times * micro_batch * 2 / 3)
+            added += max(0.0, seconds - message.times * hidden)
         elif message.times > 1:
             added += max(0.0, seconds - message.times / 2 * micro_batch)
         else:
             added += seconds
     return added
+
+
+def _reduces_last(config: Config) -> bool:
+    """Whether gradients are reduced after the last backward: by pipelines, stage 0, and DeepSpeed's BF16_Optimizer."""
+    if config.parallel.engine == "fsdp":
+        return False
+    stage = zero_stage(config)
+    added_in_fp32 = config.precision == "bf16" and config.parallel.gradient_dtype == "fp32"
+    return config.parallel.pipeline > 1 or stage == 0 or (stage == 1 and added_in_fp32)
 
 
 def optimizer_seconds(share: ShareSize, config: Config, data_ranks: int, peaks: Peaks, *, resident: bool) -> float:

@@ -143,7 +143,8 @@ def _data(config: Config, derived: Derived, share: ShareSize) -> Iterator[Messag
     yield Message(
         group="data",
         what="gradients",
-        operation="reduce-scatter" if zero else "all-reduce",
+        # DeepSpeed all-reduces at stages 1 and 2, and each rank then keeps its part.
+        operation="reduce-scatter" if zero == 3 else "all-reduce",
         bytes=share.trained * gradient,
         # What keeps only its part of the gradients gives away the rest after every micro-batch.
         times=derived.accumulation_steps if zero >= 2 else 1,

@@ -68,17 +68,18 @@ def total(found: list[Message], group: str) -> dict[str, int]:
 
 
 def counted_step(text: str) -> dict[str, int]:
-    """One training step of two tensor ranks."""
+    """One training step of two ranks: bytes by kind, and by operation."""
     config = Config.model_validate(json.loads(text))
-    groups = start_groups(Layout(tensor=2))
+    layout = Layout(tensor=config.parallel.tensor, data=2 // config.parallel.tensor)
+    groups = start_groups(layout)
     engine = build_engine(config, derive(config, 2), groups, adapters=False)
     tokens = torch.randint(64, (2, 2, 33), generator=torch.Generator().manual_seed(0))
     engine.begin_step(1)
     engine.set_learning_rates({"base": 1e-4})
-    with TrafficCounter(groups.tensor) as counter:
+    with TrafficCounter(groups.data if layout.tensor == 1 else groups.tensor) as counter:
         engine.train_step([(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in tokens])
     engine.close()
-    return {kind: counter.total[kind] for kind in (REDUCED, GATHERED)}
+    return {kind: counter.total[kind] for kind in (REDUCED, GATHERED)} | counter.operations
 
 
 @pytest.mark.parametrize("recompute", ["none", "blocks"])
@@ -88,6 +89,19 @@ def test_tensor_ranks(recompute: str, sequence: bool) -> None:
     for counted in run_ranks(counted_step, 2, config.model_dump_json()):
         for kind, expected in total(predicted(config, 2), "tensor").items():
             assert expected <= counted[kind] <= SLACK * expected, (kind, counted, expected)
+
+
+@pytest.mark.parametrize(
+    "parallel", [*({"zero_stage": stage} for stage in range(4)), {"engine": "fsdp"}], ids=lambda p: str(*p.values())
+)
+def test_gradients_travel_by_the_operation_that_is_planned(parallel: dict[str, Any]) -> None:
+    """An all-reduce sends twice what a reduce-scatter does."""
+    config = config_of(parallel)
+    [gradients] = [m for m in predicted(config, 2) if m.what == "gradients"]
+    names = {"all-reduce": {"allreduce_"}, "reduce-scatter": {"_reduce_scatter_base_", "reduce_scatter_"}}
+    for counted in run_ranks(counted_step, 2, config.model_dump_json()):
+        by = sum(counted.get(name, 0) for name in names[gradients.operation])
+        assert by >= 0.98 * gradients.bytes * gradients.times, (gradients, counted)
 
 
 def test_data_ranks_as_the_benchmark_has_counted_them() -> None:
