@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 
 INIT_TIMEOUT = timedelta(minutes=30)
 """Long enough for rank 0 to prepare a corpus while the others wait."""
+
+FILES, FILES_PER_RANK = 256, 4
+"""Open files of a process, by itself and for each rank: every gloo group connects each rank to each (one of 32 ranks
+was 33 to 35 files), and the first rank serves the store and the peers besides."""
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
@@ -157,6 +162,23 @@ class MeetingError(Exception):
     """There is no process group: one line that says where it was to be and why not."""
 
 
+def allow_files(world_size: int) -> None:
+    """Let this process open what a run of so many ranks takes: gloo, the store and the peers connect each to others.
+
+    Raises:
+        UserError: the system's limit is lower.
+    """
+    needed = FILES + FILES_PER_RANK * world_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise UserError(
+            f"{socket.gethostname()}: {world_size} ranks need up to {needed} open files a process, and {hard} are "
+            "allowed; raise the hard limit (ulimit -Hn; LimitNOFILE of slurmd, or of what starts the ranks)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def start(environment: Environment, threads: int, *, deterministic: bool = False) -> None:
     """Make the default process group and set this process's device and CPU threads.
 
@@ -167,10 +189,11 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
 
     Raises:
         UserError: if the launcher has not said where ranks meet, or started more processes than there are GPUs, or
-            torch sees none of the GPUs that are there.
+            torch sees none of the GPUs that are there, or this process may open too few files.
         UnfinishedError: if the port is in use.
         MeetingError: if another rank never came, or went before all were there.
     """
+    allow_files(environment.world_size)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic and os.environ.get(CUBLAS_WORKSPACE) not in DETERMINISTIC_WORKSPACES:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from slope_dist.parallel.environment import (
     start,
     why_so_few,
 )
-from tests.distributed import end_ranks
+from tests.distributed import ROOT, end_ranks
 from tests.runs import pretrain, write_config
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -230,6 +232,23 @@ def start_blind(config: str, driver: str, cuda: str | None, hidden: str | None) 
     real_accelerator.ds_accelerator = None
     os.environ["DS_ACCELERATOR"] = "cpu"
     raise SystemExit(pretrain("--config", config))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "limits", "left"), [(2, (300, 4096), 300), (1000, (300, 8192), 4256), (1000, (300, 4000), None)]
+)
+def test_a_process_may_open_as_many_files_as_its_ranks_take(ranks: int, limits: tuple, left: int | None) -> None:
+    script = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, {limits})\n"
+        "from slope_dist.parallel import environment\n"
+        f"environment.allow_files({ranks})\n"
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    if left is None:
+        assert "1000 ranks need up to 4256 open files a process, and 4000 are allowed; raise" in done.stderr
+    else:
+        assert (done.returncode, int(done.stdout)) == (0, left), done.stderr
 
 
 def test_gpus_that_torch_does_not_see_are_not_replaced_by_the_cpu(corpus: Path, tmp_path: Path) -> None:
