@@ -57,6 +57,19 @@ def test_before_the_switch_fewer_steps_may_make_it_due_at_once(config: Path) -> 
     assert phases(folder) == ["sparse", "sparse", "adapters"]
 
 
+def test_adapters_that_join_later_than_planned_have_their_warm_up_from_there(config: Path) -> None:
+    folder = cut_back(config, 2)
+    values = ('learning_rate_policy="rewarm_adapters"', "peak_learning_rate=0.01", "warmup_steps=2")
+    changes = [text for value in values for text in ("--set", f"adapters.{value}")]
+    outcome = run(config, "--set", "training.steps=6", "--set", "adapters.fraction=0.9", *changes)
+    assert outcome.code == 0, outcome.errors
+    assert "note: adapters join at step 3: step 2, where this config has them join, is past" in outcome.output
+    assert phases(folder) == ["sparse", "sparse"] + ["adapters"] * 4
+    rates = [row["lr_adapters"] for row in step_rows(folder)[2:4]]
+    assert rates == pytest.approx([0.005, 0.01])
+    assert newest(folder).scalars["first_adapter_step"] == 3
+
+
 def test_after_the_switch_it_must_be_meant_and_the_adapters_stay(config: Path) -> None:
     folder = cut_back(config, 3)
     refused = run(config, "--set", "training.steps=8")
