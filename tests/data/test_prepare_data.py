@@ -158,7 +158,7 @@ BAD_ARGUMENTS = {
     "folder without tokenizer": (["a.txt", "--output", "corpus", "--tokenizer", "."], "folder . holds no tokenizer"),
     "fraction": (["a.txt", "--output", "corpus", "--valid-fraction", "1"], "validation fraction 1.0"),
     "output is here": (["a.txt", "--output", "."], "never overwritten"),
-    "output without a name": (["a.txt", "--output", ""], "never overwritten"),
+    "output without a name": (["a.txt", "--output", ""], "argument --output: is empty; give a path"),
     "output is above": (["a.txt", "--output", ".."], "never overwritten"),
     "output is the root": (["a.txt", "--output", "/"], "never overwritten"),
     "output is a file": (["a.txt", "--output", "a.txt"], "never overwritten"),
@@ -184,7 +184,7 @@ def test_the_current_folder_is_not_replaced(main, tmp_path, monkeypatch, capsys)
     (tmp_path / "a.txt").write_text("some text\n" * 20)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for name in (".", "", "../here", "below/.."):
+    for name in (".", "../here", "below/.."):
         assert main([str(tmp_path / "a.txt"), "--output", name]) == 2
         assert "is the current folder" in capsys.readouterr().err
     assert os.listdir(tmp_path / "here") == []
