@@ -206,7 +206,8 @@ class SparseWeight(Weight):
         Called on the schedule of `column_mask_interval`, never by a save.
         """
         assert self.column_mask is not None
-        if self.pattern.is_two_four:
+        # Not what only an interpreter of Triton would run: thousands of times slower than plain torch.
+        if self.pattern.is_two_four and self.values.is_cuda:
             self.column_mask.copy_(primitives.column_mask(self.values, self.indices))
         else:
             kept = pruning.column_mask(self.values, self.indices, self.pattern)

@@ -65,7 +65,6 @@ def killed_run(config: str, place: str, number: int) -> None:
         def cut(journal: Any, row: dict[str, Any]) -> None:
             if passed + 1 == number and place == "half a row":
                 journal._file.write('{"step": 4, "lo')
-                journal._file.flush()
             else:
                 write(journal, row)
             if place == "half a row" or "eval_loss" in row:
