@@ -22,9 +22,15 @@ Launcher = Literal["none", "deepspeed or torchrun", "srun"]
 INIT_TIMEOUT = timedelta(minutes=30)
 """Long enough for rank 0 to prepare a corpus while the others wait."""
 
-FILES, FILES_PER_RANK = 256, 4
-"""Open files of a process, by itself and for each rank: every gloo group connects each rank to each (one of 32 ranks
-was 33 to 35 files), and the first rank serves the store and the peers besides."""
+OWN_FILES = 256
+"""Files that a process opens whatever the number of ranks: data, checkpoints, libraries."""
+
+FILES_PER_RANK = {"nccl": 4, "gloo": 10}
+"""And for each rank, by backend: every gloo group of n connects each of its ranks to the n - 1 others (with Megatron's
+groups 8.5 a rank were counted); of NCCL's, only the store's and the peers' connections at the first rank are many."""
+
+FILES_ANYWAY = 65536
+"""Where the hard limit lets it, a process may open so many even if its ranks take fewer."""
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
@@ -162,21 +168,26 @@ class MeetingError(Exception):
     """There is no process group: one line that says where it was to be and why not."""
 
 
-def allow_files(world_size: int) -> None:
-    """Let this process open what a run of so many ranks takes: gloo, the store and the peers connect each to others.
+def allow_files(world_size: int, backend: Literal["nccl", "gloo"]) -> None:
+    """Raise this process's soft limit of open files to what so many ranks take, and well beyond where it may.
 
     Raises:
-        UserError: the system's limit is lower.
+        UserError: the hard limit is too low.
     """
-    needed = FILES + FILES_PER_RANK * world_size
+    needed = OWN_FILES + FILES_PER_RANK[backend] * world_size
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UserError(
             f"{socket.gethostname()}: {world_size} ranks need up to {needed} open files a process, and {hard} are "
-            "allowed; raise the hard limit (ulimit -Hn; LimitNOFILE of slurmd, or of what starts the ranks)"
+            "allowed; raise the hard limit (ulimit -Hn) of what starts the ranks: LimitNOFILE for a service such as "
+            "slurmd; under SLURM also srun --propagate=NONE, which leaves the limit of the shell behind"
         )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    # Not to the hard limit itself, which may be a thousand million: there are programs that close each file they might
+    # have, and inherit it.
+    wanted = max(needed, FILES_ANYWAY)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def start(environment: Environment, threads: int, *, deterministic: bool = False) -> None:
@@ -193,7 +204,6 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
         UnfinishedError: if the port is in use.
         MeetingError: if another rank never came, or went before all were there.
     """
-    allow_files(environment.world_size)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     if deterministic and os.environ.get(CUBLAS_WORKSPACE) not in DETERMINISTIC_WORKSPACES:
@@ -218,7 +228,8 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
         torch.cuda.set_device(environment.local_rank)
     # DeepSpeed refuses to start without it, whoever made the process group.
     os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
-    backend = "nccl" if gpu else "gloo"
+    backend: Literal["nccl", "gloo"] = "nccl" if gpu else "gloo"
+    allow_files(environment.world_size, backend)
     if environment.launcher == "none":
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:

@@ -121,11 +121,11 @@ class Trainer:
             if self.adapters:
                 # Once on they stay, also where another number of steps would let them join later.
                 self.first_adapter_step = state.first_adapter_step
-            elif self.derived.adapter_steps and self.first_adapter_step <= self.step:
+            elif self.first_adapter_step <= self.step < config.training.steps:
                 # Their warm-up counts from where they do join.
                 self.notes.append(
-                    f"adapters join at step {self.step + 1}: step {self.first_adapter_step}, where this config has "
-                    "them join, is past"
+                    f"the adapters were to join at step {self.first_adapter_step}, which is done without them: they "
+                    f"join at step {self.step + 1}"
                 )
                 self.first_adapter_step = self.step + 1
             self.guard.skipped = state.skipped_steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -235,20 +236,42 @@ def start_blind(config: str, driver: str, cuda: str | None, hidden: str | None) 
 
 
 @pytest.mark.parametrize(
-    ("ranks", "limits", "left"), [(2, (300, 4096), 300), (1000, (300, 8192), 4256), (1000, (300, 4000), None)]
+    ("backend", "limits", "left"),
+    [
+        ("nccl", (300, 8192), 8192),
+        ("nccl", (300, 4000), "1000 ranks need up to 4256 open files a process, and 4000 are allowed; raise"),
+        ("nccl", (8000, 8192), 8192),
+        ("gloo", (300, 8192), "1000 ranks need up to 10256 open files a process, and 8192 are allowed; raise"),
+    ],
 )
-def test_a_process_may_open_as_many_files_as_its_ranks_take(ranks: int, limits: tuple, left: int | None) -> None:
+def test_a_process_may_open_as_many_files_as_its_ranks_take(backend: str, limits: tuple, left: int | str) -> None:
     script = (
         f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, {limits})\n"
         "from slope_dist.parallel import environment\n"
-        f"environment.allow_files({ranks})\n"
+        f"environment.allow_files(1000, {backend!r})\n"
         "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    if left is None:
-        assert "1000 ranks need up to 4256 open files a process, and 4000 are allowed; raise" in done.stderr
+    if isinstance(left, str):
+        assert left in done.stderr and "--propagate=NONE" in done.stderr
     else:
         assert (done.returncode, int(done.stdout)) == (0, left), done.stderr
+
+
+def start_with_files(config: str, soft: int, hard: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    raise SystemExit(pretrain("--config", config))
+
+
+def test_ranks_train_whatever_the_soft_limit_and_refuse_a_hard_one_in_a_line(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus, training__steps=1, parallel__tensor=2)
+    refused = end_ranks(start_with_files, 2, str(config), 64, 270, process_group=False)
+    assert [rank.code for rank in refused] == [2, 2]
+    [line] = "".join(rank.errors for rank in refused).splitlines()
+    assert "2 ranks need up to 276 open files a process, and 270 are allowed; raise the hard limit" in line
+    assert not (tmp_path / "run").exists()
+    done = end_ranks(start_with_files, 2, str(config), 64, 4096, process_group=False)
+    assert [rank.code for rank in done] == [0, 0], done
 
 
 def test_gpus_that_torch_does_not_see_are_not_replaced_by_the_cpu(corpus: Path, tmp_path: Path) -> None:

@@ -59,15 +59,20 @@ def test_before_the_switch_fewer_steps_may_make_it_due_at_once(config: Path) -> 
 
 def test_adapters_that_join_later_than_planned_have_their_warm_up_from_there(config: Path) -> None:
     folder = cut_back(config, 2)
-    values = ('learning_rate_policy="rewarm_adapters"', "peak_learning_rate=0.01", "warmup_steps=2")
+    values = ('learning_rate_policy="rewarm_adapters"', "peak_learning_rate=0.01", "warmup_steps=4", "fraction=0.9")
     changes = [text for value in values for text in ("--set", f"adapters.{value}")]
-    outcome = run(config, "--set", "training.steps=6", "--set", "adapters.fraction=0.9", *changes)
+    outcome = run(config, "--set", "training.steps=8", *changes)
     assert outcome.code == 0, outcome.errors
-    assert "note: adapters join at step 3: step 2, where this config has them join, is past" in outcome.output
-    assert phases(folder) == ["sparse", "sparse"] + ["adapters"] * 4
-    rates = [row["lr_adapters"] for row in step_rows(folder)[2:4]]
-    assert rates == pytest.approx([0.005, 0.01])
+    said = "note: the adapters were to join at step 2, which is done without them: they join at step 3"
+    assert said in outcome.output
+    assert phases(folder) == ["sparse", "sparse"] + ["adapters"] * 6
+    rates = [row["lr_adapters"] for row in step_rows(folder)[2:6]]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
     assert newest(folder).scalars["first_adapter_step"] == 3
+    cut_back(config, 5)
+    again = run(config, "--set", "training.steps=8", *changes)
+    assert again.code == 0 and "were to join" not in again.output
+    assert [row["lr_adapters"] for row in step_rows(folder)[2:6]] == rates
 
 
 def test_after_the_switch_it_must_be_meant_and_the_adapters_stay(config: Path) -> None:
