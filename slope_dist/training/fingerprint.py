@@ -7,6 +7,7 @@ kernel, a layout that puts a tensor in the wrong place would change the loss and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from slope_dist.config import Config
 from slope_dist.data.corpus import Corpus
 from slope_dist.errors import UserError
+from slope_dist.parallel.gpus import driver_version
 from slope_dist.sparse import kernels
 from slope_dist.training.evaluation import Evaluator, evaluate
 
@@ -27,7 +29,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2.0**-7, "fp16": 2.0**-9}
 def measure(
     engine: Evaluator, corpus: Corpus, config: Config, data_ranks: int, data_rank: int, by: str | None = None
 ) -> dict[str, Any]:
-    """The fingerprint of an engine's state. Collective; the same on every rank.
+    """The fingerprint of an engine's state, its loss None if it is not finite. Collective; the same on every rank.
 
     Args:
         engine: what holds the state.
@@ -45,7 +47,7 @@ def measure(
     same |= {"kernels": "measured"} if kernels.active() is not None else {}
     layout = same | {"data": data_ranks} if by is None else {"engine": by}
     return {
-        "loss": found.loss,
+        "loss": found.loss if isfinite(found.loss) else None,
         "samples": SAMPLES,
         "tolerance": TOLERANCE[config.precision],
         "made_by": {
@@ -53,19 +55,31 @@ def measure(
             "precision": config.precision,
             "micro_batch_size": config.training.micro_batch_size,
             "torch": str(torch.__version__),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            **_machine(),
             "threads": torch.get_num_threads(),
         },
     }
 
 
-def compare(stored: Mapping[str, Any], found: Mapping[str, Any], where: str) -> None:
+def _machine() -> dict[str, Any]:
+    """What decides in which order sums are made, beside the layout and the program."""
+    cpu = {"cpu": torch.backends.cpu.get_cpu_capability()}
+    if not torch.cuda.is_available():
+        return {"device": "cpu", **cpu}
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
+    return {"device": torch.cuda.get_device_name(), **cpu, "driver": driver_version(), "nccl": nccl}
+
+
+def compare(stored: Mapping[str, Any], found: Mapping[str, Any], where: str) -> str | None:
     """Refuse a state that gives another loss than the one it was saved with.
 
     Args:
         stored: as it was measured at the save.
         found: as it was measured after the load.
         where: the checkpoint, for the message.
+
+    Returns:
+        A line, if the loss was not finite when the state was saved.
 
     Raises:
         UserError: if they differ at all in the same layout on the same kind of machine, or by more than the wider of
@@ -76,10 +90,22 @@ def compare(stored: Mapping[str, Any], found: Mapping[str, Any], where: str) -> 
     # of sums.
     same = stored["made_by"] == made_by and "compile" not in made_by and "kernels" not in made_by
     bound = 0.0 if same else max(stored["tolerance"], found["tolerance"])
-    if not abs(found["loss"] - stored["loss"]) <= bound * abs(stored["loss"]):
+    before, now = stored["loss"], found["loss"]
+    if before is None and (now is None or not same):
+        gives = "and gives none now" if now is None else f"and gives {now!r} here"
+        return (
+            f"{where}: its state gave no finite loss on the fixed batch when it was saved, {gives}: that this program "
+            "computes what the one that wrote it did is not shown"
+        )
+    if before is None or now is None or not abs(now - before) <= bound * abs(before):
         allowed = "exactly that, in the same layout" if same else f"that to within {bound:.1e} of it"
         raise UserError(
-            f"{where}: its state gives a loss of {found['loss']!r} on the fixed batch, and gave {stored['loss']!r} "
+            f"{where}: its state gives a loss of {_text(now)} on the fixed batch, and gave {_text(before)} "
             f"when it was saved (it should be {allowed}): this program does not compute what the one that wrote it "
             "did; use that version, or start from another checkpoint"
         )
+    return None
+
+
+def _text(loss: float | None) -> str:
+    return "no finite number" if loss is None else repr(loss)

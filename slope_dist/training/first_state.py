@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isfinite, prod, sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,9 @@ class FirstState(StoredModel):
         training = self._config.training.model_copy(update={"micro_batch_size": fingerprint.SAMPLES})
         config = self._config.model_copy(update={"training": training})
         found = fingerprint.measure(_InLayers(self), corpora.valid[0].corpus, config, 1, 0, by="layer by layer")
-        if not isfinite(found["loss"]):
+        if found["loss"] is None:
             raise UserError(
-                f"{self.origin.path}: its loss in {self._config.precision} is {found['loss']}, so no run could go on "
+                f"{self.origin.path}: its loss in {self._config.precision} is not finite, so no run could go on "
                 'from it; use precision "bf16" or "fp32"'
             )
         return found

@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 class Fingerprint(_Strict):
     """See `slope_dist.training.fingerprint`."""
 
-    loss: float
+    loss: float | None
     samples: Count
     tolerance: Annotated[float, Field(ge=0, le=1)]
     made_by: dict[str, str | int | bool | None]

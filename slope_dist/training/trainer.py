@@ -145,6 +145,7 @@ class Trainer:
             show=environment.is_first,
         )
         self._switch_cost: dict[str, Any] = {}
+        self._said_not_finite = False
 
     @property
     def engine(self) -> Engine:
@@ -239,12 +240,24 @@ class Trainer:
         say = tell if self.environment.is_first else None
         engine.load_state(source, transfer=Transfer(f"loading {source.path.name}", say))
         found = self._fingerprint()
-        fingerprint.compare(state_of(source).fingerprint.model_dump(), found, str(source.path))
+        line = fingerprint.compare(state_of(source).fingerprint.model_dump(), found, str(source.path))
+        if line is not None:
+            self.progress.say(f"warning: {line}")
 
     def _fingerprint(self) -> dict[str, Any]:
         data_rank = self.groups.position.data
         first = self.corpora.valid[0].corpus
         return fingerprint.measure(self.engine, first, self.config, self.derived.data_ranks, data_rank)
+
+    def _fingerprint_to_save(self) -> dict[str, Any]:
+        found = self._fingerprint()
+        if found["loss"] is None and not self._said_not_finite:
+            self._said_not_finite = True
+            self.progress.say(
+                f"warning: the loss of the fixed batch, the first {found['samples']} windows of the validation split, "
+                "is not finite: a resume cannot show by it that it computes the same"
+            )
+        return found
 
     def _make_saver(self) -> Saver:
         settings = self.config.checkpoint
@@ -384,7 +397,7 @@ class Trainer:
             "skipped_steps": self.guard.skipped,
             "skipped_in_a_row": self.guard.in_a_row,
             "tokens": self.step * self.derived.tokens_per_step,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._fingerprint_to_save(),
         }
         config = self.config.model_dump(mode="json")
         self.saver.save(self.step, partial(self._export, made), self.identity, config, patience=patience)

@@ -13,13 +13,13 @@ import torch
 
 from slope_dist.errors import UserError
 from slope_dist.training import fingerprint
-from tests.distributed import run_ranks
-from tests.runs import newest, train, watch_engines, write_config
+from tests.distributed import end_ranks, run_ranks
+from tests.runs import newest, pretrain, train, watch_engines, write_config
 
 SAME = {"engine": "deepspeed", "tensor": 1}
 
 
-def made(loss: float, dtype: str = "fp32", **made_by: Any) -> dict[str, Any]:
+def made(loss: float | None, dtype: str = "fp32", **made_by: Any) -> dict[str, Any]:
     return {"loss": loss, "tolerance": fingerprint.TOLERANCE[dtype], "made_by": {**SAME, **made_by}}
 
 
@@ -38,7 +38,10 @@ def test_the_same_layout_gives_the_same_loss_to_the_last_bit() -> None:
         (made(5.0, "bf16"), made(5.05, "bf16", tensor=2), False),
         # Who goes on in another precision rounds by the coarser of the two.
         (made(5.0, "bf16", precision="bf16"), made(5.03, precision="fp32"), True),
-        (made(5.0), made(float("nan"), tensor=2), False),
+        (made(5.0), made(None, tensor=2), False),
+        # Another processor rounds in its own way.
+        (made(5.0, cpu="AVX2"), made(5.0 * (1 + 2.0**-20), cpu="AVX512"), True),
+        (made(5.0, cpu="AVX2"), made(5.0 * (1 + 2.0**-20), cpu="AVX2"), False),
         # Compiled, the order of sums may differ between two starts of one layout.
         (made(5.0, compile=True), made(5.00004, compile=True), True),
         (made(5.0, compile=True), made(5.00006, compile=True), False),
@@ -54,6 +57,48 @@ def test_another_layout_gives_it_to_the_precisions_tolerance(stored: Any, found:
     else:
         with pytest.raises(UserError, match="does not compute what the one that wrote it did"):
             fingerprint.compare(stored, found, "here")
+
+
+def test_a_loss_that_was_not_finite_shows_nothing_and_must_not_become_finite_by_itself() -> None:
+    said = fingerprint.compare(made(None), made(None), "here")
+    assert said is not None and "here: its state gave no finite loss on the fixed batch when it was saved, and" in said
+    said = fingerprint.compare(made(None), made(5.0, tensor=2), "here")
+    assert said is not None and "and gives 5.0 here" in said
+    with pytest.raises(UserError, match=r"gives a loss of 5\.0 on the fixed batch, and gave no finite number when"):
+        fingerprint.compare(made(None), made(5.0), "here")
+    with pytest.raises(UserError, match=r"gives a loss of no finite number on the fixed batch, and gave 5\.0 when"):
+        fingerprint.compare(made(5.0), made(None), "here")
+
+
+def trained_without_a_finite_loss(config: str) -> int:
+    """Train with a validation split whose first windows overflow."""
+
+    def spoil(module: Any, arguments: Any, y: torch.Tensor) -> torch.Tensor:
+        return y if module.training else y * float("inf")
+
+    watch_engines(
+        lambda event, engine, _: engine.module.layers[2].down.register_forward_hook(spoil) if event == "built" else None
+    )
+    return pretrain("--config", config)
+
+
+def test_a_fixed_batch_that_is_not_finite_keeps_no_run_from_being_saved_or_resumed(
+    corpus: Path, tmp_path: Path
+) -> None:
+    settings = {"checkpoint__interval": 1, "evaluation__interval": 0}
+    path = write_config(tmp_path, corpus, training__steps=3, **settings)
+    ends = {}
+    for start in ("first", "again"):
+        [ended] = end_ranks(trained_without_a_finite_loss, 1, str(path), process_group=False)
+        assert ended.code == 0, ended
+        ends[start] = ended.output + ended.errors
+        if start == "first":
+            assert newest(tmp_path / "run").scalars["fingerprint"]["loss"] is None
+            (tmp_path / "run/checkpoints/step-00000003").rename(tmp_path / "later")
+    warning = "warning: the loss of the fixed batch, the first 2 windows of the validation split, is not finite"
+    assert ends["first"].count(warning) == 1
+    assert "step-00000002: its state gave no finite loss on the fixed batch when it was saved" in ends["again"]
+    assert newest(tmp_path / "run").step == 3
 
 
 def resumed_with_a_wrong_kernel(config: str, factor: float) -> str:
