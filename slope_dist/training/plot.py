@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from math import ceil
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+POINTS = 4096
+"""Of a curve, at most: more are no longer seen in so many pixels, and take seconds to draw."""
 
 
 def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -23,15 +28,15 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     steps = [row for row in rows if row.get("loss") is not None]
     evaluations = [row for row in rows if row.get("eval_loss") is not None]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="#b8c4d6", lw=0.8, label="training")
+    losses = [(row["step"], row["loss"]) for row in steps]
+    axes.plot(*_thinned(losses), color="#b8c4d6", lw=0.8, label="training")
     mean, means = None, []
-    for row in steps:
-        mean = row["loss"] if mean is None else 0.9 * mean + 0.1 * row["loss"]
-        means.append(mean)
-    axes.plot([row["step"] for row in steps], means, color="#1f4e8c", lw=1.6, label="training, running mean")
+    for step, loss in losses:
+        mean = loss if mean is None else 0.9 * mean + 0.1 * loss
+        means.append((step, mean))
+    axes.plot(*_thinned(means), color="#1f4e8c", lw=1.6, label="training, running mean")
     axes.plot(
-        [row["step"] for row in evaluations],
-        [row["eval_loss"] for row in evaluations],
+        *_thinned([(row["step"], row["eval_loss"]) for row in evaluations]),
         color="#c44e1c",
         marker="o",
         lw=1.2,
@@ -63,3 +68,13 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         raise
     finally:
         pyplot.close(figure)
+
+
+def _thinned(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Steps and values of at most POINTS points: of each stretch of steps the lowest and the highest, so peaks stay."""
+    stretch = ceil(2 * len(points) / POINTS)
+    if len(points) > POINTS:
+        parts = (points[start : start + stretch] for start in range(0, len(points), stretch))
+        ends = ({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))} for part in parts)
+        points = [point for pair in ends for point in sorted(pair)]
+    return [step for step, _ in points], [value for _, value in points]
