@@ -5,15 +5,14 @@ Run: pytest tests/test_command_line.py
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from slope_dist.command_line import Parser, path_argument
 from slope_dist.errors import UserError
+from tests.programs import needs_full_device, output_to, run_python
 
 PROGRAM = """
 import sys
@@ -29,13 +28,7 @@ sys.exit(answer(work))
 
 def run(work: str, output: int) -> tuple[int, str]:
     """Exit code and stderr of a program, its stdout buffered as that of a pipe is."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(work=work)],
-        stdout=output,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": ""},
-    )
+    done = run_python("-c", PROGRAM.format(work=work), stdout=output)
     return done.returncode, done.stderr
 
 
@@ -53,22 +46,15 @@ def test_an_end_is_a_line_and_a_code(work: str, expected: tuple[int, str]) -> No
 
 @pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
 def test_a_reader_that_has_left_is_no_error(text: str) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        assert run(f"print({text})", writing) == (0, "")
-    finally:
-        os.close(writing)
+    with output_to("nobody") as output:
+        assert run(f"print({text})", output) == (0, "")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@needs_full_device
 @pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
 def test_an_output_without_room_is_one_line(text: str) -> None:
-    full = os.open("/dev/full", os.O_WRONLY)
-    try:
-        code, errors = run(f"print({text})", full)
-    finally:
-        os.close(full)
+    with output_to("a full device") as output:
+        code, errors = run(f"print({text})", output)
     assert (code, errors) == (2, "error: standard output cannot be written: No space left on device\n")
 
 
@@ -90,16 +76,10 @@ def test_a_path_is_not_the_working_folder_because_a_variable_is_not_set(argument
         parser.parse_args(arguments)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@needs_full_device
 @pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
 def test_what_is_told_without_room_is_lost_and_changes_no_exit_code(text: str) -> None:
     program = f"import sys; from slope_dist.command_line import *; tell({text}); settle_output(); sys.exit(75)"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": ""},
-        )
+    with output_to("a full device") as output:
+        done = run_python("-c", program, stdout=output)
     assert (done.returncode, done.stderr) == (75, "")

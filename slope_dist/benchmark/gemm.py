@@ -154,12 +154,13 @@ def _rivals(
     case: Case, dispatcher: Dispatcher, x: Tensor, values: Tensor, indices: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """The dispatcher, and the fastest right candidate of each route and library, over the weight or its transpose."""
-    product = (values, indices)
     if case.kind == "input gradient":
-        product = primitives.transpose(values, indices, None)
-    operands = Operands(x, *product)
-    laid, metadata = dispatcher.lay(*product)
-    chosen = Operands(x, laid, product[1], *(metadata or ("", None)))
+        laid, packed, metadata = dispatcher.lay_transpose(values, indices, None)
+        operands = Operands(x, *primitives.transpose(values, indices, None))
+    else:
+        (laid, metadata), packed = dispatcher.lay(values, indices), indices
+        operands = Operands(x, values, indices)
+    chosen = Operands(x, laid, packed, *(metadata or ("", None)))
     rivals: dict[str, Callable[[], Tensor]] = {DISPATCHER: lambda: dispatcher.product(chosen)}
     for candidate in _best_of_routes(case.problem, dispatcher):
         given = dispatcher.given(candidate, operands)

@@ -199,6 +199,13 @@ def zero_stage(config: Config) -> int:
     return 1 if stage == 0 and config.precision != "fp32" else stage
 
 
+def has_bf16_optimizer(config: Config) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which adds each gradient up in fp32 and reduces after the last."""
+    parallel = config.parallel
+    added_in_fp32 = config.precision == "bf16" and parallel.gradient_dtype == "fp32"
+    return parallel.engine == "deepspeed" and zero_stage(config) == 1 and added_in_fp32
+
+
 def threads_per_process(config: Config, local_ranks: int, processors: float | None = None) -> int:
     """Return `run.threads`, or where it is null the share of one of `local_ranks` processes in this machine's cores.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from torch import nn
 
 from slope_dist.config import Config, Derived
-from slope_dist.config.resolve import zero_stage
+from slope_dist.config.resolve import has_bf16_optimizer, zero_stage
 from slope_dist.layers.linear import Linear
 from slope_dist.layers.modules import Head
 from slope_dist.planning.cluster import Cluster
@@ -262,9 +262,7 @@ def _reduces_last(config: Config) -> bool:
     """Whether gradients are reduced after the last backward: by pipelines, stage 0, and DeepSpeed's BF16_Optimizer."""
     if config.parallel.engine == "fsdp":
         return False
-    stage = zero_stage(config)
-    added_in_fp32 = config.precision == "bf16" and config.parallel.gradient_dtype == "fp32"
-    return config.parallel.pipeline > 1 or stage == 0 or (stage == 1 and added_in_fp32)
+    return config.parallel.pipeline > 1 or zero_stage(config) == 0 or has_bf16_optimizer(config)
 
 
 def optimizer_seconds(share: ShareSize, config: Config, data_ranks: int, peaks: Peaks, *, resident: bool) -> float:

@@ -19,11 +19,11 @@ from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError, may_pass
 from slope_dist.parallel import collectives, environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer
+from slope_dist.training.control_groups import processor_limit
 from slope_dist.training.describe import corpus_warning, describe, describe_alternatives
 from slope_dist.training.ending import How, write_end
 from slope_dist.training.folder import Resume
 from slope_dist.training.guards import RunFailedError
-from slope_dist.training.host_memory import processor_limit
 from slope_dist.training.stopping import StopNow, Stopper
 from slope_dist.training.watch import Watch
 

@@ -11,7 +11,7 @@ from operator import add
 import torch
 
 from slope_dist.config import Config, Derived, deepspeed_dict
-from slope_dist.config.resolve import zero_stage
+from slope_dist.config.resolve import has_bf16_optimizer, zero_stage
 from slope_dist.parallel.layout import stage_bounds
 from slope_dist.planning import ModelState, ShareSize, measure
 from slope_dist.planning.activations import Layer, run_layers, tensor_ranks
@@ -235,11 +235,10 @@ def engine_setting(config: Config, derived: Derived, *, on_gpu: bool) -> EngineS
 def _kind(config: Config) -> Kind:
     if config.parallel.engine == "fsdp":
         return "fsdp"
-    stage = zero_stage(config)
-    if stage == 1 and config.precision == "bf16" and config.parallel.gradient_dtype == "fp32":
+    if has_bf16_optimizer(config):
         return "bf16"
     kinds: dict[int, Kind] = {0: "whole", 1: "zero 1", 2: "zero 2", 3: "zero 3"}
-    return kinds[stage]
+    return kinds[zero_stage(config)]
 
 
 _samples: dict[Hashable, Samples] = {}

@@ -18,8 +18,8 @@ from slope_dist.parallel.environment import Environment
 from slope_dist.planning import GPU_MEMORY, ModelState
 from slope_dist.planning.activations import PredictedTooLateError
 from slope_dist.training.build import count_state, storage
+from slope_dist.training.control_groups import memory_limits
 from slope_dist.training.forecast import MARGIN, fits, forecast, most_of
-from slope_dist.training.host_memory import memory_limits
 from slope_dist.transfer import size_text
 
 

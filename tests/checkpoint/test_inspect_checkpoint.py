@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.programs import needs_full_device, output_to, run_python
+
 from .rewriting import STEP, folder_of, make_run, rewrite
 from .test_reader import flip, reseal
 
@@ -109,20 +111,11 @@ def test_a_difference_is_one_whoever_reads_it(base: Path) -> None:
     assert (ended.stderr.read(), ended.wait()) == ("", 1)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@needs_full_device
 def test_an_output_without_room_is_no_difference(base: Path) -> None:
     folder = folder_of(base, "data")
-    full = os.open("/dev/full", os.O_WRONLY)
-    try:
-        ended = subprocess.run(
-            [sys.executable, str(TOOL), str(folder), "--diff", str(folder)],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
-        )
-    finally:
-        os.close(full)
+    with output_to("a full device") as output:
+        ended = run_python(TOOL, folder, "--diff", folder, stdout=output)
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("error: standard output cannot be written: ")
 

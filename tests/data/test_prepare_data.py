@@ -18,16 +18,16 @@ import datasets
 import pytest
 
 from slope_dist.data.corpus import Corpus
+from tests.programs import needs_full_device, output_to, run_python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
 
 
-def run(*arguments: object, stdout: int = subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(TOOL), *map(str, arguments)],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
@@ -53,16 +53,13 @@ def test_the_command_makes_a_corpus(tmp_path, make_texts):
     assert documents == 20
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full is Linux's")
+@needs_full_device
 def test_an_output_without_room_is_one_line_and_the_corpus_is_there(tmp_path, tokenizer_file, make_texts):
     for number, text in enumerate(make_texts(20)):
         (tmp_path / f"{number}.txt").write_text(text)
-    full = os.open("/dev/full", os.O_WRONLY)
     options = ("--output", tmp_path / "corpus", "--tokenizer", tokenizer_file, "--valid-fraction", 0.3)
-    try:
-        result = run(tmp_path, *options, stdout=full, PYTHONUNBUFFERED="")
-    finally:
-        os.close(full)
+    with output_to("a full device") as output:
+        result = run_python(TOOL, tmp_path, *options, stdout=output)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: standard output cannot be written: ")
     assert (tmp_path / "corpus/manifest.json").exists()

@@ -6,15 +6,13 @@ Run: pytest tests/planning/test_plan_tool.py
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import ROOT
+from tests.programs import output_to, run_python
 from tests.runs import write_config
 from tools import plan
 
@@ -120,20 +118,9 @@ def test_a_reader_that_has_left_changes_no_exit_code(
     made = {"machine": {"device": "NVIDIA A100-SXM4-40GB"}, "rows": [row | {"rivals": {"dense": {"seconds": 1e9}}}]}
     file.write_text(json.dumps({"benchmark": "block"} | made))
     path = file if options == ["--validate"] else write_config(tmp_path, tmp_path, **SMALL)
-    command = [sys.executable, str(ROOT / "tools/plan.py"), *TWO, *options, str(path), *form]
-    reading, writing = os.pipe()
-    os.close(reading)
-    try:
-        done = subprocess.run(
-            command,
-            stdout=writing,
-            stderr=subprocess.PIPE,
-            text=True,
-            # What is printed fails at once, as it does where it is more than a buffer.
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
-        )
-    finally:
-        os.close(writing)
+    with output_to("nobody") as output:
+        # What is printed fails at once, as it does where it is more than a buffer.
+        done = run_python(ROOT / "tools/plan.py", *TWO, *options, path, *form, stdout=output, buffered=False)
     assert done.returncode == expected, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 

@@ -6,7 +6,8 @@ stands in `slope_dist.sparse.reference` (rule R5); nothing here may give anythin
 
 from slope_dist.sparse.kernels import ops  # noqa: F401 - defines torch.ops.slope_dist
 from slope_dist.sparse.kernels.active import activate, active, active_on, using
-from slope_dist.sparse.kernels.dispatch import Choice, Dispatcher
+from slope_dist.sparse.kernels.choice import Choice
+from slope_dist.sparse.kernels.dispatch import Dispatcher
 from slope_dist.sparse.kernels.problem import Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
 from slope_dist.sparse.kernels.vendors import Vendors, find_vendors

@@ -72,17 +72,6 @@ def test_measuring_takes_nothing_from_the_random_stream() -> None:
     assert torch.get_rng_state().equal(before)
 
 
-def test_what_is_slower_than_dense_is_said_to_be() -> None:
-    """And by how much, and why dense is no choice."""
-    seconds = {"expand": 1.31, "dense": 1.0, "plain/1 right": 2.0}
-    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=lambda *_: dict(seconds))
-    assert dispatcher.product_choice(SQUARE).route == "expand"
-    assert dispatcher.report()[-1].endswith(
-        "1.31x the time of dense; next best: plain/1 right, 2.00x; 31 % slower than dense: no way that keeps the "
-        "weight compressed is as fast, and a dense copy of it is not held (rule R1)"
-    )
-
-
 @pytest.mark.parametrize("kind", ["wrong", "nan", "failing", "without bias", "without addend"])
 def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
     vendor = PlainVendor((PlainAlgorithm(kind), PlainAlgorithm("right")))
@@ -416,13 +405,6 @@ def test_once_settled_nothing_is_measured() -> None:
     check_product(dispatcher, PROBLEM)
     check_product(dispatcher, kernels.Problem(128, 64, 32, torch.float32, CPU))
     assert len(dispatcher.as_data()) == 1
-
-
-def test_the_report_says_what_failed() -> None:
-    vendor = PlainVendor((PlainAlgorithm("failing"), PlainAlgorithm("wrong"), PlainAlgorithm("right")))
-    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("plain/1 right"))
-    dispatcher.warm_up([("product", SQUARE)])
-    assert dispatcher.report()[-1].endswith("; 2 failed, such as plain/1 failing: plain refuses: not supported")
 
 
 def test_the_clock_measures_every_call() -> None:

@@ -1,6 +1,6 @@
 """Claim: of all limits on a process's memory and processor time, its control group's and those above, each is found.
 
-Run: pytest tests/training/test_host_memory.py
+Run: pytest tests/training/test_control_groups.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from slope_dist.training import memory
-from slope_dist.training.host_memory import memory_limits, processor_limit
+from slope_dist.training.control_groups import memory_limits, processor_limit
 
 
 def found(folder: Path, own: str, files: dict[str, str], variables: dict[str, str] | None = None) -> list[int]:
