@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 
-from slope_dist.command_line import Parser, settle_output
+from slope_dist.command_line import Parser
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.output import settle_output
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

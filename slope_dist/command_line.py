@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.output import drop_output, visible
 
 EXIT_INTERRUPTED = 130
 """What shells report for a program that Ctrl-C ended."""
@@ -41,11 +40,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def visible(text: str) -> str:
-    """The text on one line, with escapes such as `\\x1b` for all that a terminal would obey instead of showing."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def answer(work: Callable[[], object]) -> int:
     """Do the work of a program that writes nothing but its output, and return its exit code.
 
@@ -73,23 +67,3 @@ def answer(work: Callable[[], object]) -> int:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     return 0
-
-
-def tell(text: str, file: TextIO | None = None) -> None:
-    """Print, as far as there is room: a log on a full disk, or one that nobody reads, must not end what it tells of."""
-    with contextlib.suppress(OSError):
-        print(text, file=file, flush=True)
-
-
-def settle_output() -> None:
-    """Flush what `tell` could not, or drop it: at exit its failure would take the place of the exit code."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        drop_output()
-
-
-def drop_output() -> None:
-    """Let what is printed from here on, and what is still buffered, go nowhere: it must not fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

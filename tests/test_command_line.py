@@ -74,12 +74,3 @@ def test_a_path_is_not_the_working_folder_because_a_variable_is_not_set(argument
     assert parser.parse_args(["run", "--output", "out"]).folder == Path("run")
     with pytest.raises(UserError, match=f"argument {named}: is empty; give a path"):
         parser.parse_args(arguments)
-
-
-@needs_full_device
-@pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
-def test_what_is_told_without_room_is_lost_and_changes_no_exit_code(text: str) -> None:
-    program = f"import sys; from slope_dist.command_line import *; tell({text}); settle_output(); sys.exit(75)"
-    with output_to("a full device") as output:
-        done = run_python("-c", program, stdout=output)
-    assert (done.returncode, done.stderr) == (75, "")

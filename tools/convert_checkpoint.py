@@ -34,13 +34,14 @@ import shlex
 import signal
 import sys
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, path_argument, visible
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, path_argument
 from slope_dist.config import load_config
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
 from slope_dist.export.exporting import FORMS, convert
 from slope_dist.export.opening import form_of, open_model
 from slope_dist.export.options import DTYPES, Options, check_options
 from slope_dist.export.proof import WrongExportError
+from slope_dist.output import visible
 from slope_dist.transfer import Transfer, size_text
 
 CHECKPOINT = "slope-checkpoint"

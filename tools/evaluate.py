@@ -32,7 +32,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from slope_dist.command_line import Parser, answer, visible
+from slope_dist.command_line import Parser, answer
 from slope_dist.config.data import DataConfig
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.readers import Document
@@ -42,6 +42,7 @@ from slope_dist.export.options import DTYPES
 from slope_dist.inference.command_line import add_model_options, model_of, say
 from slope_dist.inference.evaluation import Evaluation, View, check_tokenizer, evaluate_corpus, evaluate_documents
 from slope_dist.inference.model import InferenceModel
+from slope_dist.output import visible
 from slope_dist.transfer import Transfer, count_text
 
 NAMED = 3

@@ -36,13 +36,14 @@ import json
 import sys
 from collections.abc import Sequence
 
-from slope_dist.command_line import Parser, answer, path_argument, visible
+from slope_dist.command_line import Parser, answer, path_argument
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
 from slope_dist.inference.command_line import add_model_options, model_of, say
 from slope_dist.inference.generation import Continuation, Generation, Speed, Spelling, check_prompt, prompt_ids
 from slope_dist.inference.model import InferenceModel
 from slope_dist.inference.sampling import Sampling
+from slope_dist.output import visible
 
 MAX_PROMPT_BYTES = 2**28
 SHOWN = 60

@@ -38,7 +38,8 @@ from slope_dist.checkpoint.inspection import (
 )
 from slope_dist.checkpoint.report import Line, comparison, comparison_json, print_lines, report, report_json, to_json
 from slope_dist.checkpoint.validation import check_state
-from slope_dist.command_line import Parser, answer, path_argument, visible
+from slope_dist.command_line import Parser, answer, path_argument
+from slope_dist.output import visible
 from slope_dist.transfer import Transfer
 
 EXIT_DAMAGED = 1

@@ -25,11 +25,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, path_argument, visible
+from slope_dist.command_line import EXIT_INTERRUPTED, Parser, answer, path_argument
 from slope_dist.config.schema import DataConfig, RunConfig
 from slope_dist.data.prepare import prepare
 from slope_dist.data.sources import EMBEDDED, Source, dataset, embedded_source, text_files
 from slope_dist.errors import EXIT_BAD_INPUT, UserError
+from slope_dist.output import visible
 
 DEFAULT_VOCAB_SIZE = 4096
 

@@ -17,7 +17,7 @@ from slope_dist.checkpoint.comparison import ABSENT, Differences
 from slope_dist.checkpoint.inspection import LayerNumbers, Totals
 from slope_dist.checkpoint.reader import Checkpoint
 from slope_dist.checkpoint.stored_layers import stored_layers
-from slope_dist.command_line import visible
+from slope_dist.output import visible
 from slope_dist.transfer import size_text
 
 Line = str | Table

@@ -31,11 +31,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from slope_dist.command_line import Parser, path_argument, visible
+from slope_dist.command_line import Parser, path_argument
 from slope_dist.config import Config, load_config, run_folder
 from slope_dist.config.resolve import fit
 from slope_dist.errors import EXIT_BAD_INPUT, UserError, may_pass
 from slope_dist.files import read_bounded
+from slope_dist.output import visible
 
 Verdict = Literal["go on", "done", "give up", "stop"]
 EXIT_CODES: dict[Verdict, int] = {"go on": 0, "done": 3, "give up": 4, "stop": 5}

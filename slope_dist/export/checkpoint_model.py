@@ -12,13 +12,13 @@ from torch import Tensor
 from slope_dist.checkpoint import Checkpoint, CheckpointError
 from slope_dist.checkpoint.format import DTYPES, step_of
 from slope_dist.checkpoint.inspection import open_folder
-from slope_dist.command_line import visible
 from slope_dist.config import Config
 from slope_dist.config.messages import explain
 from slope_dist.data.load_tokenizer import FILES, load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
 from slope_dist.export.stored import Origin, StoredModel, all_finite, forms_of
+from slope_dist.output import visible
 from slope_dist.parallel.fragments import Kind, rectangle_size, whole
 from slope_dist.sparse import codec
 from slope_dist.transfer import Transfer

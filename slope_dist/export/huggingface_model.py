@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from slope_dist.checkpoint.reader import sha256_of
-from slope_dist.command_line import visible
 from slope_dist.data.load_tokenizer import load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
@@ -29,6 +28,7 @@ from slope_dist.export.peft_reader import AdapterReader
 from slope_dist.export.stored import LinearForm, Origin, StoredModel, row_blocks
 from slope_dist.export.tensor_reader import TensorReader
 from slope_dist.export.tokenizer_files import tokenizer_in
+from slope_dist.output import visible
 from slope_dist.sparse import Pattern
 from slope_dist.transfer import Transfer
 

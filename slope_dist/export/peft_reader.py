@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slope_dist.command_line import visible
 from slope_dist.errors import UserError
 from slope_dist.export.huggingface_config import Keys
 from slope_dist.export.huggingface_names import modules_of
@@ -25,6 +24,7 @@ from slope_dist.export.peft_adapter import ADAPTER_CONFIG, ADAPTER_FILE, BASE_KE
 from slope_dist.export.stored import PROJECTIONS
 from slope_dist.export.tensor_files import cast
 from slope_dist.export.tensor_reader import TensorReader
+from slope_dist.output import visible
 
 _KEY = re.compile(rf"{re.escape(KEY_PREFIX)}(.+)\.lora_([AB])\.weight")
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from slope_dist.checkpoint.format import Count, StoredFile, dtype_name, encode, unseal
 from slope_dist.checkpoint.reader import sha256_of
-from slope_dist.command_line import visible
 from slope_dist.config.model import ModelConfig
 from slope_dist.data.load_tokenizer import FILES as TOKENIZER_FILES
 from slope_dist.data.load_tokenizer import load_tokenizer
@@ -37,6 +36,7 @@ from slope_dist.export.target import write_file
 from slope_dist.export.tensor_files import KNOWN_DTYPES, Planned, cast, header_bytes, total_bytes, write_shards
 from slope_dist.export.tensor_reader import TensorReader, stamp_of
 from slope_dist.files import read_bounded
+from slope_dist.output import visible
 from slope_dist.sparse import CompressedMatrix, Pattern, codec
 from slope_dist.transfer import Transfer
 

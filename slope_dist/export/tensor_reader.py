@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from slope_dist.command_line import visible
 from slope_dist.errors import UserError
 from slope_dist.export.stored import all_finite
 from slope_dist.export.tensor_files import KNOWN_DTYPES
+from slope_dist.output import visible
 
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 """Of a file of tensors: none leaves its folder."""

@@ -35,8 +35,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from slope_dist.command_line import tell
 from slope_dist.lines import Line, listen_on_any_port
+from slope_dist.output import tell
 from slope_dist.parallel.environment import Environment
 
 GRACE = 3.0

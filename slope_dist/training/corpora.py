@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from slope_dist.command_line import tell
 from slope_dist.config import Config
 from slope_dist.config.weights import shares
 from slope_dist.data.corpus import Corpus, Summary, stamps_of, token_file
@@ -19,6 +18,7 @@ from slope_dist.data.prepare import MANIFEST, prepare_if_absent
 from slope_dist.data.sampling import Part, windows_of
 from slope_dist.errors import UserError
 from slope_dist.files import read_bounded
+from slope_dist.output import tell
 from slope_dist.parallel import collectives
 from slope_dist.transfer import Transfer
 

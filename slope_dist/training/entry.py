@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slope_dist.command_line import EXIT_INTERRUPTED, answer, tell
+from slope_dist.command_line import EXIT_INTERRUPTED, answer
 from slope_dist.config import Config, derive, dump_config, load_config, run_folder
 from slope_dist.config.resolve import fit, threads_per_process, world_size
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError, may_pass
+from slope_dist.output import tell
 from slope_dist.parallel import collectives, environment
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.failure import EXIT_LOST, Peers, in_words, lost_a_peer

@@ -14,9 +14,9 @@ from math import isfinite
 from typing import Any
 
 from slope_dist.checkpoint import Outcome
-from slope_dist.command_line import tell
 from slope_dist.comparing.finding import Finding
 from slope_dist.errors import UserError
+from slope_dist.output import tell
 from slope_dist.training.evaluation import Evaluation
 from slope_dist.training.folder import RunFolder, read_rows
 from slope_dist.training.log_files import Board, RowFile, Trouble

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from slope_dist.command_line import tell
+from slope_dist.output import tell
 from slope_dist.training.utilization import Utilization
 from slope_dist.transfer import duration_text, size_text
 

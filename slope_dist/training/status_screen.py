@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from slope_dist.command_line import visible
+from slope_dist.output import visible
 from slope_dist.training.status import MEANINGS, CheckpointStatus, Goodput, Status
 from slope_dist.transfer import duration_text, size_text
 

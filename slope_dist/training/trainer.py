@@ -11,13 +11,13 @@ from typing import Any
 from slope_dist.checkpoint import Checkpoint, CheckpointError, Outcome, Retention, Saver
 from slope_dist.checkpoint.format import folder_name
 from slope_dist.checkpoint.saver import Patience
-from slope_dist.command_line import tell
 from slope_dist.comparing.ranks import RankComparison
 from slope_dist.config import Config, Derived, derive
 from slope_dist.data.corpus import Corpus
 from slope_dist.data.sampling import BatchReader, rank_positions
 from slope_dist.engine import Engine
 from slope_dist.engine.interface import MicroBatch
+from slope_dist.output import tell
 from slope_dist.parallel import collectives
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.fragments import Fragment, MemorySource

@@ -20,9 +20,9 @@ from typing import Any
 import torch.distributed as dist
 
 import slope_dist
-from slope_dist.command_line import tell
 from slope_dist.config.watch import WatchConfig
 from slope_dist.lines import listen_on_any_port
+from slope_dist.output import tell
 from slope_dist.parallel.environment import Environment
 from slope_dist.parallel.flight import collectives_begun, last_collectives
 from slope_dist.training.watchdog import REQUESTS

@@ -25,7 +25,7 @@ FORBIDDEN = re.compile(
 ALLOWED_ROOMS = {
     "sparse": {"errors", "sparse"},
     "watching": {"errors", "lines", "watching"},
-    "parallel": {"errors", "lines", "watching", "parallel"},
+    "parallel": {"errors", "lines", "output", "watching", "parallel"},
     "layers": {"errors", "sparse", "parallel", "layers"},
     "models": {"errors", "layers", "models"},
 }

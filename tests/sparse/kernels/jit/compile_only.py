@@ -40,7 +40,8 @@ def main(capability: int) -> None:
             compile_for(capability, expand._expand, f"{kept}{words} i32", PACKED=bits == 16, **flat, **absent)
             compile_for(capability, transpose._transpose, f"{kept}{entries} *u8 i32 i32", **tiles, **absent)
         compile_for(capability, expand._prune, f"{entries} *u8 {entries} i32", LARGEST=largest, BYTES=expand._BYTES)
-    compile_for(capability, permute._permute, "*u8 *i32 *u8 i32 i32", BYTES=permute._BYTES)
+    for long in (True, False):
+        compile_for(capability, permute._permute, "*u8 *i32 *u8 i32 i32", LONG=long, BYTES=permute._BYTES)
 
 
 if __name__ == "__main__":

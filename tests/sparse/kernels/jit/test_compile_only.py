@@ -27,4 +27,4 @@ def test_compiles_for_a_gpu_that_is_not_here(capability: int, tmp_path: Path) ->
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 13
+    assert len(done.stdout.splitlines()) == 14
