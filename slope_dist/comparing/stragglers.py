@@ -18,10 +18,11 @@ loading  1 - (own seconds - median rank's) / (seconds of a step): what steps wou
 
 Of an even number of ranks the median is the faster of the two in the middle, so that of two ranks the slow one is
 told from the other. A rank is slow where the median of its last `WINDOW` scores is below the threshold: single bad
-measurements, of which a busy machine has many, do not count. The default threshold, 0.75, is the usual one; a rank that
-is 1.3 times slower scores 0.77, and equal ranks 0.95 at worst (two on a machine with three times as much to run as it
-has cores), so 0.85 finds more and still raises no false alarm. On a GPU, which no other program uses, a rank is also
-slow where its own best says so: all GPUs of a machine may have become hot at once.
+measurements, of which a busy machine has many, do not count. The default threshold, 0.75, is the usual one; a rank
+that is 1.3 times slower scores 0.77. Equal ranks have scored 0.95 at worst on a machine with three times as much to run
+as it has cores, and 0.83 on a virtual one of whose two cores one was slower: 0.85 finds more, where cores are alike. On
+a GPU, which no other program uses, a rank is also slow where its own best says so: all of a machine may have become
+hot at once.
 
 What it does not see: time in which other programs have the cores of a CPU rank; a slow network link, which is in the
 collectives.

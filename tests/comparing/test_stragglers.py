@@ -1,7 +1,8 @@
 """A rank that is slower than the others is told from them within 50 steps, once, by rank and host; quiet ones never.
 
-Slow is a rank whose probe has 1.3 times or twice the work: what is measured is real, and the noise of the machine with
-it. That 1,000 steps of equal ranks raise no alarm is marked slow.
+Slow is a rank whose probe has 1.3 times or twice the work. Where that must be told the work is counted, not timed: of
+two cores of one machine one may be a fifth slower than the other. What is timed here has twice the work, and 1,000
+steps of equal ranks, which raise no alarm, are marked slow.
 
 Run: pytest tests/comparing/test_stragglers.py
 """
@@ -22,8 +23,7 @@ from tests.distributed import run_ranks
 from tests.runs import rows_of, train, watch_engines, write_config
 
 THRESHOLD = 0.85
-"""Above what 1.3 times the work scores; higher than the default, so that no alarm of equal ranks claims more."""
-STRICT = {"training__micro_batch_size": 4, "watch__straggler_threshold": THRESHOLD}
+"""Above what 1.3 times the work scores."""
 LOOKS = 10
 """Within 50 steps at the default interval of 5."""
 
@@ -33,8 +33,26 @@ def slow_down(factor: float) -> None:
     Probe.PRODUCTS = {device: round(products * factor) for device, products in Probe.PRODUCTS.items()}
 
 
+def counted(probe: Probe) -> float:
+    """In place of the time that a probe takes: a ten-thousandth of a second for each product that it makes."""
+    made, multiply = 0, torch.mm
+
+    def count(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        nonlocal made
+        made += 1
+        return multiply(*arguments, **keywords)
+
+    torch.mm = count
+    try:
+        probe._work()
+    finally:
+        torch.mm = multiply
+    return made / 10_000
+
+
 def looks(factor: float, slow_rank: int) -> list[list[Any]]:
     """Look 3 x `LOOKS` times; rank `slow_rank` is slow in the middle third. For each look, what was found."""
+    Probe._once = counted  # type: ignore[method-assign]
     stragglers = Stragglers(THRESHOLD, Hosts())
     found = []
     products = Probe.PRODUCTS
@@ -58,7 +76,7 @@ def test_a_slow_rank_is_found_and_forgiven(ranks: int, slow: int, factor: float)
     assert all((row["rank"], row["what"], row["host"]) == (slow, "compute", socket.gethostname()) for _, row in rows)
     (began, row), (ended, _) = rows
     assert LOOKS <= began < 2 * LOOKS <= ended
-    assert row["score"] < THRESHOLD and row["own_score"] < 0.95
+    assert row["score"] < THRESHOLD and (began, ended) == (LOOKS + WINDOW // 2, 2 * LOOKS + WINDOW // 2)
 
 
 def alike(ranks: int, slow: dict[int, float] | None = None) -> list[Measurement]:
@@ -163,7 +181,7 @@ def quiet_run(config: str) -> list[list[float]]:
 
 @pytest.mark.slow
 def test_a_thousand_quiet_steps_raise_no_alarm(corpus: Path, tmp_path: Path) -> None:
-    config = write_config(tmp_path, corpus, training__steps=1000, **STRICT)
+    config = write_config(tmp_path, corpus, training__steps=1000, training__micro_batch_size=4)
     seen = run_ranks(quiet_run, 2, str(config), timeout=900.0)[0]
     assert len(seen) == 200
     lowest = [min(row[index] for row in seen) for index in range(4)]
@@ -172,10 +190,9 @@ def test_a_thousand_quiet_steps_raise_no_alarm(corpus: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [1.3, 2.0])
-def test_a_rank_that_becomes_slow_is_found_within_fifty_steps(corpus: Path, tmp_path: Path, factor: float) -> None:
-    config = write_config(tmp_path, corpus, training__steps=100, **STRICT)
-    run_ranks(slow_run, 2, str(config), factor, 51)
+def test_a_rank_that_becomes_slow_is_found_within_fifty_steps(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus, training__steps=100, training__micro_batch_size=4)
+    run_ranks(slow_run, 2, str(config), 2.0, 51)
     rows = [row for row in rows_of(tmp_path / "run") if "straggler" in row]
     found = {row["straggler"]["what"]: row["step"] for row in rows}
     print(f"slow from step 51 on: {found}")

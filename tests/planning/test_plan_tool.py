@@ -140,7 +140,7 @@ def test_measurements_in_another_precision_are_refused(
 
 
 def test_layouts_that_fit_come_first_and_fast_ones_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = {"model__hidden_size": 2048, "model__ffn_size": 8192, "model__num_layers": 40, "model__num_heads": 16}
+    sizes = {"model__hidden_size": 1024, "model__ffn_size": 4096, "model__num_layers": 160, "model__num_heads": 16}
     # Another layout for fewer GPUs: what would not go with it is searched all the same.
     path = str(write_config(tmp_path, tmp_path, precision="bf16", parallel__alternatives=[{"pipeline": 2}], **sizes))
     changes = ("--set", "training.global_batch_size=4", "--set", "training.micro_batch_size=1")
