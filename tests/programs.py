@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal
 
-import pytest
-
 from tests.distributed import ROOT
 
 
@@ -25,11 +23,6 @@ def program(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-needs_full_device = pytest.mark.skipif(
-    not os.path.exists("/dev/full"), reason="a device that is always full is Linux's"
-)
 
 
 @contextmanager

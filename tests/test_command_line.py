@@ -12,7 +12,7 @@ import pytest
 
 from slope_dist.command_line import Parser, path_argument
 from slope_dist.errors import UserError
-from tests.programs import needs_full_device, output_to, run_python
+from tests.programs import output_to, run_python
 
 PROGRAM = """
 import sys
@@ -50,7 +50,6 @@ def test_a_reader_that_has_left_is_no_error(text: str) -> None:
         assert run(f"print({text})", output) == (0, "")
 
 
-@needs_full_device
 @pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
 def test_an_output_without_room_is_one_line(text: str) -> None:
     with output_to("a full device") as output:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from slope_dist.output import visible
-from tests.programs import needs_full_device, output_to, run_python
+from tests.programs import output_to, run_python
 
 
 def test_what_a_terminal_would_obey_is_shown_instead() -> None:
@@ -16,7 +16,6 @@ def test_what_a_terminal_would_obey_is_shown_instead() -> None:
     assert visible("Größe 7") == "Größe 7"
 
 
-@needs_full_device
 @pytest.mark.parametrize("text", ["'a'", "'a' * 10**6"])
 def test_what_is_told_without_room_is_lost_and_changes_no_exit_code(text: str) -> None:
     program = f"import sys; from slope_dist.output import *; tell({text}); settle_output(); sys.exit(75)"

@@ -156,10 +156,9 @@ def _rivals(
     """The dispatcher, and the fastest right candidate of each route and library, over the weight or its transpose."""
     if case.kind == "input gradient":
         laid, packed, metadata = dispatcher.lay_transpose(values, indices, None)
-        operands = Operands(x, *primitives.transpose(values, indices, None))
     else:
         (laid, metadata), packed = dispatcher.lay(values, indices), indices
-        operands = Operands(x, values, indices)
+    operands = Operands(x, laid, packed)
     chosen = Operands(x, laid, packed, *(metadata or ("", None)))
     rivals: dict[str, Callable[[], Tensor]] = {DISPATCHER: lambda: dispatcher.product(chosen)}
     for candidate in _best_of_routes(case.problem, dispatcher):

@@ -10,12 +10,11 @@ from pathlib import Path
 DRIVER = Path("/dev/nvidiactl")
 """There wherever NVIDIA's driver is loaded, and in containers that have been given its GPUs."""
 
-
-VERSION = Path("/proc/driver/nvidia/version")
+VERSION_FILE = Path("/proc/driver/nvidia/version")
 """What the kernel's part of the driver says of itself."""
 
 
-def driver_version(path: Path = VERSION) -> str | None:
+def driver_version(path: Path = VERSION_FILE) -> str | None:
     """The version of NVIDIA's driver, such as "570.86.15"; None where it is not said."""
     try:
         found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", path.read_text().splitlines()[0])

@@ -79,7 +79,7 @@ def compare(stored: Mapping[str, Any], found: Mapping[str, Any], where: str) -> 
         where: the checkpoint, for the message.
 
     Returns:
-        A line, if the loss was not finite when the state was saved.
+        A line, if the loss was not finite when the state was saved, and so shows nothing; else None.
 
     Raises:
         UserError: if they differ at all in the same layout on the same kind of machine, or by more than the wider of

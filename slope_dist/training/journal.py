@@ -9,7 +9,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from itertools import takewhile
 from math import isfinite
 from typing import Any
 
@@ -62,8 +61,8 @@ class Journal:
         values = _values(result)
         each = {name: _values(part) for name, part in result.corpora.items()}
         row = {"step": step} | values | ({"corpora": each} if each else {})
-        of_now = takewhile(lambda other: other["step"] >= step, reversed(self.rows))
-        if any(row == {key: value for key, value in other.items() if key != "time"} for other in of_now):
+        of_step = (other for other in self.rows if other["step"] == step)
+        if any(row == {key: value for key, value in other.items() if key != "time"} for other in of_step):
             return  # Done again, because a kill came between this row and the picture.
         self._write(row)
         for group, numbers in {"valid": values, **{f"valid {name}": part for name, part in each.items()}}.items():

@@ -72,8 +72,8 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 def _thinned(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
     """Steps and values of at most POINTS points: of each stretch of steps the lowest and the highest, so peaks stay."""
-    stretch = ceil(2 * len(points) / POINTS)
     if len(points) > POINTS:
+        stretch = ceil(2 * len(points) / POINTS)
         parts = (points[start : start + stretch] for start in range(0, len(points), stretch))
         ends = ({min(part, key=itemgetter(1)), max(part, key=itemgetter(1))} for part in parts)
         points = [point for pair in ends for point in sorted(pair)]

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.programs import needs_full_device, output_to, run_python
+from tests.programs import output_to, run_python
 
 from .rewriting import STEP, folder_of, make_run, rewrite
 from .test_reader import flip, reseal
@@ -111,7 +111,6 @@ def test_a_difference_is_one_whoever_reads_it(base: Path) -> None:
     assert (ended.stderr.read(), ended.wait()) == ("", 1)
 
 
-@needs_full_device
 def test_an_output_without_room_is_no_difference(base: Path) -> None:
     folder = folder_of(base, "data")
     with output_to("a full device") as output:

@@ -18,7 +18,7 @@ import datasets
 import pytest
 
 from slope_dist.data.corpus import Corpus
-from tests.programs import needs_full_device, output_to, run_python
+from tests.programs import output_to, run_python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "prepare_data.py"
@@ -53,7 +53,6 @@ def test_the_command_makes_a_corpus(tmp_path, make_texts):
     assert documents == 20
 
 
-@needs_full_device
 def test_an_output_without_room_is_one_line_and_the_corpus_is_there(tmp_path, tokenizer_file, make_texts):
     for number, text in enumerate(make_texts(20)):
         (tmp_path / f"{number}.txt").write_text(text)

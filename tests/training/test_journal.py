@@ -70,6 +70,17 @@ def test_half_written_last_line_is_dropped(folder: RunFolder, torn: str) -> None
     assert [row["step"] for row in rows] == [1, 1, 2, 2, 3]
 
 
+def test_an_evaluation_done_again_is_one_row_also_where_a_late_save_came_between(folder: RunFolder) -> None:
+    fill(folder, 2)
+    journal = Journal(folder, 2)
+    journal.problem(1, "what a save of step 1 met after step 2")
+    journal.evaluation(2, Evaluation(loss=4.0, bytes_per_token=None))
+    journal.evaluation(2, Evaluation(loss=3.0, bytes_per_token=None))
+    journal.close()
+    found = [row["eval_loss"] for row in read_rows(folder.metrics) if row["step"] == 2 and "eval_loss" in row]
+    assert found == [4.0, 3.0]
+
+
 def test_every_row_is_on_disk_at_once(folder: RunFolder) -> None:
     journal = Journal(folder, 0)
     for step in (1, 2):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from slope_dist.sparse.kernels import candidates as ways
-from slope_dist.sparse.kernels.candidates import Candidate
+from slope_dist.sparse.kernels.candidates import Candidate, Route
 from slope_dist.sparse.kernels.vendor import NO_MEMORY
 
 WORST_RATIO = 1.02
@@ -37,7 +36,7 @@ class Choice:
         return self.candidate.label
 
     @property
-    def route(self) -> ways.Route:
+    def route(self) -> Route:
         """What it does."""
         return self.candidate.route
 
