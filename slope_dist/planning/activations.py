@@ -8,9 +8,10 @@ alike: two are run, and the others follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from slope_dist.models.attention import forget_tables
 from slope_dist.planning.storages import StorageCounter
-from slope_dist.sparse import SparseWeight, kernels
+from slope_dist.sparse import SparseWeight, codec, kernels
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def run_layers(
     dtype: torch.dtype,
     recompute: bool,
     on_gpu: bool,
+    with_kernels: bool,
     widened: torch.dtype | None = None,
 ) -> list[Layer]:
     """Run embedding, blocks and head, in order, on one micro-batch.
@@ -116,11 +118,14 @@ def run_layers(
         length: tokens of one.
         dtype: of parameters and activations.
         recompute: whether backward runs the blocks again.
-        on_gpu: whether 2:4 products are those of kernels, not of the reference.
+        on_gpu: whether it runs on a GPU, not on the CPU.
+        with_kernels: whether 2:4 products are those of kernels, not of the reference.
         widened: what gradients are copied to as soon as they are there, where they are added up in another dtype.
     """
     memory = FakeTensorMode(allow_non_fake_inputs=True)
-    with _tables_apart(), kernels.using(KernelsOfGPUs() if on_gpu else None), memory:  # type: ignore[arg-type]
+    blocks = codec.blocks_of_accelerators() if on_gpu else nullcontext()
+    dispatcher: Any = KernelsOfGPUs() if with_kernels else None
+    with _tables_apart(), kernels.using(dispatcher), blocks, memory:
         kept = [_give_memory(layer, memory, dtype, widened or dtype) for layer in layers]
         counter = StorageCounter()
         counter.ignore(tensor for tensors in kept for tensor in tensors)

@@ -11,6 +11,9 @@ are moved as whole numbers of their width: no arithmetic touches them, and movin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,20 @@ step's peak memory, and beyond 32 MiB take twice to four times as long: the C li
 _BLOCK_ELSEWHERE = 2**24
 """The same on an accelerator, where a block has to keep the device busy for longer than the host takes to queue it."""
 
+_host_block = _BLOCK
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@contextmanager
+def blocks_of_accelerators() -> Iterator[None]:
+    """Let tensors of the host be taken in an accelerator's blocks, to count what there would be on one."""
+    global _host_block
+    before, _host_block = _host_block, _BLOCK_ELSEWHERE
+    try:
+        yield
+    finally:
+        _host_block = before
 
 
 def _bits_of_byte(device: torch.device) -> Tensor:
@@ -171,5 +187,5 @@ def gather(dense: Tensor, indices: Tensor, pattern: Pattern) -> Tensor:
 
 def _blocks(tensor: Tensor, kept: int) -> tuple[Tensor, ...]:
     """Blocks of a tensor's rows, of `kept` entries each, small enough to bound the 64-bit columns made of them."""
-    block = _BLOCK if tensor.device == _HOST else _BLOCK_ELSEWHERE
+    block = _host_block if tensor.device == _HOST else _BLOCK_ELSEWHERE
     return tensor.split(max(1, block // max(1, kept)))

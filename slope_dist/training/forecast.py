@@ -272,7 +272,8 @@ def sample(config: Config, derived: Derived, *, adapters: bool, on_gpu: bool) ->
                 length=model.sequence_length,
                 dtype=_DTYPES[config.precision],
                 recompute=training.recompute == "blocks",
-                on_gpu=kernels,
+                on_gpu=on_gpu,
+                with_kernels=kernels,
                 widened=widened,
             )
             if kernels:

@@ -6,8 +6,10 @@ Run: pytest tests/sparse/kernels/test_dispatch.py
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +74,10 @@ def test_measuring_takes_nothing_from_the_random_stream() -> None:
     assert torch.get_rng_state().equal(before)
 
 
-@pytest.mark.parametrize("kind", ["wrong", "nan", "failing", "without bias", "without addend"])
+@pytest.mark.parametrize(
+    "kind",
+    ["wrong", "nan", "failing", "without bias", "without addend", "without lone bias", "without lone addend"],
+)
 def test_what_is_wrong_is_never_taken_however_fast(kind: str) -> None:
     vendor = PlainVendor((PlainAlgorithm(kind), PlainAlgorithm("right")))
     choice = Dispatcher(CPU, vendors(vendor), timer=preferring(kind, "right")).product_choice(SQUARE)
@@ -87,6 +92,72 @@ def test_other_bits_the_second_time_are_wrong_where_the_same_are_promised(claims
     choice = Dispatcher(CPU, vendors(vendor), timer=preferring("unsteady", "right")).product_choice(SQUARE)
     assert choice.algorithm == ("right" if claims else "unsteady in any order")
     assert choice.rejected == ({"plain/1 unsteady": dispatch.OTHER_BITS} if claims else {})
+
+
+def test_other_bits_the_fourth_time_are_seen_too() -> None:
+    vendor = PlainVendor((PlainAlgorithm("late"), PlainAlgorithm("right")))
+    choice = Dispatcher(CPU, vendors(vendor), timer=preferring("late", "right")).product_choice(SQUARE)
+    assert choice.algorithm == "right" and choice.rejected == {"plain/1 late": dispatch.OTHER_BITS}
+
+
+def choosy(**options: bool) -> Dispatcher:
+    """Its choice for 16 tokens, which stands for 9 of them too, is not taken by the library for those."""
+    vendor = PlainVendor((PlainAlgorithm("choosy"),))
+    dispatcher = Dispatcher(CPU, vendors(vendor), timer=preferring("choosy"), **options)
+    assert dispatcher.product_choice(PROBLEM).algorithm == "choosy"
+    return dispatcher
+
+
+def test_what_a_library_refuses_after_all_is_expanded_from_then_on() -> None:
+    dispatcher, few = choosy(), replace(PROBLEM, tokens=9)
+    with pytest.warns(RuntimeWarning, match=r"^plain/1 choosy refuses product .*, which is expanded .*: 9 tokens$"):
+        check_product(dispatcher, few)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_product(dispatcher, few)
+    assert dispatcher._candidate("product", operands(PROBLEM)).algorithm == "choosy"
+
+
+def test_in_a_deterministic_run_such_a_refusal_is_an_error() -> None:
+    with pytest.raises(VendorError, match="9 tokens"):
+        check_product(choosy(deterministic=True), replace(PROBLEM, tokens=9))
+
+
+def test_no_tokens_are_no_product_to_measure() -> None:
+    dispatcher = Dispatcher(CPU, vendors(PlainVendor()), timer=never)
+    given = operands(replace(PROBLEM, tokens=0))
+    assert dispatcher.product(given).shape == (0, PROBLEM.rows)
+    gradient = dispatcher.input_gradient(replace(given, x=given.x.new_empty(0, PROBLEM.rows)))
+    assert gradient.shape == (0, PROBLEM.columns)
+
+
+def test_dense_is_timed_with_a_weight_that_has_no_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = []
+
+    def timer(calls: Mapping[str, Callable[[], object]], device: torch.device, cold: bool) -> dict[str, float]:
+        linear = torch.nn.functional.linear
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch.functional, "linear", lambda x, w: zeros.append(int((w == 0).sum())) or linear(x, w))
+            calls[measuring.DENSE]()
+        return dict.fromkeys(calls, 1.0)
+
+    Dispatcher(CPU, timer=timer).warm_up([("product", PROBLEM), ("input gradient", PROBLEM)])
+    assert zeros and not any(zeros)
+
+
+def test_kept_metadata_that_lie_behind_the_values_by_chance_are_measured_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vendor, lay = PlainVendor(), Dispatcher.lay
+
+    def by_chance(self: Dispatcher, *given: torch.Tensor) -> tuple:
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "arrangement", "in place")
+            return lay(self, *given)
+
+    monkeypatch.setattr(Dispatcher, "lay", by_chance)
+    Dispatcher(CPU, vendors(vendor), arrangement="kept", timer=preferring("plain")).product_choice(SQUARE)
+    assert set(vendor.seen) == {"kept"}
 
 
 class BrokenVendor(PlainVendor):

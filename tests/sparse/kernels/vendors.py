@@ -17,8 +17,9 @@ from slope_dist.sparse.kernels.vendor import VendorError
 
 @dataclass(frozen=True)
 class PlainAlgorithm:
-    """`kind` is "right", "wrong", "nan", "failing", "unsteady" (right, with other bits each time), or "without bias" or
-    "without addend", which it leaves out."""
+    """`kind` is "right", "wrong", "nan", "failing", "choosy" (of 16 tokens or more alone), "unsteady" (right, with other
+    bits each time), "late" (with other bits the fourth time), or "without bias", "without addend", "without lone bias" or
+    "without lone addend", which it leaves out, lone ones only where the other is not given."""
 
     kind: str
     deterministic: bool = True
@@ -67,6 +68,8 @@ class PlainVendor:
     ) -> Tensor:
         if algorithm.kind == "failing":
             raise VendorError("plain refuses: not supported")
+        if algorithm.kind == "choosy" and len(x) < 16:
+            raise VendorError(f"plain refuses: {len(x)} tokens")
         layout = self.metadata_layout(values.shape[0], values.shape[1] * 2, values.dtype)
         if metadata is None:
             self.seen.append("none")
@@ -80,10 +83,13 @@ class PlainVendor:
             y[0, 0] += y.norm()
         if algorithm.kind == "unsteady":
             y = y.nextafter(y + (-1) ** len(self.seen))
+        if algorithm.kind == "late" and len(self.seen) == 4:
+            y = y.nextafter(y + 1)
         if algorithm.kind == "nan":
             y[-1, -1] = torch.nan
-        y = y if addend is None or algorithm.kind == "without addend" else y + addend
-        return y if bias is None or algorithm.kind == "without bias" else y + bias
+        lone = "" if bias is not None and addend is not None else "lone "
+        y = y if addend is None or algorithm.kind in ("without addend", f"without {lone}addend") else y + addend
+        return y if bias is None or algorithm.kind in ("without bias", f"without {lone}bias") else y + bias
 
 
 def vendors(*routes: PlainVendor) -> Vendors:

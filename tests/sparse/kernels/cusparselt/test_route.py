@@ -334,6 +334,19 @@ def test_only_a_trial_that_took_place_tells(
     assert segment_k.answers("library", torch.device("cpu")) is told
 
 
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("said", "told"), [(segment_k.BEGUN, False), ("importing", None)])
+def test_a_trial_that_hangs_tells_once_it_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, told: bool | None
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {said}\nexec sleep 60\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(segment_k.sys, "executable", str(python))
+    monkeypatch.setattr(segment_k, "TRIAL_SECONDS", 1)
+    assert segment_k.answers("library", torch.device("cpu")) is told
+
+
 def test_segment_k_is_not_tried_elsewhere(standin: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_k, "answers", lambda path, device: pytest.fail("tried"))
     assert all(algorithm.split_k == 1 for algorithm in standin.route().algorithms(problem()))
