@@ -193,15 +193,19 @@ def _warm_up() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from matplotlib import pyplot  # noqa: F401
+    import sentencepiece  # noqa: F401
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import slope_dist.training.trainer  # noqa: F401
     from slope_dist.data.prepare import megatron_indexed_dataset
     from slope_dist.engine.deepspeed_engine import import_deepspeed
+    from slope_dist.training.plot import plot_losses
 
     import_deepspeed()
     megatron_indexed_dataset()
+    with tempfile.TemporaryDirectory() as folder:
+        # The first picture of a process takes a third of a second longer than others: fonts are looked for.
+        plot_losses([{"step": 1, "loss": 1.0, "phase": "sparse"}], Path(folder) / "loss.png", "")
     status = Path("/proc/self/status")
     if status.exists():
         threads = next(line for line in status.read_text().splitlines() if line.startswith("Threads:"))

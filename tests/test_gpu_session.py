@@ -68,9 +68,13 @@ def test_stages_run_in_order_each_in_a_process_of_its_own_and_come_back_in_one_f
     done, calls = session("--limit", "2400", "out")
     assert done.returncode == 0, done.stderr
     assert [call[1] for call in calls] == ["pytest"] * 5 + BENCHMARKS
-    assert calls[0][:7] == ["-m", "pytest", "-m", "gpu", "-vv", "-rfEs", "tests/sparse/kernels/jit"]
+    assert calls[0][:7] == ["-m", "pytest", "-m", "gpu", "-vv", "-rfEs", "-n"]
     results = tmp_path / "results"
     assert calls[5][:4] == ["tools/benchmark.py", "gemm", "--output", f"{results}/gemm-nvidia-h200.json"]
+    assert [call[6:9] for call in calls[:2]] == [
+        ["-n", "8", "tests/sparse/kernels/jit"],
+        ["tests/sparse/kernels/cusparselt", *calls[1][7:9]],
+    ]
     assert not any("-x" in call for call in calls)
     assert packed(tmp_path / "out").keys() == {"cutlass-build.log", *(f"{stage}.1.log" for stage in TESTS + BENCHMARKS)}
     # A later call keeps the logs of the one before.

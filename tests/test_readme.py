@@ -31,6 +31,8 @@ SMALL = {
     "evaluation": {"interval": 0, "samples": 4},
     "checkpoint": {"interval": 0},
     "run": {"threads": 1},
+    # Of which one command evaluates all.
+    "data": {"valid_fraction": 0.005},
 }
 
 

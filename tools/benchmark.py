@@ -205,7 +205,7 @@ def _check_loader(options: argparse.Namespace) -> None:
 
 
 def _check_folder(folder: Path | None) -> None:
-    if folder is not None and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK)):
         raise UserError(f"--folder {folder} is not a folder that can be written to")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ TRAINED_TOKENS = 8192
 SECOND_WIDTH = 4096
 """Hidden size of the second model that is trained: time may end before the smaller ones."""
 
+TENSOR_RANKS = (1, 2, 4, 8)
+
 CPU_TOKENS = 512
 """A default that ends on a CPU."""
 
@@ -46,7 +49,7 @@ def add_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], 
     options = _command(commands, "gemm", "products of the models' weights", gemm_cells, add_output)
     options.add_argument("--tokens", type=int, nargs="+", metavar="N", help=f"{gemm.TOKENS}; on the CPU up to 512")
     options.add_argument(
-        "--tensor", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="tensor ranks (%(default)s)"
+        "--tensor", type=int, nargs="+", metavar="N", help=f"tensor ranks ({TENSOR_RANKS}; on the CPU 1)"
     )
     for name, what, made in (
         ("block", "a training step of one transformer block", block_cells),
@@ -126,8 +129,10 @@ def check(options: argparse.Namespace) -> None:
     options.loaded = sorted(loaded, key=lambda pair: -pair[1].model.block_size)
     if options.plot is None and options.output is not None:
         options.plot = options.output.with_suffix(".png")
-    if options.plot is not None and not options.plot.parent.is_dir():
+    if options.plot is not None and not os.path.isdir(options.plot.parent):
         raise UserError(f"--plot {options.plot}: there is no folder {options.plot.parent}")
+    if options.command == "gemm":
+        options.tensor = options.tensor or (TENSOR_RANKS if options.device == "cuda" else (1,))
     if options.command == "decode" and options.prefill is None:
         options.prefill = TRAINED_TOKENS if options.device == "cuda" else CPU_TOKENS
 

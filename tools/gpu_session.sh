@@ -99,7 +99,8 @@ fi
 modules_of() {
   case $1 in
     training) echo torch numpy pytest pydantic_core annotated_types typing_inspection pydantic hjson deepspeed megatron.core ;;
-    triton | cusparselt | products | cutlass) echo torch numpy pytest hypothesis ;;
+    triton) echo torch numpy pytest hypothesis xdist ;;
+    cusparselt | products | cutlass) echo torch numpy pytest hypothesis ;;
     *) echo torch numpy rich matplotlib safetensors pydantic_core annotated_types typing_inspection pydantic ;;
   esac
 }
@@ -147,7 +148,8 @@ command_of() {
   # The last cell to begin has the rest.
   benchmark+=(--minutes "$((cells / 10)).$((cells % 10))")
   case $1 in
-    triton) command=("${pytest[@]}" tests/sparse/kernels/jit) ;;
+    # Some two hundred kernels are compiled, a second or two of a core each: more than all else that it does.
+    triton) command=("${pytest[@]}" -n 8 tests/sparse/kernels/jit) ;;
     cusparselt) command=("${pytest[@]}" tests/sparse/kernels/cusparselt) ;;
     products) command=("${pytest[@]}" tests/sparse/test_on_gpu.py tests/sparse/kernels/test_on_gpu.py tests/sparse/kernels/test_routes.py) ;;
     cutlass) command=("${pytest[@]}" tests/sparse/kernels/test_cutlass_on_gpu.py) ;;

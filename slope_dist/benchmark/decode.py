@@ -25,7 +25,7 @@ from slope_dist.benchmark.random_models import (
 )
 from slope_dist.config import Config
 from slope_dist.layers import Linear
-from slope_dist.models import Decoding, LanguageModel
+from slope_dist.models import Decoding, LanguageModel, attend_at_any_length
 from slope_dist.planning import measure as measure_share
 from slope_dist.sparse import SparseWeight
 from slope_dist.training.build import build
@@ -102,6 +102,8 @@ def measure(
         WrongResultError: a 2:4 layer is wrong; nothing is timed.
     """
     torch.manual_seed(0)
+    # As a loaded model does.
+    attend_at_any_length()
     small = with_layers(config, layers or layers_that_fit(config, device, dtype))
     rank = adapter_rank(config, share)
     prompts = max(1, work.prefill // work.prompt)

@@ -257,7 +257,7 @@ class TrainingConfig(Section):
         "run repeated in the same layout, on the same cards, with the same libraries and the same choice of kernels "
         "(`kernels.json` of the run folder, which a second run needs a copy of, or `sparsity.kernels` "
         '"reference") has the same losses and weights, bit for bit. Costs speed on GPUs: slower attention '
-        "gradients, fewer kernels to choose from, new memory filled before use. An operation that torch has no such "
+        "gradients, fewer kernels to choose from. An operation that torch has no such "
         "algorithm for ends the run.",
     )
 

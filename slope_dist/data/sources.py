@@ -277,7 +277,7 @@ def dataset(
             yield of_text(text, text_field, f"{split}:{number}", where), len(text) if isinstance(text, str) else 0
 
     # A folder's path is the machine's.
-    known = Path(name).name if Path(name).is_dir() else name
+    known = Path(name).name if os.path.isdir(name) else name
     description = {"kind": "dataset", "name": known, "split": split, "field": text_field}
     return _checked(items, description, size, skip_bad_rows, Inputs())
 
@@ -286,9 +286,10 @@ def _load_dataset(name: str, split: str, stream: bool) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path, _, config = (name, "", "") if Path(name).is_dir() else name.partition(":")
+    is_folder = os.path.isdir(name)
+    path, _, config = (name, "", "") if is_folder else name.partition(":")
     try:
-        if Path(name).is_dir() and any((Path(name) / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+        if is_folder and any(os.path.exists(Path(name) / mark) for mark in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
             if isinstance(loaded, datasets.DatasetDict):
                 if split not in loaded:

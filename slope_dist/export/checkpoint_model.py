@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from slope_dist.checkpoint.format import DTYPES, step_of
 from slope_dist.checkpoint.inspection import open_folder
 from slope_dist.config import Config
 from slope_dist.config.messages import explain
+from slope_dist.data.json_tokenizer import CONFIG_FILE
 from slope_dist.data.load_tokenizer import FILES, load_tokenizer
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.errors import UserError
@@ -80,7 +82,7 @@ class CheckpointModel(StoredModel):
     def tokenizer(self) -> Tokenizer:
         """The one that was given, or that of the run's corpora; it must be the one that the run read ids of."""
         places = [self._tokenizer_path] if self._tokenizer_path else self._usual_places()
-        found = next((place for place in places if place.exists()), None)
+        found = next((place for place in places if os.path.exists(place)), None)
         if found is None:
             place = places[0] if places else self.config.data.corpora[0].folder
             raise UserError(
@@ -93,13 +95,19 @@ class CheckpointModel(StoredModel):
                 f"{found} is not the tokenizer that {self._checkpoint.path} was trained with: expected SHA-256 "
                 f"{expected!s:.12}..., found {tokenizer.sha256:.12}...; name the right one with --tokenizer PATH"
             )
+        end = self._checkpoint.identity.get("end_of_document")
+        if end is not None and tokenizer.end_of_document != end:
+            raise UserError(
+                f"{found} ends a document with id {tokenizer.end_of_document}, and {self._checkpoint.path} was trained "
+                f"with id {end}; name the one in the folder of its corpus, with its {CONFIG_FILE}"
+            )
         return tokenizer
 
     def _usual_places(self) -> list[Path]:
         """Where training finds it: with a corpus, of which only some may have one, or where the config says."""
         data = self.config.data
         folders = [Path(part.folder) for part in data.corpora]
-        having = [folder for folder in folders if any((folder / name).exists() for name in FILES)]
+        having = [folder for folder in folders if any(os.path.exists(folder / name) for name in FILES)]
         return having + ([Path(data.tokenizer)] if data.tokenizer else [])
 
     def _adapter_rank(self) -> int:

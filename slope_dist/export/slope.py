@@ -68,10 +68,14 @@ class Source(_Strict):
 
 
 class StoredTokenizer(_Strict):
-    """The tokenizer's files, and the hash of the one that makes its ids."""
+    """The tokenizer's files, the hash of the one that makes its ids, and the id that ends a document.
+
+    The last is not known of what was written before it was kept.
+    """
 
     files: list[_FileName]
     sha256: _Sha256
+    end_of_document: int | None = None
 
 
 class Description(_Strict):
@@ -141,7 +145,12 @@ class SlopeExport:
                 for name, form in linears.items()
             },
             "files": files,
-            "tokenizer": self._tokenizer and {"files": list(self._files), "sha256": self._tokenizer.sha256},
+            "tokenizer": self._tokenizer
+            and {
+                "files": list(self._files),
+                "sha256": self._tokenizer.sha256,
+                "end_of_document": self._tokenizer.end_of_document,
+            },
         }
         write_file(folder / SLOPE, encode(content))
         return lines
@@ -270,6 +279,11 @@ class SlopeModel(StoredModel):
             raise UserError(
                 f"{found} is not the tokenizer of {self._path}: expected SHA-256 {kept.sha256:.12}..., found "
                 f"{tokenizer.sha256:.12}..."
+            )
+        if kept is not None and kept.end_of_document not in (None, tokenizer.end_of_document):
+            raise UserError(
+                f"{found} ends a document with id {tokenizer.end_of_document}, and the tokenizer of {self._path} with "
+                f"id {kept.end_of_document}; name the one of the corpus, with its tokenizer_config.json"
             )
         if tokenizer.vocab_size > self.model.vocab_size:
             raise UserError(

@@ -15,7 +15,7 @@ from slope_dist.export.stored import LinearForm, StoredModel
 from slope_dist.inference.products import start_products
 from slope_dist.layers import LayerFactory, Linear, LowRankAdapter, logical_tensors
 from slope_dist.layers.linear import Split
-from slope_dist.models import Decoding, LanguageModel, build_model, family
+from slope_dist.models import Decoding, LanguageModel, attend_at_any_length, build_model, family
 from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import CompressedMatrix, DenseWeight, SparseWeight, Weight
 from slope_dist.transfer import Transfer
@@ -98,6 +98,7 @@ class InferenceModel:
         self.dtype = dtype or stored.dtype
         self.context = stored.model.sequence_length
         self._tokenizer: Tokenizer | None = None
+        attend_at_any_length()
         self.module = _loaded(stored, self.device, self.dtype, transfer or Transfer())
         self.dispatcher = start_products(self.module, self.device, self.dtype)
 

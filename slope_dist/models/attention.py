@@ -26,14 +26,39 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, part: Part | None = None) 
 
     With `part`, the queries also see the keys and values of the parts before.
     """
-    visible = None
+    visible, is_causal = None, True
     if part is not None:
         k, v = part.extend(k, v)
         visible = part.visible
-    mixed = functional.scaled_dot_product_attention(
-        q, k, v, visible, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+        # Without a mask the queries are the first tokens, or the last one alone, which sees all.
+        is_causal = visible is None and q.shape[2] > 1
+    if visible is None:
+        grouped = q.shape[1] != k.shape[1]
+        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
+    else:
+        mixed = _masked_attention(q, k, v, visible)
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """[B, N, S, D], [B, G, L, D] twice and bool [B, 1, S, L] -> [B, N, S, D].
+
+    The heads that share keys stand one after another as queries of one head: with a mask, torch's fused kernels know no
+    grouped queries, and what is left copies keys and values for every head.
+    """
+    groups, length = k.shape[1], q.shape[2]
+    share = q.shape[1] // groups
+    q = q.unflatten(1, (groups, share)).flatten(2, 3)
+    mixed = functional.scaled_dot_product_attention(q, k, v, visible.repeat(1, 1, share, 1))
+    return mixed.unflatten(2, (share, length)).flatten(1, 2)
+
+
+def attend_at_any_length() -> None:
+    """Let torch choose among the kinds of attention that need no plan of each length: for sequences that grow.
+
+    On Hopper it prefers cuDNN's, which is made ready for each shape anew, on the host, before it runs.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def rotate(x: Tensor, rotary: Rotary, part: Part | None = None) -> Tensor:

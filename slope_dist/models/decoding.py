@@ -50,6 +50,8 @@ class Decoding:
         self.padding = padding
         self.capacity = capacity
         self.seen = 0
+        # Asked of the device once, not for every token.
+        self._is_padded = bool(padding.any())
         self._blocks: list[BlockCache] = []
 
     @property
@@ -83,8 +85,11 @@ class Decoding:
         at = torch.arange(self.seen, self.seen + length, device=self.padding.device)
         return (at.unsqueeze(0) - self.padding.unsqueeze(1)).clamp(min=0)
 
-    def _visible(self, length: int) -> Tensor:
-        """Which of all tokens each new one sees: bool [B, 1, S, L]."""
+    def _visible(self, length: int) -> Tensor | None:
+        """Which of all tokens each new one sees: bool [B, 1, S, L]; None: all up to itself, and none has come, or it is
+        the only new one, so that no mask is needed to say so."""
+        if not self._is_padded and (self.seen == 0 or length == 1):
+            return None
         query = torch.arange(self.seen, self.seen + length, device=self.padding.device).view(1, -1, 1)
         key = torch.arange(self.seen + length, device=self.padding.device).view(1, 1, -1)
         # Padding sees itself: a softmax over nothing would be NaN, which then spreads through the values.
@@ -97,11 +102,12 @@ class Part:
 
     Attributes:
         positions: int64 [B, S] of the new tokens.
-        visible: which of all tokens each new one sees, bool [B, 1, S, L].
+        visible: which of all tokens each new one sees, bool [B, 1, S, L]; None: all up to itself, and the new tokens
+            are the first, or one.
         capacity: most tokens of a sequence.
     """
 
-    def __init__(self, positions: Tensor, visible: Tensor, block: BlockCache, seen: int, capacity: int) -> None:
+    def __init__(self, positions: Tensor, visible: Tensor | None, block: BlockCache, seen: int, capacity: int) -> None:
         self.positions = positions
         self.visible = visible
         self._block = block

@@ -208,7 +208,7 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     # Else every allocation is filled first, which is for finding reads of what was never written: tests do.
-    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = not deterministic  # type: ignore[attr-defined]
     if deterministic and os.environ.get(CUBLAS_WORKSPACE) not in DETERMINISTIC_WORKSPACES:
         # cuBLAS reads it when the first product is computed on a GPU.
         os.environ[CUBLAS_WORKSPACE] = DETERMINISTIC_WORKSPACES[0]
@@ -263,6 +263,6 @@ def start(environment: Environment, threads: int, *, deterministic: bool = False
 def stop() -> None:
     """Leave the process group, if there is one, and let torch choose its algorithms again."""
     torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     if dist.is_initialized():
         dist.destroy_process_group()

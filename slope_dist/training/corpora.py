@@ -42,6 +42,7 @@ class Corpora:
         train, valid: a split of each corpus, with its weight, in order of name.
         notes: settings of the config that do not apply to a corpus that is already there.
         tokenizer_sha256: of the tokenizer that all have; None where none has one.
+        end_of_document: its id that ends a document.
     """
 
     def __init__(self, config: Config, run_folder: Path) -> None:
@@ -62,7 +63,7 @@ class Corpora:
         with collectives.together():
             if collectives.rank() > 0:
                 self._open(config, {key: Summary(**summary) for key, summary in summaries.items()}, lambda count: None)
-            self.tokenizer_sha256 = self._common_tokenizer()
+            self.tokenizer_sha256, self.end_of_document = self._common_tokenizer()
             for part in (*self.train, *self.valid):
                 # A split too short for one sample would otherwise end the run at its first evaluation.
                 windows_of(part.corpus, config.model.sequence_length)
@@ -150,8 +151,8 @@ class Corpora:
         lines = [line for part in self.train for line in part.corpus.differs_from(config)]
         return [line for line in lines if line.startswith(asked)]
 
-    def _common_tokenizer(self) -> str | None:
-        """SHA-256 of the tokenizer.
+    def _common_tokenizer(self) -> tuple[str | None, int | None]:
+        """SHA-256 of the tokenizer, and its id that ends a document.
 
         Raises:
             UserError: two corpora have different ones, so that an id would mean two things.
@@ -165,7 +166,7 @@ class Corpora:
                     f"and {other[0]:.12}, end of document {one[1]} and {other[1]}), so their ids do not mean the same; "
                     "prepare one again with the other's tokenizer"
                 )
-        return having[0].tokenizer_sha256 if having else None
+        return (having[0].tokenizer_sha256, having[0].end_of_document) if having else (None, None)
 
 
 def _place(folder: Path | str, split: str) -> str:

@@ -58,7 +58,7 @@ class Turn:
         Raises:
             UnfinishedError: if another process keeps it for `PATIENCE` seconds.
         """
-        if self._lock is not None or not self.folder.is_dir():
+        if self._lock is not None or not os.path.isdir(self.folder):
             return
         try:
             lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

@@ -268,6 +268,8 @@ def command_to_go_on(request: Request, place: Environment) -> str:
     command = [request.script, "--config", request.config]
     for change in request.changes:
         command += ["--set", change]
+    if request.resume.accept_steps:
+        command.append("--accept-steps")
     if place.world_size != place.local_world_size and place.launcher != "none":
         launcher = ["(the same launcher and nodes)"]
     elif place.launcher == "none":

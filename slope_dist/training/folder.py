@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from slope_dist.checkpoint.retention import looks_complete
 from slope_dist.config import Config, dump_config, run_folder
 from slope_dist.config.model import ModelConfig
 from slope_dist.config.sections import SparsityConfig
-from slope_dist.errors import UserError, may_pass
+from slope_dist.errors import UnfinishedError, UserError
 from slope_dist.files import read_bounded
 from slope_dist.parallel import collectives
 from slope_dist.training.corpora import Corpora
@@ -46,12 +46,16 @@ def identity(config: Config, corpora: Corpora) -> dict[str, Any]:
         "global_batch_size": config.training.global_batch_size,
         "data": corpora.fingerprint,
         "tokenizer": corpora.tokenizer_sha256,
+        "end_of_document": corpora.end_of_document,
     }
 
 
-def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored identity with the keys that its writer did not know yet: it had what is the default today."""
-    completed = dict(stored)
+def with_defaults(stored: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored identity with the keys that its writer did not know yet: it had what is the default today.
+
+    What had none, and is not known of it, is taken to be that of the run at hand.
+    """
+    completed = {"end_of_document": own["end_of_document"], **stored}
     if isinstance(stored.get("model"), Mapping):
         completed["model"] = ModelConfig.model_construct().model_dump(mode="json", warnings=False) | stored["model"]
     if isinstance(stored.get("sparsity"), Mapping):
@@ -118,11 +122,15 @@ class Resume:
 _FREE = ("run", "parallel", "data", "checkpoint", "evaluation", "watch")
 """Sections that may change between two parts of a run without a word; data are compared by their hashes."""
 
+_NUMERIC = ("gradient_dtype",)
+"""Of `parallel`, what is no layout."""
+
 
 def changed_settings(there: Mapping[str, Any], config: Config) -> list[str]:
     """Where a checkpoint's config differs from the one at hand in what the run's numbers depend on."""
     then, now = (
         {key: value for key, value in settings.items() if key not in _FREE}
+        | {"parallel": {key: value for key, value in settings.get("parallel", {}).items() if key in _NUMERIC}}
         for settings in (there, config.model_dump(mode="json"))
     )
     return differences(then, now)
@@ -141,25 +149,51 @@ class RunFolder:
         self.metrics = self.path / METRICS
         self.picture = self.path / PICTURE
         self.damaged: set[str] = set()
+        self._looked_at: set[str] = set()
 
-    def open(self, config: Config) -> None:
-        """Make the folder and write the resolved config into it, on rank 0.
+    def make(self) -> None:
+        """Make the folder, on rank 0.
 
         Raises:
-            UserError: on every rank, if the folder cannot be made, read or written.
+            UserError: on every rank, if it cannot be made or read.
         """
-        error, passing = None, False
-        if collectives.rank() == 0:
+
+        def make() -> None:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            os.listdir(self.checkpoints)
+
+        self._on_first_rank(make)
+
+    def open(self, config: Config) -> None:
+        """Write the resolved config into the folder, on rank 0, which holds it by now.
+
+        Raises:
+            UnfinishedError: on every rank, if there are checkpoints that `resume_point` has not seen: another job had
+                the folder since then.
+            UserError: on every rank, if it cannot be read or written.
+        """
+
+        def write() -> None:
+            new = sorted(self._names() - self._looked_at)
+            if new:
+                raise UnfinishedError(
+                    f"another job has had run.folder {self.path} meanwhile, and left {new[-1]}; start again to go on "
+                    "from it, or choose another run.folder"
+                )
+            partial = self.path / f".{CONFIG}.partial"
+            partial.write_text(dump_config(config))
+            os.replace(partial, self.path / CONFIG)
+
+        self._on_first_rank(write)
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        with collectives.together():
             try:
-                self.checkpoints.mkdir(parents=True, exist_ok=True)
-                os.listdir(self.checkpoints)
-                partial = self.path / f".{CONFIG}.partial"
-                partial.write_text(dump_config(config))
-                os.replace(partial, self.path / CONFIG)
+                if collectives.rank() == 0:
+                    work()
             except OSError as failure:
-                error = f"run.folder {self.path} cannot be used: {failure.strerror or failure} ({failure.filename})"
-                passing = may_pass(failure)
-        collectives.agree(error, passing=passing)
+                text = f"{failure.strerror or failure} ({failure.filename})"
+                raise UserError(f"run.folder {self.path} cannot be used: {text}") from failure
 
     def newest_complete(self, known: Path | None) -> Path | None:
         """The newest checkpoint that looks complete, for a message; its bytes are not read.
@@ -179,10 +213,13 @@ class RunFolder:
     def _by_step(self) -> dict[int, Path]:
         return {step: path for path in self.checkpoints.iterdir() if (step := step_of(path.name)) is not None}
 
+    def _names(self) -> set[str]:
+        return {path.name for path in self._by_step().values()}
+
     def is_evaluated(self, step: int) -> bool:
         """Whether the evaluation after `step` is written and drawn."""
         evaluated = any(row["step"] == step and "eval_loss" in row for row in read_rows(self.metrics))
-        return evaluated and self.picture.exists()
+        return evaluated and os.path.exists(self.picture)
 
     def resume_point(
         self, own: Mapping[str, Any], config: Config, adapter_rank: int, how: Resume, transfer: Transfer
@@ -200,6 +237,8 @@ class RunFolder:
             UserError: if the folder holds another run's checkpoints, or only damaged ones: starting over would lose
                 what they hold.
         """
+        with suppress(OSError):
+            self._looked_at = self._names()
         search = find_newest_on_all_ranks(self.checkpoints, transfer)
         newest, damaged = search.checkpoint, search.damaged
         if how.mode == "never" and (newest is not None or damaged):
@@ -216,7 +255,7 @@ class RunFolder:
             if damaged:
                 with suppress(OSError):
                     self.damaged = {path.name for step, path in self._by_step().items() if step > newest.step}
-            differing = differences(with_defaults(newest.identity), own)
+            differing = differences(with_defaults(newest.identity, own), own)
             if differing:
                 raise UserError(
                     f"{newest.path} is of another run: {'; '.join(differing[:4])}; choose another run.folder"

@@ -54,7 +54,9 @@ def plot_losses(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     first_adapter = next((row["step"] for row in steps if row["phase"] == "adapters"), None)
     if first_adapter is not None:
         axes.axvline(first_adapter, color="#3c8d4f", ls="--", lw=1.2, label="adapters join")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    # A folder's name is no mathematics, whatever dollars it has.
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend()
     partial = path.with_name(f".{path.name}.partial")

@@ -98,8 +98,9 @@ class Trainer:
             self.notes += [f"goes on with other settings: {line}" for line in changed_settings(found.config, config)]
         self.finished = found is not None and found.step >= config.training.steps and self._is_evaluated(found.step)
         if not self.finished:
-            self.folder.open(config)
+            self.folder.make()
             self._take_turn()
+            self.folder.open(config)
             self.turn.sign()
             self.corpora.remember()
         self.reader = BatchReader(

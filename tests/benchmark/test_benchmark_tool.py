@@ -76,6 +76,8 @@ def test_earlier_results_outlive_a_disk_that_is_full(tmp_path: Path, monkeypatch
         (["layer", "--output", "no/such/folder/x.json"], "there is no folder no/such/folder"),
         (["checkpoint", "--layers", "0"], "--layers 0 is less than 1"),
         (["checkpoint", "--folder", "no/such"], "--folder no/such is not a folder"),
+        (["checkpoint", "--folder", "long" * 100], "is not a folder that can be written to"),
+        (["gemm", "--plot", "long" * 100 + "/x.png"], "there is no folder longlong"),
         (["checkpoint", "--stages", "2"], "invalid choice: 2"),
         (["loader", "--samples", "10"], "--samples 10 is less than 200"),
         (["loader", "--folder", "no/such"], "--folder no/such is not a folder"),

@@ -118,6 +118,21 @@ def test_the_tokenizer_is_the_corpus_s_and_no_other(base: Path, tmp_path: Path) 
     run_ranks(make_corpus, 1, str(other), 4)
     with pytest.raises(UserError, match=r"is not the tokenizer that .* was trained with"):
         CheckpointModel(path, other).tokenizer()
+    with pytest.raises(UserError, match=r"is not at .*; name it with --tokenizer PATH"):
+        CheckpointModel(path, tmp_path / ("long" * 100)).tokenizer()
+
+
+def test_nor_is_one_that_ends_a_document_with_another_id(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end is told by a file beside the tokenizer's, of which its hash knows nothing."""
+    model = CheckpointModel(checkpoint(base, STEPS))
+    end = load_tokenizer(small_corpus(base)).end_of_document
+    assert model._checkpoint.identity["end_of_document"] == end
+    monkeypatch.setattr(model.tokenizer(), "end_of_document", end + 1)
+    with pytest.raises(UserError, match=rf"ends a document with id {end + 1}, and .* was trained with id {end};"):
+        model.tokenizer()
+    # Of what was written before it was kept, nothing is known.
+    monkeypatch.delitem(model._checkpoint.identity, "end_of_document")
+    model.tokenizer()
 
 
 @pytest.mark.parametrize("form", ["folder", "pair of files", "mixture"])

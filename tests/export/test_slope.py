@@ -230,6 +230,12 @@ def test_the_tokenizer_comes_with_it(kind: str, tmp_path: Path) -> None:
         (tmp_path / "other" / name).write_bytes(data)
     with pytest.raises(UserError, match="is not the tokenizer of"):
         open_model(tmp_path / "out", tmp_path / "other").tokenizer()
+    kept = opened._description.tokenizer
+    assert kept is not None and kept.end_of_document == tokenizer.end_of_document
+    kept = kept.model_copy(update={"end_of_document": tokenizer.end_of_document + 1})
+    opened._description = opened._description.model_copy(update={"tokenizer": kept})
+    with pytest.raises(UserError, match="ends a document with id"):
+        opened.tokenizer()
     bare, _ = written(stored, tmp_path / "bare")
     with pytest.raises(UserError, match="--tokenizer"):
         bare.tokenizer()

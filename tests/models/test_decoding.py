@@ -1,14 +1,21 @@
 """Sequences fed in parts, their keys and values kept, have the logits of the whole; padding before them changes none.
 
+Attention is asked for in forms that fused kernels take: without a mask where none is needed, and never with a mask and
+grouped queries at once.
+
 Run: pytest tests/models/test_decoding.py
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slope_dist.models import Decoding
 from tests.models.twins import FORMS, VOCAB, random_model
@@ -47,6 +54,44 @@ def test_padding_is_not_seen(form: str) -> None:
         for row, skipped in enumerate(padding.tolist()):
             alone = model.logits(tokens[row : row + 1, skipped:])
             torch.testing.assert_close(found[row, skipped:], alone[0], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_arguments_of_attention(form: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, bool, bool]] = []
+    attend = functional.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+        grouped = options.get("enable_gqa", False)
+        assert grouped == (q.shape[1] != k.shape[1]) and not (grouped and mask is not None)
+        asked.append((mask is not None, options.get("is_causal", False), q.shape[2] > 1))
+        return attend(q, k, v, mask, **options)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", spy)
+    model = random_model(FORMS[form]).eval()
+    tokens, layers = torch.randint(VOCAB, (2, LENGTH)), FORMS[form].shape.num_layers
+    with torch.inference_mode():
+        decoding = Decoding(torch.tensor([0, 3 if padded else 0]), LENGTH)
+        for start, stop in ((0, 20), (20, 30), (30, 31)):
+            model.logits(tokens[:, start:stop], decoding)
+    first, later, one = asked[0], asked[layers], asked[2 * layers]
+    assert later[:2] == (True, False)
+    assert (first[:2], one[:2]) == (((True, False),) * 2 if padded else ((False, True), (False, False)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_fused_kernels_take_it(form: str, padding: int) -> None:
+    model = random_model(FORMS[form]).eval().to("cuda", torch.bfloat16)
+    tokens = torch.randint(VOCAB, (2, LENGTH), device="cuda")
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with torch.inference_mode(), sdpa_kernel(backends):
+        decoding = Decoding(torch.tensor([0, padding], device="cuda"), LENGTH)
+        for start, stop in ((0, 20), (20, 30), (30, 31)):
+            assert model.logits(tokens[:, start:stop], decoding).isfinite().all()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -51,6 +51,13 @@ def test_before_the_switch_another_number_of_steps_is_another_switch(config: Pat
     assert phases(folder) == ["sparse"] * 4 + ["adapters"] * 4
 
 
+def test_another_dtype_of_gradients_is_told(config: Path) -> None:
+    cut_back(config, 1)
+    outcome = run(config, "--set", "parallel.gradient_dtype=model", "--set", "parallel.zero_stage=2")
+    assert outcome.code == 0, outcome.errors
+    assert "note: goes on with other settings: parallel.gradient_dtype fp32 there, model here\n" in outcome.output
+
+
 def test_before_the_switch_fewer_steps_may_make_it_due_at_once(config: Path) -> None:
     folder = cut_back(config, 2)
     assert run(config, "--set", "training.steps=3").code == 0

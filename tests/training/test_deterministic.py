@@ -28,12 +28,14 @@ def told(config: str) -> dict[str, Any]:
 
     def run(self: Trainer) -> None:
         seen["during"] = torch.are_deterministic_algorithms_enabled()
+        seen["filled"] = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         seen["cublas"] = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         start(self)
 
     Trainer.run = run  # type: ignore[method-assign]
     seen["code"] = pretrain(Request(config))
     seen["after"] = torch.are_deterministic_algorithms_enabled()
+    seen["filled after"] = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     return seen
 
 
@@ -43,7 +45,10 @@ def test_who_is_told(deterministic: bool, corpus: Path, tmp_path: Path) -> None:
     [outcome] = end_ranks(told, 1, str(path), process_group=False)
     assert outcome.result == {
         "during": deterministic,
+        # What every allocation would be written once more for.
+        "filled": not deterministic,
         "cublas": ":4096:8" if deterministic else None,
         "code": 0,
         "after": False,
+        "filled after": True,
     }

@@ -188,6 +188,40 @@ def test_two_jobs_in_one_folder(corpus: Path, tmp_path: Path, monkeypatch: pytes
     assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"
 
 
+def meanwhile(first: str, second: str) -> None:
+    """A run whose folder is new, in which another begins and ends while this one verifies its corpora."""
+    from slope_dist.training import corpora
+
+    verify = corpora.Corpora.verify
+
+    def slow(self: Any) -> None:
+        verify(self)
+        code = "import sys; from launch.pretrain import main; sys.exit(main(sys.argv[1:]))"
+        subprocess.run([sys.executable, "-c", code, "--config", second], check=True, stdout=subprocess.DEVNULL)
+
+    corpora.Corpora.verify = slow  # type: ignore[method-assign]
+    raise SystemExit(pretrain("--config", first))
+
+
+def test_a_job_that_had_a_new_folder_meanwhile_is_left_alone(corpus: Path, tmp_path: Path) -> None:
+    """Another run's: the second one's rows, config and checkpoints are as it left them."""
+    changes = {"run__folder": str(tmp_path / "run"), "training__steps": 3, "checkpoint__interval": 1}
+    first, second = (write_config(tmp_path / str(seed), corpus, run__seed=seed, **changes) for seed in (1, 2))
+    [outcome] = end_ranks(meanwhile, 1, str(first), str(second), process_group=False)
+    assert outcome.code == EXIT_BAD_INPUT and outcome.errors.count("error: ") == 1, outcome.errors
+    assert f"another job has had run.folder {tmp_path / 'run'} meanwhile, and left step-00000003;" in outcome.errors
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["run"]["seed"] == 2
+    assert [row["step"] for row in step_rows(tmp_path / "run")] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / END).read_text())["how"] == "finished"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_one_line(corpus: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, corpus, run__folder=str(tmp_path / ("long" * 100)))
+    [outcome] = end_ranks(run_of_a_job, 1, "", "--config", str(config), process_group=False)
+    assert outcome.code == EXIT_BAD_INPUT and "Traceback" not in outcome.errors, outcome.errors
+    assert outcome.errors.count("error: ") == 1 and "File name too long" in outcome.errors
+
+
 def asked_in_its_first_step(config: str) -> None:
     def ask(event: str, engine: object, step: object) -> None:
         if (event, step) == ("before step", 1):

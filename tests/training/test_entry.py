@@ -15,7 +15,7 @@ import pytest
 from slope_dist.errors import EXIT_BAD_INPUT, EXIT_STOPPED, UserError
 from slope_dist.parallel.environment import Environment
 from slope_dist.training.entry import Request, how_to_go_on
-from slope_dist.training.folder import read_rows
+from slope_dist.training.folder import Resume, read_rows
 from tests.distributed import end_ranks
 from tests.runs import pretrain, write_config
 
@@ -240,6 +240,8 @@ def test_the_command_to_go_on_with_is_the_one_that_was_given(
     assert "last complete checkpoint is run/checkpoints/step-00000004" in said
     assert expected in said and said.endswith("launch/pretrain.py --config 'a b.json' --set training.steps=9")
     assert "there is no checkpoint yet" in how_to_go_on(None, Request("a.json"), place)
+    accepting = Request("a.json", resume=Resume(accept_steps=True))
+    assert how_to_go_on(None, accepting, place).endswith("launch/pretrain.py --config a.json --accept-steps")
 
 
 def test_a_bad_line_of_metrics_is_named_and_a_cut_last_one_left_out(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Claim: a curve of very many steps is drawn from few points, and shows every peak.
+"""Claim: a curve of very many steps is drawn from few points, and shows every peak; any name may stand above it.
 
 Run: pytest tests/training/test_plot.py
 """
@@ -6,8 +6,9 @@ Run: pytest tests/training/test_plot.py
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
-from slope_dist.training.plot import POINTS, _thinned
+from slope_dist.training.plot import POINTS, _thinned, plot_losses
 
 
 def test_few_points_are_drawn_as_they_are() -> None:
@@ -27,3 +28,8 @@ def test_of_many_the_lowest_and_highest_stay_in_the_order_of_steps() -> None:
         assert steps == sorted(set(steps))
         assert set(zip(steps, values, strict=True)) <= set(points)
         assert max(values) == 90.0 and min(values) == -90.0
+
+
+def test_a_title_is_no_mathematics(tmp_path: Path) -> None:
+    plot_losses([{"step": 1, "loss": 1.0, "phase": "sparse"}], tmp_path / "loss.png", "a$b_$c \\frac")
+    assert (tmp_path / "loss.png").stat().st_size > 1000

@@ -427,7 +427,7 @@ def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
     else:
         matrix = pruning.doubly_pruned(values, indices, primitives.TWO_FOUR).t().contiguous()
     expected = x.float() @ matrix.float().t()
-    # A dense weight has no zeros, and products of zeros take less power, and so less time on a card that is at its limit.
+    # A dense weight has no zeros; products of zeros take less power, and less time on a card that is at its limit.
     matrix.normal_(generator=generator)
     return Operands(x, values, indices), lambda x: functional.linear(x, matrix), expected
 

@@ -17,9 +17,9 @@ from slope_dist.sparse.kernels.vendor import VendorError
 
 @dataclass(frozen=True)
 class PlainAlgorithm:
-    """`kind` is "right", "wrong", "nan", "failing", "choosy" (of 16 tokens or more alone), "unsteady" (right, with other
-    bits each time), "late" (with other bits the fourth time), or "without bias", "without addend", "without lone bias" or
-    "without lone addend", which it leaves out, lone ones only where the other is not given."""
+    """`kind` is "right", "wrong", "nan", "failing", "choosy" (fails for fewer than 16 tokens), "unsteady" (right, with
+    other bits each time), "late" (with other bits the fourth time), or "without bias", "without addend", "without lone
+    bias" or "without lone addend", which it leaves out, lone ones only where the other is not given."""
 
     kind: str
     deterministic: bool = True
