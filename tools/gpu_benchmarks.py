@@ -27,8 +27,8 @@ from slope_dist.sparse.kernels.vendors import NAMES
 
 MODELS = ("opt66b", "opt30b", "opt13b", "opt6.7b", "opt2.7b", "llama3-8b", "mistral-7b")
 TRAINED_TOKENS = 8192
-SECOND_WIDTH = 4096
-"""Hidden size of the second model that is trained: time may end before the smaller ones."""
+OTHER_WIDTHS = (4096, 5120)
+"""Hidden sizes of the models behind the largest: time may end before the others."""
 
 TENSOR_RANKS = (1, 2, 4, 8)
 
@@ -48,9 +48,7 @@ def add_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], 
     """Add gemm, block, step, decode and refresh to the parser's commands."""
     options = _command(commands, "gemm", "products of the models' weights", gemm_cells, add_output)
     options.add_argument("--tokens", type=int, nargs="+", metavar="N", help=f"{gemm.TOKENS}; on the CPU up to 512")
-    options.add_argument(
-        "--tensor", type=int, nargs="+", metavar="N", help=f"tensor ranks ({TENSOR_RANKS}; on the CPU 1)"
-    )
+    options.add_argument("--tensor", type=int, nargs="+", metavar="N", help="tensor ranks (1 2 4 8; on the CPU 1)")
     for name, what, made in (
         ("block", "a training step of one transformer block", block_cells),
         ("step", "a training step of a whole model", step_cells),
@@ -62,6 +60,9 @@ def add_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], 
         )
         if name == "step":
             _add_layers(options)
+            options.add_argument(
+                "--recompute", choices=["none", "blocks"], help="blocks in backward (what the config says)"
+            )
     options = _command(
         commands, "decode", "prompts read and tokens written by a model in memory", decode_cells, add_output
     )
@@ -83,7 +84,7 @@ def _command(
     )
     options.add_argument("--device", choices=["cpu", "cuda"], help="cuda where there is one")
     options.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="%(default)s")
-    options.add_argument("--minutes", type=float, metavar="N", help="begin no cell later than this (no limit)")
+    options.add_argument("--minutes", type=float, metavar="N", help="begin no cell that would end later (no limit)")
     options.add_argument("--seconds", type=float, default=2.0, metavar="S", help="timing of one cell (%(default)s)")
     options.add_argument("--threads", type=int, metavar="N", help="threads of the CPU path (torch's own choice)")
     options.add_argument("--vendors", nargs="*", choices=NAMES, default=list(NAMES), help="libraries (%(default)s)")
@@ -161,7 +162,7 @@ def run(name: str, made: Cells, options: argparse.Namespace) -> None:
             "arrangement": dispatcher.arrangement,
         }
     # All of them before the first is measured: what cannot be is said at once.
-    planned = list(made(options, dispatcher))
+    planned = [Cell(cell.key, partial(_with_state, cell, device)) for cell in made(options, dispatcher)]
     file = ResultFile(options.output, name, facts, fresh=options.fresh)
     with Console(stderr=True).status("") as status, kernels.using(dispatcher):
         outcome = cells.run(
@@ -180,6 +181,11 @@ def run(name: str, made: Cells, options: argparse.Namespace) -> None:
     if outcome.failed:
         end = "; the GPU takes no more calls of this process: start the command again" if outcome.unusable else ""
         raise cells.CellFailedError(f"{len(outcome.failed)} cells, the first: {outcome.failed[0]}{end}")
+
+
+def _with_state(cell: Cell, device: torch.device) -> dict[str, Any]:
+    """The cell's row, and how the card was when it had just been measured."""
+    return cell.measure() | {"card_then": machine.state_of_card(device)}
 
 
 def _dispatcher(options: argparse.Namespace, device: torch.device) -> Dispatcher:
@@ -211,16 +217,21 @@ def gemm_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[
 
 
 def _trained(options: argparse.Namespace) -> Iterator[tuple[str, Config, int]]:
-    """Models, the largest first, then one of the other width with a goal, with the tokens of a micro-batch."""
-    largest, *others = options.loaded
-    second = next((pair for pair in others if pair[1].model.hidden_size == SECOND_WIDTH), None)
-    ordered = [largest] if second is None else [largest, second]
-    ordered += [pair for pair in others if pair is not second]
+    """Models, those with a goal first, with the tokens of a micro-batch."""
     fallback = TRAINED_TOKENS if options.device == "cuda" else CPU_TOKENS
     for tokens in options.tokens or [fallback]:
-        for name, config in ordered:
+        for name, config in _ordered(options.loaded):
             block.batch_of(config, tokens)
             yield name, config, tokens
+
+
+def _ordered(loaded: list[tuple[str, Config]]) -> list[tuple[str, Config]]:
+    """The largest model first, then of each other width that a goal is set for the one with the least attention."""
+    ordered = loaded[:1]
+    for width in OTHER_WIDTHS:
+        of_width = [pair for pair in loaded[1:] if pair[1].model.hidden_size == width]
+        ordered += sorted(of_width, key=lambda pair: pair[1].model.sequence_length)[:1]
+    return ordered + [pair for pair in loaded if pair not in ordered]
 
 
 def block_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[Cell]:
@@ -241,8 +252,12 @@ def step_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[
     """Every model."""
     layers = options.layers
     for name, config, tokens in _trained(options):
-        arguments = (name, config, tokens, _device(options), DTYPES[options.dtype], options.seconds, layers)
         which = "layers that fit" if layers is None else f"{layers} layers"
+        if options.recompute is not None:
+            training = config.training.model_copy(update={"recompute": options.recompute})
+            config = config.model_copy(update={"training": training})
+            which += f", recompute {options.recompute}"
+        arguments = (name, config, tokens, _device(options), DTYPES[options.dtype], options.seconds, layers)
         yield Cell(f"{name}, {which}, {tokens} tokens, {options.dtype}", partial(step.measure, *arguments))
 
 
@@ -250,7 +265,7 @@ def decode_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterato
     """Every model without adapters, then with those of each rank."""
     layers = options.layers
     for share in decode.RANKS:
-        for name, config in options.loaded:
+        for name, config in _ordered(options.loaded):
             # One more is written behind a prompt.
             prompt = options.prompt or min(1024, config.model.sequence_length - 1)
             if prompt >= config.model.sequence_length:

@@ -136,16 +136,18 @@ fi
 # How long each may take beside the others.
 declare -A weight=(
   [triton]=20 [cusparselt]=20 [products]=30 [cutlass]=30 [training]=30
-  [gemm]=35 [block]=35 [step]=15 [decode]=20 [refresh]=7
+  [gemm]=35 [block]=35 [step]=20 [decode]=20 [refresh]=7
 )
 # From the request to stop until it is killed.
 grace=15
+# Of a benchmark, until its first cell.
+start=20
 
 # What a stage runs, of `allowed` seconds. Tests are verbose, so that the last line before a crash names the test.
 command_of() {
-  local cells=$((allowed * 85 / 600)) pytest=("$python" -m pytest -m gpu -vv -rfEs)
+  local cells=$(((allowed > start ? allowed - start : 0) / 6)) pytest=("$python" -m pytest -m gpu -vv -rfEs)
   local benchmark=("$python" tools/benchmark.py "$1" --output "$results/$1-$card.json")
-  # The last cell to begin has the rest.
+  # In tenths of a minute: no cell is begun that would not end before.
   benchmark+=(--minutes "$((cells / 10)).$((cells % 10))")
   case $1 in
     # Some two hundred kernels are compiled, a second or two of a core each: more than all else that it does.
@@ -159,6 +161,9 @@ command_of() {
       ;;
     # As engines have weights: block, step and refresh then need not search what this has searched.
     gemm) command=("${benchmark[@]}" --seconds 0.5 --arrangement kept) ;;
+    # Fewer layers than fit tell the same of each, and let more models have their turn.
+    decode) command=("${benchmark[@]}" --layers 8 --seconds 1) ;;
+    step) command=("${benchmark[@]}" --layers 2 --recompute none --seconds 1) ;;
     *) command=("${benchmark[@]}") ;;
   esac
 }

@@ -19,6 +19,11 @@ _X = "x: median of the ratios to dense, round by round, with quartiles; below 1 
 
 _TRAINING = ("ms", "x", "state GB", "x", "peak GB", "x", "host ms", "more", "eager")
 
+_MFU = (
+    "MFU: what the dense model computes for these tokens, of the card's dense 16-bit peak, for every rival alike; - "
+    "where that is not known. "
+)
+
 _HOST = (
     "host: until the host has launched a step; more: than it takes for dense, of the step's time, - on the CPU; where "
     "the GPU's queue is full the host waits for it, in either. "
@@ -62,9 +67,9 @@ def block_table(rows: Rows, facts: Facts) -> Table:
     table = _table(
         "a training step of one transformer block: forward, backward, AdamW on fp32 masters",
         facts,
-        f"{_X} state: weights, metadata, transposes, gradients, masters, moments. peak: of a step, measured; - on the "
-        f"CPU. {_HOST}eager: why torch.compile did not take it.",
-        ("model", "tokens", "", *_TRAINING),
+        f"{_X} {_MFU}state: weights, metadata, transposes, gradients, masters, moments. peak: of a step, measured; - "
+        f"on the CPU. {_HOST}eager: why torch.compile did not take it.",
+        ("model", "tokens", "", "tokens/s", "MFU", *_TRAINING),
     )
     for row in rows:
         if not _skipped(table, row):
@@ -77,14 +82,14 @@ def step_table(rows: Rows, facts: Facts) -> Table:
     table = _table(
         "a training step of a whole model, with the layers that fit",
         facts,
-        "Rivals one after another, dense first and last; x: time over the mean of the two. MFU: what the dense model "
-        "computes for these tokens, of the card's dense 16-bit peak, for every rival alike; - where that is not known. "
-        "state, peak and host as of a block.",
+        f"Rivals one after another, dense first and last; x: time over the mean of the two. {_MFU}What is recomputed "
+        "is not counted. state, peak and host as of a block.",
         ("model", "layers", "tokens", "", "tokens/s", "MFU", *_TRAINING),
     )
     for row in rows:
         if not _skipped(table, row):
-            first = (row["config"], f"{row['layers']} of {row['layers_of_model']}", str(row["tokens"]))
+            again = "" if row["recompute"] == "none" else ", recomputed"
+            first = (row["config"], f"{row['layers']} of {row['layers_of_model']}{again}", str(row["tokens"]))
             _training_rows(table, row, first)
     return table
 
@@ -92,10 +97,7 @@ def step_table(rows: Rows, facts: Facts) -> Table:
 def _training_rows(table: Table, row: dict[str, Any], first: tuple[str, ...]) -> None:
     dense = row["rivals"][block.DENSE]
     for name, rival in row["rivals"].items():
-        rate: tuple[str, ...] = ()
-        if "tokens_per_second" in rival:
-            mfu = "-" if rival["mfu"] is None else f"{100 * rival['mfu']:.1f} %"
-            rate = (f"{rival['tokens_per_second']:.0f}", mfu)
+        mfu = "-" if rival["mfu"] is None else f"{100 * rival['mfu']:.1f} %"
         peak = ("-", "-")
         if rival["peak_bytes"] is not None:
             peak = (f"{rival['peak_bytes'] / GB:.3f}", f"{rival['peak_bytes'] / dense['peak_bytes']:.3f}")
@@ -103,7 +105,8 @@ def _training_rows(table: Table, row: dict[str, Any], first: tuple[str, ...]) ->
         table.add_row(
             *first,
             label,
-            *rate,
+            f"{rival['tokens_per_second']:.0f}",
+            mfu,
             f"{rival['seconds'] * 1e3:.2f}",
             _ratio(rival),
             f"{rival['state_bytes'] / GB:.3f}",

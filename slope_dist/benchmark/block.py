@@ -11,10 +11,14 @@ from torch import nn
 
 from slope_dist.benchmark import timing
 from slope_dist.benchmark.checking import check_weight, one_of_each_shape
-from slope_dist.benchmark.random_models import Form, build_block, sparse_weights
+from slope_dist.benchmark.random_models import Form, build_block, factory, sparse_weights, with_layers
 from slope_dist.benchmark.trainer import Trainer, forget_graphs
 from slope_dist.config import Config
 from slope_dist.errors import UserError
+from slope_dist.planning.flops import count_flops, model_flops_utilization
+from slope_dist.planning.gpus import peaks_of
+from slope_dist.planning.shapes import shape_of
+from slope_dist.training.build import build as build_model
 
 DENSE, RESIDENT, DERIVED, ADAPTERS = "dense", "resident", "derived", "adapters"
 RIVALS = (DENSE, RESIDENT, DERIVED, ADAPTERS)
@@ -87,11 +91,32 @@ def measure(
         gc.collect()
     trainers = {form.name: trainer(config, form, tokens, device, dtype) for form in forms(config)}
     timed = timing.in_turns({rival: made.step for rival, made in trainers.items()}, device, seconds)
+    flops = flops_of_block(config, batch_of(config, tokens)[1])
     for rival, taken in timed.items():
-        numbers[rival] |= taken.summary()
+        numbers[rival] |= (summary := taken.summary())
+        speed = tokens / summary["seconds"]
+        numbers[rival] |= {"tokens_per_second": speed, "mfu": utilization(flops, speed, device, dtype)}
     for found in numbers.values():
         found["host_excess"] = timing.host_excess(found, numbers[DENSE]["host_seconds"], device)
-    return describe(name, config, tokens, dtype) | {"rivals": numbers}
+    return describe(name, config, tokens, dtype) | {"flops_per_token": flops, "rivals": numbers}
+
+
+def flops_of_model(config: Config, length: int) -> int:
+    """For a token, of the dense model, the basis of every rival's MFU, on sequences of this length."""
+    model = build_model(config, factory(config, Form(DENSE, sparse=False), "meta"))
+    return count_flops(model, shape_of(config.model), length).dense_equivalent
+
+
+def flops_of_block(config: Config, length: int) -> int:
+    """The same of one block: what a second one adds."""
+    one, two = (flops_of_model(with_layers(config, layers), length) for layers in (1, 2))
+    return two - one
+
+
+def utilization(flops: int, speed: float, device: torch.device, dtype: torch.dtype) -> float | None:
+    """MFU of `speed` tokens/s, of a card's dense 16-bit peak; None where that is not known."""
+    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype.itemsize == 2 else None
+    return None if peaks is None else model_flops_utilization(flops, speed, peaks.dense)
 
 
 def describe(name: str, config: Config, tokens: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -73,7 +73,8 @@ def run(
     Args:
         cells: in order of importance.
         file: of the results.
-        minutes: none is begun later than this, but one is in any case; None: all.
+        minutes: none is begun that would end later than this if it took as long as the longest so far, but one is in
+            any case; None: all.
         say: told of each cell before it is measured.
         again: also measure the cells of which the file says only why they were not measured.
 
@@ -82,13 +83,14 @@ def run(
     """
     outcome = Outcome()
     done = file.measured if again else file.cells
-    start = time.monotonic()
+    start, longest = time.monotonic(), 0.0
     for cell in cells:
         if cell.key in done:
             outcome.skipped += 1
             continue
         tried = outcome.measured + len(outcome.wrong)
-        if outcome.unusable or (minutes is not None and tried and time.monotonic() - start >= minutes * 60):
+        begun = time.monotonic()
+        if outcome.unusable or (minutes is not None and tried and begun - start + longest >= minutes * 60):
             outcome.left += 1
             continue
         say(cell.key)
@@ -114,6 +116,7 @@ def run(
             if torch.cuda.is_available() and not outcome.unusable:
                 gc.collect()
                 torch.cuda.empty_cache()
+            longest = max(longest, time.monotonic() - begun)
         file.add(cell.key, row)
         outcome.measured += 1
     return outcome

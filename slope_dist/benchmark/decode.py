@@ -27,6 +27,7 @@ from slope_dist.config import Config
 from slope_dist.layers import Linear
 from slope_dist.models import Decoding, LanguageModel, attend_at_any_length
 from slope_dist.planning import measure as measure_share
+from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import SparseWeight
 from slope_dist.training.build import build
 
@@ -60,8 +61,8 @@ def adapter_rank(config: Config, share: float) -> int:
     return config.adapters.model_copy(update={"rank": share}).adapter_rank(config.model.hidden_size)
 
 
-def layers_that_fit(config: Config, device: torch.device, dtype: torch.dtype) -> int:
-    """The most blocks with which both models fit, by counting; all of them on the CPU."""
+def layers_that_fit(config: Config, work: Work, device: torch.device, dtype: torch.dtype) -> int:
+    """The most blocks with which both models fit, and their keys and values, by counting; all of them on the CPU."""
     if device.type != "cuda":
         return config.model.num_layers
     free, _ = torch.cuda.mem_get_info(device)
@@ -69,8 +70,12 @@ def layers_that_fit(config: Config, device: torch.device, dtype: torch.dtype) ->
     def both(layers: int) -> int:
         small = with_layers(config, layers)
         share = measure_share(build(small, factory(small, Form(DENSE, sparse=False), "meta")))
-        # A 2:4 element is 9 bits of 16; a square layer's adapter of rank R adds 2 R to each of its columns.
-        return int(share.elements * dtype.itemsize * (1 + 9 / 16 + 2 * RANKS[-1]))
+        # A 2:4 element is 10 bits of 16, our metadata and the library's included; a square layer's adapter of rank R
+        # adds 2 R to each of its columns.
+        weights = share.elements * dtype.itemsize * (1 + 10 / 16 + 2 * RANKS[-1])
+        shape = shape_of(small.model)
+        kept = 2 * shape.kv_heads * shape.head_size * layers * max(work.batches) * (work.prompt + 1)
+        return int(weights + 2 * kept * dtype.itemsize)
 
     first, each = both(1), both(2) - both(1)
     return max(1, min(config.model.num_layers, 1 + int((free * MEMORY_SHARE - first) // each)))
@@ -104,7 +109,7 @@ def measure(
     torch.manual_seed(0)
     # As a loaded model does.
     attend_at_any_length()
-    small = with_layers(config, layers or layers_that_fit(config, device, dtype))
+    small = with_layers(config, layers or layers_that_fit(config, work, device, dtype))
     rank = adapter_rank(config, share)
     prompts = max(1, work.prefill // work.prompt)
     models, held = {}, {}
@@ -188,14 +193,16 @@ def _decode(
 def _writing(model: LanguageModel, batch: int, length: int, device: torch.device) -> Callable[[], object]:
     """One token more for each sequence, always the one behind the prompt."""
     decoding = Decoding(torch.zeros(batch, dtype=torch.int64, device=device), length + 1)
-    tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
-    model.logits(tokens, decoding, since=length - 1)
-    last = tokens[:, :1].contiguous()
+    last = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
     def step() -> Tensor:
         decoding.seen = length
         return model.logits(last, decoding)
 
+    step()
+    # In place of a prompt's, which to read would be another search of kernels.
+    for kept in decoding.tensors:
+        kept.normal_()
     return step
 
 

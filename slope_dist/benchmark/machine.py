@@ -35,6 +35,13 @@ _CARD_FACTS = {
     "memory_clock_mhz": "clocks.mem",
 }
 
+_STATE_FACTS = {
+    "clock_mhz": "clocks.sm",
+    "power_watts": "power.draw",
+    "celsius": "temperature.gpu",
+    "clocks_event_reasons": "clocks_event_reasons.active",
+}
+
 _CODE = ("slope_dist", "tools")
 _RESULTS = ":(exclude)docs/results"
 
@@ -65,11 +72,20 @@ def describe(device: torch.device) -> dict[str, object]:
 
 def card(device: torch.device) -> dict[str, object]:
     """Driver, clocks and power limit as nvidia-smi tells them; nothing where it does not."""
+    return _told_of_card(device, _CARD_FACTS)
+
+
+def state_of_card(device: torch.device) -> dict[str, object]:
+    """Clock, power, temperature and what holds the clock down, now; nothing without a GPU."""
+    return _told_of_card(device, _STATE_FACTS) if device.type == "cuda" else {}
+
+
+def _told_of_card(device: torch.device, asked: Mapping[str, str]) -> dict[str, object]:
     identifier = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     which = f"GPU-{identifier}" if identifier is not None else str(device.index or 0)
     try:
         told = subprocess.run(
-            ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_CARD_FACTS.values())}", "--format=csv,noheader"],
+            ["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(asked.values())}", "--format=csv,noheader"],
             check=True,
             capture_output=True,
             text=True,
@@ -78,11 +94,9 @@ def card(device: torch.device) -> dict[str, object]:
     except (OSError, subprocess.SubprocessError):
         return {}
     values = told.stdout.strip().split(", ")
-    if len(values) != len(_CARD_FACTS):
+    if len(values) != len(asked):
         return {}
-    return {
-        name: value.removesuffix(" MHz").removesuffix(" W") for name, value in zip(_CARD_FACTS, values, strict=True)
-    }
+    return {name: value.removesuffix(" MHz").removesuffix(" W") for name, value in zip(asked, values, strict=True)}
 
 
 def differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:

@@ -16,9 +16,6 @@ from slope_dist.benchmark.trainer import Trainer, forget_graphs
 from slope_dist.config import Config
 from slope_dist.models import LanguageModel
 from slope_dist.planning import measure as measure_share
-from slope_dist.planning.flops import count_flops, model_flops_utilization
-from slope_dist.planning.gpus import peaks_of
-from slope_dist.planning.shapes import shape_of
 from slope_dist.training.build import build as build_model
 
 DENSE_AGAIN = "dense, again"
@@ -43,12 +40,6 @@ def most_layers(config: Config, memory: int) -> int:
 
     first, each = state(1), state(2) - state(1)
     return max(1, min(config.model.num_layers, 1 + int((memory * STATE_SHARE - first) // each)))
-
-
-def flops_per_token(config: Config, length: int) -> int:
-    """Of the dense model, the basis of every rival's MFU, on sequences of this length."""
-    model = build_model(config, factory(config, Form("dense", sparse=False), "meta"))
-    return count_flops(model, shape_of(config.model), length).dense_equivalent
 
 
 def trainer(config: Config, form: Form, tokens: int, device: torch.device, dtype: torch.dtype) -> Trainer:
@@ -111,8 +102,7 @@ def measure(
     layers = layers or layers_that_fit(config, tokens, device, dtype)
     small = with_layers(config, layers)
     dense, *sparse = block.forms(small)
-    flops = flops_per_token(small, block.batch_of(small, tokens)[1])
-    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype.itemsize == 2 else None
+    flops = block.flops_of_model(small, block.batch_of(small, tokens)[1])
     numbers: dict[str, dict[str, Any]] = {}
     for rival, form in [(dense.name, dense), *((f.name, f) for f in sparse), (DENSE_AGAIN, dense)]:
         made = trainer(small, form, tokens, device, dtype)
@@ -120,7 +110,7 @@ def measure(
         timed = timing.in_turns({rival: made.step}, device, seconds)[rival].summary()
         numbers[rival] = _alone(timed) | {
             "tokens_per_second": tokens / timed["seconds"],
-            "mfu": None if peaks is None else model_flops_utilization(flops, tokens / timed["seconds"], peaks.dense),
+            "mfu": block.utilization(flops, tokens / timed["seconds"], device, dtype),
             "state_bytes": made.state_bytes(),
             "peak_bytes": made.peak_bytes(),
             "why_eager": made.why_eager,

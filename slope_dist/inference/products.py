@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slope_dist.sparse import SparseWeight, kernels
-from slope_dist.sparse.kernels.dispatch import Kind
+from slope_dist.sparse.kernels.problem import Kind
 
 WARM_TOKENS = (1, 16, 2048)
 """Tokens for which products are measured before the first is asked for: one sequence, a batch of them, a prompt."""

@@ -26,22 +26,21 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, part: Part | None = None) 
 
     With `part`, the queries also see the keys and values of the parts before.
     """
-    visible, is_causal = None, True
+    is_causal = True
     if part is not None:
         k, v = part.extend(k, v)
-        visible = part.visible
         # Without a mask the queries are the first tokens, or the last one alone, which sees all.
-        is_causal = visible is None and q.shape[2] > 1
-    if visible is None:
+        is_causal = q.shape[2] > 1
+    if part is not None and part.visible is not None:
+        mixed = _masked_attention(q, k, v, part)
+    else:
         grouped = q.shape[1] != k.shape[1]
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
-    else:
-        mixed = _masked_attention(q, k, v, visible)
     return mixed.transpose(1, 2).flatten(2)
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """[B, N, S, D], [B, G, L, D] twice and bool [B, 1, S, L] -> [B, N, S, D].
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+    """[B, N, S, D], [B, G, L, D] twice, and what the queries see -> [B, N, S, D].
 
     The heads that share keys stand one after another as queries of one head: with a mask, torch's fused kernels know no
     grouped queries, and what is left copies keys and values for every head.
@@ -49,7 +48,7 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tenso
     groups, length = k.shape[1], q.shape[2]
     share = q.shape[1] // groups
     q = q.unflatten(1, (groups, share)).flatten(2, 3)
-    mixed = functional.scaled_dot_product_attention(q, k, v, visible.repeat(1, 1, share, 1))
+    mixed = functional.scaled_dot_product_attention(q, k, v, part.visible_to(share))
     return mixed.unflatten(2, (share, length)).flatten(1, 2)
 
 

@@ -55,9 +55,14 @@ class Decoding:
         self._blocks: list[BlockCache] = []
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The keys and values of every block, [B, G, capacity, D] each, as far as there are any."""
+        return [t for block in self._blocks for t in (block.keys, block.values) if t is not None]
+
+    @property
     def bytes(self) -> int:
         """Memory of the keys and values."""
-        return sum(t.nbytes for block in self._blocks for t in (block.keys, block.values) if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def part(self, length: int, blocks: int) -> Iterator[Part]:
         """The next part, of `length` tokens, for each of the model's `blocks`; afterwards they count as seen.
@@ -70,8 +75,9 @@ class Decoding:
         while len(self._blocks) < blocks:
             self._blocks.append(BlockCache())
         positions, visible = self.positions(length), self._visible(length)
+        stacked: dict[int, Tensor] = {}
         for block in self._blocks:
-            yield Part(positions, visible, block, self.seen, self.capacity)
+            yield Part(positions, visible, stacked, block, self.seen, self.capacity)
         self.seen += length
 
     def keep(self, rows: Tensor) -> None:
@@ -107,12 +113,31 @@ class Part:
         capacity: most tokens of a sequence.
     """
 
-    def __init__(self, positions: Tensor, visible: Tensor | None, block: BlockCache, seen: int, capacity: int) -> None:
+    def __init__(
+        self,
+        positions: Tensor,
+        visible: Tensor | None,
+        stacked: dict[int, Tensor],
+        block: BlockCache,
+        seen: int,
+        capacity: int,
+    ) -> None:
         self.positions = positions
         self.visible = visible
+        self._stacked = stacked
         self._block = block
         self._seen = seen
         self.capacity = capacity
+
+    def visible_to(self, heads: int) -> Tensor:
+        """`visible` for the queries of so many heads, one head after another: bool [B, 1, heads S, L]."""
+        assert self.visible is not None
+        if heads == 1:
+            return self.visible
+        if heads not in self._stacked:
+            # Once for all blocks.
+            self._stacked[heads] = self.visible.repeat(1, 1, heads, 1)
+        return self._stacked[heads]
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the new tokens, [B, G, S, D] twice -> those of all, [B, G, L, D] twice."""

@@ -122,17 +122,17 @@ class Resume:
 _FREE = ("run", "parallel", "data", "checkpoint", "evaluation", "watch")
 """Sections that may change between two parts of a run without a word; data are compared by their hashes."""
 
-_NUMERIC = ("gradient_dtype",)
-"""Of `parallel`, what is no layout."""
-
 
 def changed_settings(there: Mapping[str, Any], config: Config) -> list[str]:
     """Where a checkpoint's config differs from the one at hand in what the run's numbers depend on."""
     then, now = (
         {key: value for key, value in settings.items() if key not in _FREE}
-        | {"parallel": {key: value for key, value in settings.get("parallel", {}).items() if key in _NUMERIC}}
         for settings in (there, config.model_dump(mode="json"))
     )
+    # In fp32 it changes nothing.
+    if "fp32" not in (there.get("precision"), config.precision):
+        name = "parallel.gradient_dtype"
+        then[name], now[name] = there.get("parallel", {}).get("gradient_dtype"), config.parallel.gradient_dtype
     return differences(then, now)
 
 

@@ -14,7 +14,7 @@ import torch
 from slope_dist.config import Config, Derived
 from slope_dist.parallel import collectives
 from slope_dist.sparse import SparseWeight, kernels
-from slope_dist.sparse.kernels.dispatch import Kind
+from slope_dist.sparse.kernels.problem import Kind
 from slope_dist.training.build import build_share, stages
 
 FILE = "kernels.json"

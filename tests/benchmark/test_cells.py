@@ -68,6 +68,23 @@ def test_every_cell_is_there_before_the_next_begins(tmp_path: Path) -> None:
     assert seen == [[], ["a"], ["a", "b"]]
 
 
+def test_none_is_begun_that_would_not_end_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it took as long as the longest so far."""
+    now = 0.0
+
+    def measure(seconds: float) -> dict[str, Any]:
+        nonlocal now
+        now += seconds
+        return {}
+
+    monkeypatch.setattr(cells.time, "monotonic", lambda: now)
+    plan = [Cell(str(index), lambda s=seconds: measure(s)) for index, seconds in enumerate((10, 20, 5, 5, 5))]
+    path = tmp_path / "results.json"
+    outcome = cells.run(plan, ResultFile(path, "gemm", FACTS), 1.0, lambda line: None)
+    # At 40 s another 20 s would end too late.
+    assert on_disk(path) == ["0", "1", "2", "3"] and (outcome.measured, outcome.left) == (4, 1)
+
+
 def test_no_minutes_measure_one_cell_each_time(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     for turn, key in enumerate("abc"):

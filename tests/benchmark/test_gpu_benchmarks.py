@@ -248,11 +248,11 @@ def test_benchmarks_of_a_folder_share_their_choices(
 
 
 @pytest.mark.parametrize("name", ["block", "step", "refresh"])
-def test_the_second_model_that_is_trained_is_of_hidden_4096(name: str, tool: ModuleType) -> None:
+def test_models_of_each_width_with_a_goal_come_first(name: str, tool: ModuleType) -> None:
     configs = [str(ROOT / "configs" / f"{model}.json") for model in tool.gpu_benchmarks.MODELS]
     parsed = tool.parse([name, "--device", "cpu", "--configs", *configs])
     order = [model for model, _, _ in tool.gpu_benchmarks._trained(parsed)]
-    assert order == ["opt66b", "llama3-8b", "opt30b", "opt13b", "mistral-7b", "opt6.7b", "opt2.7b"]
+    assert order == ["opt66b", "opt6.7b", "opt13b", "opt30b", "llama3-8b", "mistral-7b", "opt2.7b"]
 
 
 @pytest.mark.parametrize(
@@ -326,13 +326,15 @@ def test_the_bound_is_that_of_16_bits(
 def test_mfu_has_a_column(mfu: float | None, shown: str, tool: ModuleType) -> None:
     rival = dict.fromkeys(("seconds", "host_seconds", "ratio", "state_bytes", "tokens_per_second"), 1.0)
     rival |= {"peak_bytes": None, "adapter_rank": 0, "why_eager": None, "host_excess": None, "mfu": mfu}
-    row = {"config": "small", "layers": 1, "layers_of_model": 2, "tokens": 8, "rivals": {"dense": rival}}
+    row = {"config": "small", "layers": 1, "layers_of_model": 2, "tokens": 8, "recompute": "blocks"}
+    row |= {"rivals": {"dense": rival}}
     table = tool.gpu_benchmarks.tables.step_table(
         [row], {"device": "a card", "kind": "cuda", "torch": "2", "threads": 1, "vendors": {"cuSPARSELt": "0.8.0"}}
     )
     assert "{'cuSPARSELt': '0.8.0'}" in str(table.title)
     [column] = [column for column in table.columns if column.header == "MFU"]
     assert list(column.cells) == [shown] and len(table.columns) == 15
+    assert list(table.columns[1].cells) == ["1 of 2, recomputed"]
 
 
 @pytest.mark.parametrize("name", ["block", "step"])

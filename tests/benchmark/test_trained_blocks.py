@@ -21,6 +21,7 @@ from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.config import Config, load_config
 from slope_dist.engine import compilation
 from slope_dist.errors import UserError
+from slope_dist.models import Decoding
 from slope_dist.sparse import SparseWeight, codec, kernels, pruning, reference
 from tests.distributed import ROOT
 
@@ -324,12 +325,30 @@ def test_layers_are_checked_with_every_number_of_tokens(config: Config, monkeypa
         decode.measure("small", config, 0.0, decode.Work(prompt=8, prefill=8, batches=(1, 3)), CPU, BF16, 0)
 
 
-def test_a_token_is_written_behind_the_prompt_each_time(config: Config) -> None:
+def test_a_token_is_written_behind_the_prompt_each_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The timed step is the one that generation takes, so its logits are those of the whole sequence."""
     torch.manual_seed(0)
     model = decode.build_language_model(config, Form("2:4", sparse=True), CPU, torch.float32).eval()
+    made: list[Decoding] = []
+    monkeypatch.setattr(decode, "Decoding", lambda *given: made.append(Decoding(*given)) or made[-1])
     with torch.inference_mode():
         write = decode._writing(model, 2, 8, CPU)
+        [decoding] = made
+        # Zeros would take less power than what they stand for.
+        assert all((tensor != 0).all() for tensor in decoding.tensors)
+        decoding.seen = 0
+        model.logits(torch.zeros(2, 8, dtype=torch.int64), decoding)
         whole = model.logits(torch.zeros(2, 9, dtype=torch.int64))[:, -1:]
         for _ in range(2):
             torch.testing.assert_close(write(), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_and_values_take_room_from_layers(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both models: what does not fit ends the cell without a number."""
+    deep = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 400})})
+    cuda, work = torch.device("cuda"), decode.Work(prompt=64, batches=(1, 16))
+    kept = 2 * 2 * 16 * 65 * config.model.hidden_size * BF16.itemsize
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(kept * 200 / decode.MEMORY_SHARE), 0))
+    assert 1 < decode.layers_that_fit(deep, work, cuda, BF16) < 200
+    few = decode.Work(prompt=1, batches=(1,))
+    assert decode.layers_that_fit(deep, few, cuda, BF16) > decode.layers_that_fit(deep, work, cuda, BF16)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from slope_dist.config import load_config
+from slope_dist.training.folder import changed_settings
 from tests.distributed import Outcome, end_ranks
 from tests.runs import newest, pretrain, step_rows, write_config
 
@@ -51,11 +53,13 @@ def test_before_the_switch_another_number_of_steps_is_another_switch(config: Pat
     assert phases(folder) == ["sparse"] * 4 + ["adapters"] * 4
 
 
-def test_another_dtype_of_gradients_is_told(config: Path) -> None:
-    cut_back(config, 1)
-    outcome = run(config, "--set", "parallel.gradient_dtype=model", "--set", "parallel.zero_stage=2")
-    assert outcome.code == 0, outcome.errors
-    assert "note: goes on with other settings: parallel.gradient_dtype fp32 there, model here\n" in outcome.output
+def test_another_dtype_of_gradients_is_told_where_it_changes_anything(config: Path) -> None:
+    there = load_config(str(config))
+    changed = there.model_copy(update={"parallel": there.parallel.model_copy(update={"gradient_dtype": "model"})})
+    assert changed_settings(there.model_dump(mode="json"), changed) == []
+    there, changed = (each.model_copy(update={"precision": "bf16"}) for each in (there, changed))
+    said = changed_settings(there.model_dump(mode="json"), changed)
+    assert said == ["parallel.gradient_dtype fp32 there, model here"]
 
 
 def test_before_the_switch_fewer_steps_may_make_it_due_at_once(config: Path) -> None:

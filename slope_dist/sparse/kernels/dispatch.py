@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -20,30 +20,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from slope_dist.errors import UnfinishedError, UserError
-from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.kernels import candidates as ways
-from slope_dist.sparse.kernels import measuring, primitives
+from slope_dist.sparse.kernels import judging, measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
 from slope_dist.sparse.kernels.choice import NOT_DETERMINISTIC, Choice
 from slope_dist.sparse.kernels.failures import CRASHED, breaks_device, reason_of
-from slope_dist.sparse.kernels.problem import Problem
+from slope_dist.sparse.kernels.problem import Kind, Problem
 from slope_dist.sparse.kernels.store import ChoiceStore
 from slope_dist.sparse.kernels.vendor import NO_MEMORY, VendorError, VendorRoute, on
 from slope_dist.sparse.kernels.vendors import Vendors
-
-Kind: TypeAlias = Literal["product", "input gradient"]
 
 Arrangement: TypeAlias = Literal["in place", "kept", "derived"]
 """How a vendor's library comes by a weight: values and its metadata lie in one buffer of its own; its metadata is kept
 with the weight, whose values lie elsewhere; or it is made of ours for every product, since the weight is sharded."""
 
 ReadyKey: TypeAlias = tuple[Kind, int, int, int, torch.dtype]
-
-OTHER_BITS = "gives other bits another time, though it is called deterministic"
-
-REPEATS = 4
-"""Of a library's product, to see whether its bits are always the same: the second time need not show it, for algorithms
-are known that are wrong now and then (pytorch issue 155333)."""
 
 
 class Dispatcher:
@@ -82,20 +73,25 @@ class Dispatcher:
         self._stored = {} if store is None else store.choices(self.setting)
         self._crashed = {} if store is None else store.crashed(self.setting)
         if store is not None:
-            self._take_findings(store.findings(self.setting))
+            self._take_findings(store.findings(self._machine))
         self._choices: dict[tuple[Kind, Problem], Choice] = {}
         self._ready: dict[ReadyKey, Candidate] = {}
         self._forms: dict[tuple[int, int, torch.dtype], str] = {}
+        self._refused: set[tuple[Kind, Problem, bool]] = set()
 
     @property
     def setting(self) -> str:
         """What a measurement depends on besides the problem: card, versions, and how this dispatcher measures."""
+        return f"{self._machine}; {self.arrangement}{', deterministic' if self.deterministic else ''}"
+
+    @property
+    def _machine(self) -> str:
+        """Card and versions."""
         card = platform.processor() or platform.machine()
         if self.device.type == "cuda":
             card = torch.cuda.get_device_name(self.device)
         versions = {name: _version(name) for name in ("slope_dist", "torch", "triton")} | self.vendors.versions
-        mode = f"{self.arrangement}{', deterministic' if self.deterministic else ''}"
-        return f"{card}; {', '.join(f'{name} {text}' for name, text in versions.items())}; {mode}"
+        return f"{card}; {', '.join(f'{name} {text}' for name, text in versions.items())}"
 
     def product(self, operands: Operands) -> Tensor:
         """Y [T, O] = X W^T (+ bias) (+ addend)."""
@@ -192,16 +188,16 @@ class Dispatcher:
         """All choices as plain data, for `adopt` on another rank with the same card."""
         return {_key(kind, problem): choice.as_data() for (kind, problem), choice in self._choices.items()}
 
-    def findings(self) -> dict[str, dict[str, bool]]:
+    def findings(self) -> dict[str, dict[str, bool | None]]:
         """What long trials of the device have told, by library: plain data, for `adopt` too."""
         return {route.name: dict(route.findings) for route in self.vendors.routes}
 
-    def adopt(self, data: dict[str, dict[str, Any]], findings: dict[str, dict[str, bool]]) -> None:
+    def adopt(self, data: dict[str, dict[str, Any]], findings: dict[str, dict[str, bool | None]]) -> None:
         """Take over choices and findings that another process has made in the same setting."""
         self._stored |= data
         self._take_findings(findings)
 
-    def _take_findings(self, findings: dict[str, dict[str, bool]]) -> None:
+    def _take_findings(self, findings: Mapping[str, Mapping[str, bool | None]]) -> None:
         for route in self.vendors.routes:
             route.findings.update(findings.get(route.name, {}))
 
@@ -241,10 +237,12 @@ class Dispatcher:
         # The device cannot be asked how it is in a capture, whose graph is lost anyway.
         if self.deterministic or _capturing(self.device) or breaks_device(error, self.device):
             raise error
-        problem = _problem(operands)
-        text = f"{candidate.label} refuses {kind} {problem}, which is expanded from now on: {reason_of(error)}"
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-        self._ready[_ready_key(kind, operands)] = _expand(kind)
+        problem, reason = _problem(operands), reason_of(error)
+        if not reason.startswith(NO_MEMORY):
+            text = f"{candidate.label} refuses {kind} {problem}, which is expanded from now on: {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+            self._refused.add(_stand_in(kind, problem))
+            self._ready.clear()
         return _expand(kind).run(operands)
 
     def _candidate(self, kind: Kind, operands: Operands) -> Candidate:
@@ -261,6 +259,8 @@ class Dispatcher:
     def _find(self, kind: Kind, problem: Problem) -> Candidate | None:
         """The way to compute a problem, by measurement where that is allowed; None: not known, and it is not."""
         rounded = replace(problem, tokens=round_tokens(problem.tokens))
+        if _stand_in(kind, problem) in self._refused:
+            return None
         # Asking libraries what they support waits for the device, which ends a capture.
         capturing = _capturing(self.device)
         for known in (problem, rounded):
@@ -333,7 +333,7 @@ class Dispatcher:
         return list(ways.input_gradient_candidates(problem, over_transpose, self.vendors))
 
     def _measure(self, kind: Kind, problem: Problem) -> Choice:
-        operands, dense, expected = _sample(kind, problem)
+        operands, dense, expected = judging.sample(kind, problem)
         right: dict[str, tuple[Candidate, Operands]] = {}
         # By form, whose algorithms share them: each set of operands "in place" is another copy of the weight.
         laid: dict[str, Operands] = {}
@@ -341,7 +341,7 @@ class Dispatcher:
         found = self.candidates(kind, problem)
         if self._store is not None:
             # Before anything runs that may end this process: a trial takes up to minutes.
-            self._store.add_findings(self.setting, self.findings())
+            self._store.add_findings(self._machine, self.findings())
         for candidate in found:
             if self.deterministic and not candidate.deterministic:
                 rejected[candidate.label] = NOT_DETERMINISTIC
@@ -355,28 +355,54 @@ class Dispatcher:
                     if candidate.form not in laid:
                         laid[candidate.form] = self.given(candidate, operands)
                     given = laid[candidate.form]
-                    wrong = _why_wrong(kind, candidate, given, expected)
+                    wrong = judging.why_wrong(kind, candidate, given, expected)
             except (AssertionError, UserError):
                 raise
             except Exception as error:
-                # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left, and the
-                # report says so.
-                wrong = reason_of(error)
-                if breaks_device(error, self.device):
-                    raise self._broken(kind, problem, candidate, wrong) from error
+                wrong = self._reason(kind, problem, candidate, error)
             if wrong is None:
                 right[candidate.label] = candidate, given
             else:
                 rejected[candidate.label] = wrong
-        del expected
         calls: dict[str, Any] = {name: lambda c=c, o=o: c.run(o) for name, (c, o) in right.items()}
         calls[measuring.DENSE] = lambda: dense(operands.x)
         seconds = self._timer(calls, self.device, problem.tokens <= ways.MOST_DECODED_TOKENS)
         dense_seconds = seconds.pop(measuring.DENSE)
-        if not seconds:
+        # Of a library's dozens only those that may be used: the fastest that passes, of each form of metadata.
+        passed: dict[str, Candidate] = {}
+        for label in sorted(seconds, key=lambda name: seconds[name]):
+            candidate, given = right[label]
+            if candidate.form in passed:
+                continue
+            try:
+                with self._trying(kind, problem, candidate):
+                    wrong = judging.why_wrong_in_use(kind, candidate, given, expected)
+            except (AssertionError, UserError):
+                raise
+            except Exception as error:
+                wrong = self._reason(kind, problem, candidate, error)
+            if wrong is None:
+                passed[candidate.form] = candidate
+            else:
+                rejected[label] = wrong
+                del seconds[label]
+        if not passed:
             raise RuntimeError(f"{kind} {problem}: not even the expanded product is right: {rejected}")
-        best = min(seconds, key=lambda name: seconds[name])
-        return Choice(right[best][0], seconds, dense_seconds, rejected)
+        best = min(passed.values(), key=lambda candidate: seconds[candidate.label])
+        return Choice(best, seconds, dense_seconds, rejected)
+
+    def _reason(self, kind: Kind, problem: Problem, candidate: Candidate, error: Exception) -> str:
+        """Why a candidate that failed is left out: other ways are left, and the report says so.
+
+        Of a compiler, a driver or the allocator, errors have kinds of their own.
+
+        Raises:
+            UnfinishedError: nothing runs on the device any more.
+        """
+        reason = reason_of(error)
+        if breaks_device(error, self.device):
+            raise self._broken(kind, problem, candidate, reason) from error
+        return reason
 
     def _trying(self, kind: Kind, problem: Problem, candidate: Candidate) -> AbstractContextManager[None]:
         """Mark a library's way while it first runs; the expanded product is left when all else is gone."""
@@ -413,56 +439,15 @@ def round_tokens(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length()
 
 
-def _sample(kind: Kind, problem: Problem) -> tuple[Operands, Any, Tensor]:
-    """Operands of a problem, the dense product that it is measured beside, and its right result in fp32."""
-    device, dtype = problem.device, problem.dtype
-    values, indices = primitives.random_matrix(problem.rows, problem.columns, dtype, device)
-    inner = problem.columns if kind == "product" else problem.rows
-    # Of a generator of its own: a run's random stream must not depend on what is measured.
-    generator = torch.Generator(device).manual_seed(problem.tokens)
-    x = torch.randn(problem.tokens, inner, device=device, generator=generator).to(dtype)
-    # By plain torch, which is what defines the products.
-    if kind == "product":
-        matrix = codec.expand(values, indices, primitives.TWO_FOUR)
-    else:
-        matrix = pruning.doubly_pruned(values, indices, primitives.TWO_FOUR).t().contiguous()
-    expected = x.float() @ matrix.float().t()
-    # A dense weight has no zeros; products of zeros take less power, and less time on a card that is at its limit.
-    matrix.normal_(generator=generator)
-    return Operands(x, values, indices), lambda x: functional.linear(x, matrix), expected
-
-
-def _why_wrong(kind: Kind, candidate: Candidate, operands: Operands, expected: Tensor) -> str | None:
-    """What is wrong with a candidate's result, also where it is to add a bias and an addend; None: nothing."""
-    terms, dtype = operands.x.shape[1], operands.x.dtype
-    y = candidate.run(operands)
-    wrong = measuring.why_wrong(y, expected, terms)
-    if wrong is not None:
-        return wrong
-    repeats = REPEATS if candidate.vendor else 1
-    for _ in range(repeats if candidate.deterministic else 0):
-        # By bits: NaN is not equal to itself.
-        if not codec.as_integers(candidate.run(operands)).equal(codec.as_integers(y)):
-            return OTHER_BITS
-    if kind == "input gradient":
-        return None
-    # Numbers of the product's own size, or leaving them out would pass.
-    bias, addend = expected[0].to(dtype), expected.flip(0).to(dtype)
-    uses: list[tuple[str, Tensor | None, Tensor | None]] = [("bias and addend", bias, addend)]
-    if candidate.vendor:
-        # To a library each is a product of its own.
-        uses += [("bias", bias, None), ("addend", None, addend)]
-    for name, bias_given, addend_given in uses:
-        y = candidate.run(replace(operands, bias=bias_given, addend=addend_given))
-        wrong = measuring.why_wrong(y, expected, terms, bias=bias_given, addend=addend_given)
-        if wrong is not None:
-            return f"with {name} {wrong}"
-    return None
-
-
 def _ready_key(kind: Kind, operands: Operands) -> ReadyKey:
     rows, width = operands.indices.shape
     return kind, operands.x.shape[0], rows, width, operands.x.dtype
+
+
+def _stand_in(kind: Kind, problem: Problem) -> tuple[Kind, Problem, bool]:
+    """The problem that stands for this one, and whether it is this one: fewer tokens may be refused alone."""
+    rounded = replace(problem, tokens=round_tokens(problem.tokens))
+    return kind, rounded, rounded == problem
 
 
 def _problem(operands: Operands) -> Problem:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
+
+Kind: TypeAlias = Literal["product", "input gradient"]
 
 
 @dataclass(frozen=True)

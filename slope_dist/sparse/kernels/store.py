@@ -81,14 +81,18 @@ class ChoiceStore:
         """What trials of the device told, by library."""
         return dict(self._read()["findings"].get(setting, {}))
 
-    def add_findings(self, setting: str, findings: dict[str, dict[str, bool]]) -> None:
+    def add_findings(self, setting: str, findings: dict[str, dict[str, bool | None]]) -> None:
         """Keep what trials told, if it is new.
 
         Raises:
             UserError: if the file cannot be written.
         """
         known = self.findings(setting)
-        new = {library: told for library, told in findings.items() if told and told != known.get(library)}
+        told = {
+            library: {name: answer for name, answer in answers.items() if answer is not None}
+            for library, answers in findings.items()
+        }
+        new = {library: answers for library, answers in told.items() if answers and answers != known.get(library)}
         if new:
             self._change(lambda content: content["findings"].setdefault(setting, {}).update(new))
 

@@ -46,8 +46,9 @@ class VendorRoute(Protocol):
     version: str
     standing: str
     """What is to be said beside the name wherever the route is shown; empty once it is proven on a card."""
-    findings: dict[str, bool]
-    """What long trials of the device have told, by their names; a dispatcher keeps it between processes."""
+    findings: dict[str, bool | None]
+    """What long trials of the device have told, by their names; a dispatcher keeps it between processes, but for None:
+    those did not come to an answer, and are not tried again in this run."""
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why the route cannot compute a product, in words, or None if it can."""

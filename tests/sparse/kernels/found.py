@@ -16,8 +16,9 @@ from slope_dist.sparse import codec, pruning
 from slope_dist.sparse.kernels import Dispatcher, Problem, Vendors, find_vendors, measuring, primitives
 from slope_dist.sparse.kernels.candidates import Candidate, Operands
 from slope_dist.sparse.kernels.choice import Choice
-from slope_dist.sparse.kernels.dispatch import OTHER_BITS, Kind
+from slope_dist.sparse.kernels.judging import OTHER_BITS
 from slope_dist.sparse.kernels.primitives import TWO_FOUR
+from slope_dist.sparse.kernels.problem import Kind
 from slope_dist.sparse.kernels.vendor import VendorError
 from slope_dist.sparse.kernels.vendors import NAMES
 

@@ -17,6 +17,7 @@ import torch
 from slope_dist.sparse.kernels import Dispatcher, Problem, Vendors
 from slope_dist.sparse.kernels.cusparselt import CusparseltRoute
 from slope_dist.sparse.kernels.dispatch import Arrangement
+from slope_dist.sparse.kernels.judging import OTHER_BITS
 from tests.sparse.kernels.cusparselt.conftest import StandIn, build_standin
 from tests.sparse.kernels.devices import DEVICES
 from tests.sparse.kernels.found import (
@@ -81,16 +82,23 @@ def test_products(
         ways = dispatcher.candidates("product", problem)
         choice = dispatcher.product_choice(problem)
         assert choice.seconds.keys() | choice.rejected.keys() == {way.label for way in ways}
-        # Also with a bias and an addend, and for fewer tokens: the dispatcher looks at neither.
+        fastest: dict[str, str] = {}
+        for way in sorted((way for way in ways if way.label in choice.seconds), key=lambda w: choice.seconds[w.label]):
+            fastest.setdefault(way.form, way.label)
+        # Also for fewer tokens, at which the dispatcher does not look.
         for tokens in used:
             for bias, addend in EXTRAS if tokens == measured else EXTRAS[-1:]:
                 asked = Problem(tokens, *shape, dtype, device_of(device))
                 wrong = wrong_ones(dispatcher, ways, *operands_of("product", asked, bias=bias, addend=addend))
-                taken = {label: why for label, why in wrong.items() if label in choice.seconds}
+                taken = {label: why for label, why in wrong.items() if label in fastest.values()}
                 assert not taken, f"{asked}, bias {bias}, addend {addend}: taken, but wrong: {taken}"
                 if (tokens, bias, addend) == (measured, False, False):
-                    # One may be right until something is to be added.
-                    alone = {label for label, why in choice.rejected.items() if not why.startswith("with bias and")}
+                    # One may be right until something is to be added, or at other times.
+                    alone = {
+                        label
+                        for label, why in choice.rejected.items()
+                        if not why.startswith("with ") and why != OTHER_BITS
+                    }
                     assert alone <= wrong.keys() <= choice.rejected.keys(), f"{asked}: {wrong}; {choice.rejected}"
         tell_rejected(vendors, "product", problem, choice)
 

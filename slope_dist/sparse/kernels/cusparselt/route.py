@@ -72,7 +72,7 @@ class CusparseltRoute:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
-        self.findings: dict[str, bool] = {}
+        self.findings: dict[str, bool | None] = {}
         self.version = library.version
         self._handle = Handle(library, device)
         self._plans = PlanCache(self._handle, plans)
@@ -184,11 +184,8 @@ class CusparseltRoute:
 
     def _takes_segment_k(self) -> bool:
         if segment_k.NAME not in self.findings:
-            answers = segment_k.answers(self._handle.library.path, self.device)
-            if answers is None:
-                return False
-            self.findings[segment_k.NAME] = answers
-        return self.findings[segment_k.NAME]
+            self.findings[segment_k.NAME] = segment_k.answers(self._handle.library.path, self.device)
+        return self.findings[segment_k.NAME] is True
 
     def _stream(self) -> ctypes.Array:
         stream = stream_of(self.device)

@@ -47,7 +47,7 @@ class CutlassRoute:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.findings: dict[str, bool] = {}
+        self.findings: dict[str, bool | None] = {}
         self.architecture = _architecture(device)
         self._tools = toolchain.find()
         self.version = f"{self._tools.cutlass_version}, nvcc {self._tools.nvcc_version}"

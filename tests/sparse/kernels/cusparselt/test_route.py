@@ -314,8 +314,7 @@ def test_what_the_trial_told_is_asked_for_once_and_no_more_where_it_is_known(
     route = standin.route()
     offered = [any(algorithm.split_k != 1 for algorithm in route.algorithms(problem())) for _ in range(2)]
     assert offered == [answers is True] * 2
-    assert route.findings == ({} if answers is None else {"segment-k": answers})
-    assert len(asked) == (2 if answers is None else 1)
+    assert route.findings == {"segment-k": answers} and len(asked) == 1
 
 
 @pytest.mark.usefixtures("on_hopper")

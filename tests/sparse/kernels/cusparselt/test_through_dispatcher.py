@@ -85,7 +85,7 @@ def test_what_the_library_cannot_do_is_left_to_the_others(standin: StandIn) -> N
         kernels.Problem(TOKENS, OUT, IN, torch.float32, CPU),
         kernels.Problem(TOKENS, 24, 40, torch.bfloat16, CPU),
     ):
-        assert dispatcher.product_choice(problem).route == "expand"
+        assert dispatcher.product_choice(problem).vendor == ""
     route = dispatcher.vendors.routes[0]
     # Versions differ in what they get right; the first line has it even when nothing is to be said of the library.
     first, *others = dispatcher.report()
