@@ -136,7 +136,7 @@ def test_stages_share_the_time_and_one_without_is_not_begun(session, tmp_path: P
     assert done.returncode == 0 and calls == [] and not (tmp_path / "out").exists()
     decode, gemm = done.stdout.splitlines()
     # 20 and 35 parts of 600 s, less what a stage may take to end; 20 s are for its start.
-    assert decode.startswith("decode, 203 s: ") and "--minutes 3.0 --layers 8" in decode
+    assert decode.startswith("decode, 203 s: ") and decode.endswith("--minutes 3.0 --seconds 1")
     assert gemm.startswith("gemm, 367 s: ") and "--minutes 5.7" in gemm
     done, calls = session("--limit", "20", "out", "decode", "gemm")
     assert done.returncode == 1 and "decode: not run, no time is left" in done.stdout

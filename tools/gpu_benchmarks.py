@@ -60,9 +60,6 @@ def add_commands(commands: Any, add_output: Callable[[argparse.ArgumentParser], 
         )
         if name == "step":
             _add_layers(options)
-            options.add_argument(
-                "--recompute", choices=["none", "blocks"], help="blocks in backward (what the config says)"
-            )
     options = _command(
         commands, "decode", "prompts read and tokens written by a model in memory", decode_cells, add_output
     )
@@ -253,10 +250,6 @@ def step_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[
     layers = options.layers
     for name, config, tokens in _trained(options):
         which = "layers that fit" if layers is None else f"{layers} layers"
-        if options.recompute is not None:
-            training = config.training.model_copy(update={"recompute": options.recompute})
-            config = config.model_copy(update={"training": training})
-            which += f", recompute {options.recompute}"
         arguments = (name, config, tokens, _device(options), DTYPES[options.dtype], options.seconds, layers)
         yield Cell(f"{name}, {which}, {tokens} tokens, {options.dtype}", partial(step.measure, *arguments))
 

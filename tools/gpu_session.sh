@@ -136,7 +136,7 @@ fi
 # How long each may take beside the others.
 declare -A weight=(
   [triton]=20 [cusparselt]=20 [products]=30 [cutlass]=30 [training]=30
-  [gemm]=35 [block]=35 [step]=20 [decode]=20 [refresh]=7
+  [gemm]=35 [block]=35 [step]=25 [decode]=20 [refresh]=7
 )
 # From the request to stop until it is killed.
 grace=15
@@ -161,9 +161,9 @@ command_of() {
       ;;
     # As engines have weights: block, step and refresh then need not search what this has searched.
     gemm) command=("${benchmark[@]}" --seconds 0.5 --arrangement kept) ;;
-    # Fewer layers than fit tell the same of each, and let more models have their turn.
-    decode) command=("${benchmark[@]}" --layers 8 --seconds 1) ;;
-    step) command=("${benchmark[@]}" --layers 2 --recompute none --seconds 1) ;;
+    decode) command=("${benchmark[@]}" --seconds 1) ;;
+    # The largest model that trains whole on an H200; of a larger one what fits has too much that is dense at its ends.
+    step) command=("${benchmark[@]}" --configs configs/opt6.7b.json --seconds 1) ;;
     *) command=("${benchmark[@]}") ;;
   esac
 }

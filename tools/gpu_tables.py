@@ -80,7 +80,7 @@ def block_table(rows: Rows, facts: Facts) -> Table:
 def step_table(rows: Rows, facts: Facts) -> Table:
     """A line for each rival of each model."""
     table = _table(
-        "a training step of a whole model, with the layers that fit",
+        "a training step of a whole model, or of the layers that fit",
         facts,
         f"Rivals one after another, dense first and last; x: time over the mean of the two. {_MFU}What is recomputed "
         "is not counted. state, peak and host as of a block.",

@@ -36,7 +36,7 @@ RANKS = (0.0, 0.0156, 0.0625)
 """Of the adapters, as shares of the width (arXiv 2405.16325, table 2)."""
 
 MEMORY_SHARE = 0.75
-"""Of a GPU, for both models; the rest is for keys, values and activations."""
+"""Of a GPU, for both models, their keys and values; the rest is for activations."""
 
 
 @dataclass(frozen=True, kw_only=True)

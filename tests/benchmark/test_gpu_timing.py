@@ -102,6 +102,14 @@ def test_what_nvidia_smi_tells(monkeypatch: pytest.MonkeyPatch) -> None:
         "memory_clock_mhz": "3201",
     }
     assert "--id=GPU-12-34" in asked[0]
+    Told.stdout = "1410 MHz, 692.31 W, 61, 0x0000000000000004\n"
+    assert machine.state_of_card(CUDA) == {
+        "clock_mhz": "1410",
+        "power_watts": "692.31",
+        "celsius": "61",
+        "clocks_event_reasons": "0x0000000000000004",
+    }
+    assert machine.state_of_card(torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize("answer", [FileNotFoundError(), "No devices were found\n"], ids=["absent", "useless"])

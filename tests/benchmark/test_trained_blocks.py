@@ -352,3 +352,9 @@ def test_keys_and_values_take_room_from_layers(config: Config, monkeypatch: pyte
     assert 1 < decode.layers_that_fit(deep, work, cuda, BF16) < 200
     few = decode.Work(prompt=1, batches=(1,))
     assert decode.layers_that_fit(deep, few, cuda, BF16) > decode.layers_that_fit(deep, work, cuda, BF16)
+
+
+def test_the_operations_of_a_block_are_what_each_adds_to_the_model(config: Config) -> None:
+    one, three = (block.flops_of_model(with_layers(config, layers), 32) for layers in (1, 3))
+    assert 0 < 2 * block.flops_of_block(config, 32) == three - one
+    assert block.utilization(1000, 10.0, CPU, BF16) is None

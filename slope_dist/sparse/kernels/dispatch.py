@@ -229,7 +229,7 @@ class Dispatcher:
             return self._run_otherwise(kind, operands, candidate, error)
 
     def _run_otherwise(self, kind: Kind, operands: Operands, candidate: Candidate, error: VendorError) -> Tensor:
-        """Expand from now on what a library has refused after all: it was tried with another number of tokens.
+        """Expand what a library has refused after all, from now on: it was tried with another number of tokens.
 
         Raises:
             VendorError: where that would be no help, or would hide why the bits of a run are others.
@@ -238,12 +238,20 @@ class Dispatcher:
         if self.deterministic or _capturing(self.device) or breaks_device(error, self.device):
             raise error
         problem, reason = _problem(operands), reason_of(error)
-        if not reason.startswith(NO_MEMORY):
-            text = f"{candidate.label} refuses {kind} {problem}, which is expanded from now on: {reason}"
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-            self._refused.add(_stand_in(kind, problem))
+        passing = reason.startswith(NO_MEMORY)
+        how_long = "this time" if passing else "from now on"
+        text = f"{candidate.label} refuses {kind} {problem}, which is expanded {how_long}: {reason}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+        if not passing:
+            self._refused.add(self._chosen_by(kind, problem))
             self._ready.clear()
         return _expand(kind).run(operands)
+
+    def _chosen_by(self, kind: Kind, problem: Problem) -> tuple[Kind, Problem, bool]:
+        """The problem whose choice counts for this one, and whether it is this one: fewer tokens may be refused."""
+        if (kind, problem) in self._choices:
+            return kind, problem, True
+        return kind, replace(problem, tokens=round_tokens(problem.tokens)), False
 
     def _candidate(self, kind: Kind, operands: Operands) -> Candidate:
         key = _ready_key(kind, operands)
@@ -259,7 +267,7 @@ class Dispatcher:
     def _find(self, kind: Kind, problem: Problem) -> Candidate | None:
         """The way to compute a problem, by measurement where that is allowed; None: not known, and it is not."""
         rounded = replace(problem, tokens=round_tokens(problem.tokens))
-        if _stand_in(kind, problem) in self._refused:
+        if self._refused and self._chosen_by(kind, problem) in self._refused:
             return None
         # Asking libraries what they support waits for the device, which ends a capture.
         capturing = _capturing(self.device)
@@ -442,12 +450,6 @@ def round_tokens(tokens: int) -> int:
 def _ready_key(kind: Kind, operands: Operands) -> ReadyKey:
     rows, width = operands.indices.shape
     return kind, operands.x.shape[0], rows, width, operands.x.dtype
-
-
-def _stand_in(kind: Kind, problem: Problem) -> tuple[Kind, Problem, bool]:
-    """The problem that stands for this one, and whether it is this one: fewer tokens may be refused alone."""
-    rounded = replace(problem, tokens=round_tokens(problem.tokens))
-    return kind, rounded, rounded == problem
 
 
 def _problem(operands: Operands) -> Problem:

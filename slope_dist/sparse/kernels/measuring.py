@@ -31,8 +31,8 @@ MOST_CALLS = 100
 FLUSH_BYTES = 2**28
 """Written to push all else out of a card's L2 cache, which is smaller on every one, and to keep it busy meanwhile."""
 
-CALLS_HIDDEN = 4
-"""Calls that the host queues, in 20 us each, while a card fills `FLUSH_BYTES`: 64 us and more at 4 TB/s."""
+CALLS_HIDDEN = 3
+"""Calls that the host queues, in 20 us each, while a card fills `FLUSH_BYTES`: 67 us and more at 4 TB/s."""
 
 Timer = Callable[[Mapping[str, Callable[[], object]], torch.device, bool], dict[str, float]]
 """Median seconds of each of several calls on a device; True: with nothing of their operands in a cache."""

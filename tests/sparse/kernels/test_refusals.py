@@ -44,6 +44,14 @@ def test_it_is_told_once_and_expanded_from_then_on() -> None:
     assert dispatcher._candidate("product", operands(PROBLEM)).algorithm == "choosy"
 
 
+def test_a_number_of_tokens_with_a_choice_of_its_own_keeps_it() -> None:
+    dispatcher, own = choosy(), replace(PROBLEM, tokens=12)
+    dispatcher._choices["product", own] = dispatcher.product_choice(replace(PROBLEM, tokens=32))
+    with pytest.warns(RuntimeWarning, match="9 tokens"):
+        check_product(dispatcher, FEW)
+    assert dispatcher._candidate("product", operands(own)).algorithm == "choosy"
+
+
 def test_the_products_with_adapters_are_expanded_too() -> None:
     given, down, up = operands(FEW), torch.randn(4, 32), torch.randn(64, 4)
     with pytest.warns(RuntimeWarning, match="plain/1 choosy refuses"):
@@ -71,8 +79,7 @@ def failing() -> tuple[Failing, Dispatcher]:
 def test_what_found_no_memory_is_asked_again_the_next_time() -> None:
     vendor, dispatcher = failing()
     vendor.error = VendorError("plain returned CUSPARSE_STATUS_ALLOC_FAILED")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(RuntimeWarning, match="which is expanded this time: no memory: plain returned"):
         check_product(dispatcher, PROBLEM)
     assert dispatcher._candidate("product", operands(PROBLEM)).algorithm == "choosy"
 

@@ -93,13 +93,13 @@ def test_products(
                 taken = {label: why for label, why in wrong.items() if label in fastest.values()}
                 assert not taken, f"{asked}, bias {bias}, addend {addend}: taken, but wrong: {taken}"
                 if (tokens, bias, addend) == (measured, False, False):
-                    # One may be right until something is to be added, or at other times.
-                    alone = {
-                        label
-                        for label, why in choice.rejected.items()
-                        if not why.startswith("with ") and why != OTHER_BITS
-                    }
-                    assert alone <= wrong.keys() <= choice.rejected.keys(), f"{asked}: {wrong}; {choice.rejected}"
+                    # One may be right until something is to be added, and have other bits at some times alone.
+                    alone = {label for label, why in choice.rejected.items() if not why.startswith("with ")}
+                    seen, left_out = (
+                        {label for label in labels if OTHER_BITS not in (wrong.get(label), choice.rejected.get(label))}
+                        for labels in (wrong, alone)
+                    )
+                    assert left_out <= seen <= choice.rejected.keys(), f"{asked}: {wrong}; {choice.rejected}"
         tell_rejected(vendors, "product", problem, choice)
 
 
