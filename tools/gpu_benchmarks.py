@@ -15,13 +15,13 @@ from rich.console import Console
 from slope_dist.benchmark import block, cells, decode, gemm, machine, plots, refresh, step
 from slope_dist.benchmark.block_linears import config_name, matrices
 from slope_dist.benchmark.cells import Cell
+from slope_dist.benchmark.peaks import peaks_on
 from slope_dist.benchmark.results import ResultFile
 from slope_dist.benchmark.timing import WrongResultError
 from slope_dist.command_line import path_argument
 from slope_dist.config import Config, load_config
 from slope_dist.errors import UserError
 from slope_dist.export.options import DTYPES
-from slope_dist.planning.gpus import peaks_of
 from slope_dist.sparse import kernels
 from slope_dist.sparse.kernels.vendors import NAMES
 
@@ -207,8 +207,7 @@ def gemm_cells(options: argparse.Namespace, dispatcher: Dispatcher) -> Iterator[
     device = _device(options)
     tokens = options.tokens or [count for count in gemm.TOKENS if device.type == "cuda" or count <= CPU_TOKENS]
     dtype = DTYPES[options.dtype]
-    # The peaks are those of 16 bits.
-    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype.itemsize == 2 else None
+    peaks = peaks_on(device, dtype)
     for case in gemm.cases(matrices(options.loaded, options.tensor), tokens, dtype, device):
         yield Cell(str(case), partial(gemm.measure, case, dispatcher, options.seconds, peaks))
 

@@ -11,12 +11,12 @@ from torch import nn
 
 from slope_dist.benchmark import timing
 from slope_dist.benchmark.checking import check_weight, one_of_each_shape
+from slope_dist.benchmark.peaks import peaks_on
 from slope_dist.benchmark.random_models import Form, build_block, factory, sparse_weights, with_layers
 from slope_dist.benchmark.trainer import Trainer, forget_graphs
 from slope_dist.config import Config
 from slope_dist.errors import UserError
 from slope_dist.planning.flops import count_flops, model_flops_utilization
-from slope_dist.planning.gpus import peaks_of
 from slope_dist.planning.shapes import shape_of
 from slope_dist.training.build import build as build_model
 
@@ -115,7 +115,7 @@ def flops_of_block(config: Config, length: int) -> int:
 
 def utilization(flops: int, speed: float, device: torch.device, dtype: torch.dtype) -> float | None:
     """MFU of `speed` tokens/s, of a card's dense 16-bit peak; None where that is not known."""
-    peaks = peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype.itemsize == 2 else None
+    peaks = peaks_on(device, dtype)
     return None if peaks is None else model_flops_utilization(flops, speed, peaks.dense)
 
 

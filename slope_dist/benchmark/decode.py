@@ -24,8 +24,9 @@ from slope_dist.benchmark.random_models import (
     with_layers,
 )
 from slope_dist.config import Config
+from slope_dist.inference.products import attend_at_any_length
 from slope_dist.layers import Linear
-from slope_dist.models import Decoding, LanguageModel, attend_at_any_length
+from slope_dist.models import Decoding, LanguageModel
 from slope_dist.planning import measure as measure_share
 from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import SparseWeight

@@ -1,8 +1,15 @@
-"""The time that a product must take on a card at least."""
+"""What a card can do at most, and the time that a product must take on it at least."""
 
 from __future__ import annotations
 
-from slope_dist.planning.gpus import Peaks
+import torch
+
+from slope_dist.planning.gpus import Peaks, peaks_of
+
+
+def peaks_on(device: torch.device, dtype: torch.dtype) -> Peaks | None:
+    """Of a device; they are those of 16 bits: None for another dtype, on the CPU, and where they are not known."""
+    return peaks_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype.itemsize == 2 else None
 
 
 def least_seconds(peaks: Peaks, tokens: int, rows: int, columns: int, *, sparse: bool, itemsize: int = 2) -> float:

@@ -12,10 +12,10 @@ from torch.nn import functional
 from slope_dist.data.tokenizer import Tokenizer
 from slope_dist.export.opening import open_model
 from slope_dist.export.stored import LinearForm, StoredModel
-from slope_dist.inference.products import start_products
+from slope_dist.inference.products import attend_at_any_length, start_products
 from slope_dist.layers import LayerFactory, Linear, LowRankAdapter, logical_tensors
 from slope_dist.layers.linear import Split
-from slope_dist.models import Decoding, LanguageModel, attend_at_any_length, build_model, family
+from slope_dist.models import Decoding, LanguageModel, build_model, family
 from slope_dist.planning.shapes import shape_of
 from slope_dist.sparse import CompressedMatrix, DenseWeight, SparseWeight, Weight
 from slope_dist.transfer import Transfer

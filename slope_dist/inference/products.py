@@ -1,4 +1,4 @@
-"""How a loaded model computes its 2:4 products on a GPU."""
+"""How a loaded model computes its 2:4 products and its attention on a GPU."""
 
 from __future__ import annotations
 
@@ -54,3 +54,11 @@ def prepare(module: nn.Module, dispatcher: kernels.Dispatcher, dtype: torch.dtyp
     kernels.activate(dispatcher)
     for weight in weights:
         weight.prepare_kernels()
+
+
+def attend_at_any_length() -> None:
+    """Let torch choose among the kinds of attention that need no plan of each length: for sequences that grow.
+
+    On Hopper it prefers cuDNN's, which is made ready for each shape anew, on the host, before it runs.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -52,14 +52,6 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
     return mixed.unflatten(2, (share, length)).flatten(1, 2)
 
 
-def attend_at_any_length() -> None:
-    """Let torch choose among the kinds of attention that need no plan of each length: for sequences that grow.
-
-    On Hopper it prefers cuDNN's, which is made ready for each shape anew, on the host, before it runs.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def rotate(x: Tensor, rotary: Rotary, part: Part | None = None) -> Tensor:
     """Turn each head's pairs of features (i, i + D / 2) by angles that grow with the position (arXiv 2104.09864).
 

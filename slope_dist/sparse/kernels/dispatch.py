@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, TypeAlias
 
@@ -342,7 +342,7 @@ class Dispatcher:
 
     def _measure(self, kind: Kind, problem: Problem) -> Choice:
         operands, dense, expected = judging.sample(kind, problem)
-        right: dict[str, tuple[Candidate, Operands]] = {}
+        right: dict[str, Candidate] = {}
         # By form, whose algorithms share them: each set of operands "in place" is another copy of the weight.
         laid: dict[str, Operands] = {}
         rejected: dict[str, str] = {}
@@ -358,37 +358,22 @@ class Dispatcher:
             if crashed is not None:
                 rejected[candidate.label] = crashed
                 continue
-            try:
-                with self._trying(kind, problem, candidate):
-                    if candidate.form not in laid:
-                        laid[candidate.form] = self.given(candidate, operands)
-                    given = laid[candidate.form]
-                    wrong = judging.why_wrong(kind, candidate, given, expected)
-            except (AssertionError, UserError):
-                raise
-            except Exception as error:
-                wrong = self._reason(kind, problem, candidate, error)
+            wrong = self._judge(judging.why_wrong, kind, problem, candidate, operands, laid, expected)
             if wrong is None:
-                right[candidate.label] = candidate, given
+                right[candidate.label] = candidate
             else:
                 rejected[candidate.label] = wrong
-        calls: dict[str, Any] = {name: lambda c=c, o=o: c.run(o) for name, (c, o) in right.items()}
+        calls: dict[str, Any] = {name: partial(way.run, laid[way.form]) for name, way in right.items()}
         calls[measuring.DENSE] = lambda: dense(operands.x)
         seconds = self._timer(calls, self.device, problem.tokens <= ways.MOST_DECODED_TOKENS)
         dense_seconds = seconds.pop(measuring.DENSE)
         # Of a library's dozens only those that may be used: the fastest that passes, of each form of metadata.
         passed: dict[str, Candidate] = {}
         for label in sorted(seconds, key=lambda name: seconds[name]):
-            candidate, given = right[label]
+            candidate = right[label]
             if candidate.form in passed:
                 continue
-            try:
-                with self._trying(kind, problem, candidate):
-                    wrong = judging.why_wrong_in_use(kind, candidate, given, expected)
-            except (AssertionError, UserError):
-                raise
-            except Exception as error:
-                wrong = self._reason(kind, problem, candidate, error)
+            wrong = self._judge(judging.why_wrong_in_use, kind, problem, candidate, operands, laid, expected)
             if wrong is None:
                 passed[candidate.form] = candidate
             else:
@@ -399,18 +384,35 @@ class Dispatcher:
         best = min(passed.values(), key=lambda candidate: seconds[candidate.label])
         return Choice(best, seconds, dense_seconds, rejected)
 
-    def _reason(self, kind: Kind, problem: Problem, candidate: Candidate, error: Exception) -> str:
-        """Why a candidate that failed is left out: other ways are left, and the report says so.
-
-        Of a compiler, a driver or the allocator, errors have kinds of their own.
+    def _judge(
+        self,
+        look: judging.Look,
+        kind: Kind,
+        problem: Problem,
+        candidate: Candidate,
+        operands: Operands,
+        laid: dict[str, Operands],
+        expected: Tensor,
+    ) -> str | None:
+        """Why a candidate is to be left out, by a closer look, for which its operands are laid; None: it is not.
 
         Raises:
             UnfinishedError: nothing runs on the device any more.
         """
-        reason = reason_of(error)
-        if breaks_device(error, self.device):
-            raise self._broken(kind, problem, candidate, reason) from error
-        return reason
+        try:
+            with self._trying(kind, problem, candidate):
+                if candidate.form not in laid:
+                    laid[candidate.form] = self.given(candidate, operands)
+                return look(kind, candidate, laid[candidate.form], expected)
+        except (AssertionError, UserError):
+            raise
+        except Exception as error:
+            # Of a compiler, a driver or the allocator, each with kinds of its own: other ways are left, and the
+            # report says so.
+            reason = reason_of(error)
+            if breaks_device(error, self.device):
+                raise self._broken(kind, problem, candidate, reason) from error
+            return reason
 
     def _trying(self, kind: Kind, problem: Problem, candidate: Candidate) -> AbstractContextManager[None]:
         """Mark a library's way while it first runs; the expanded product is left when all else is gone."""

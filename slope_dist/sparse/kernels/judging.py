@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ OTHER_BITS = "gives other bits another time, though it is called deterministic"
 REPEATS = 4
 """Of a library's product, to see whether its bits are always the same: the second time need not show it, for algorithms
 are known that are wrong now and then (pytorch issue 155333)."""
+
+Look: TypeAlias = Callable[[Kind, Candidate, Operands, Tensor], str | None]
+"""What is wrong with a candidate's result, given its operands and what is expected; None: nothing."""
 
 
 def sample(kind: Kind, problem: Problem) -> tuple[Operands, Callable[[Tensor], Tensor], Tensor]:
